@@ -1,0 +1,3 @@
+from hfpipe.cli import main
+
+raise SystemExit(main())

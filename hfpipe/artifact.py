@@ -1,0 +1,113 @@
+"""What a stage leaves: folders, `stage.json`, fingerprints and what changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hfpipe.errors import UserError
+
+STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
+TRAINED_FILE = "trained.json"  # weights are on disk, evaluation is not yet
+
+# Keys of `trainer` that say how a run is watched or stored, not what it computes.
+_UNHASHED = frozenset(
+    "logging_steps logging_strategy logging_first_step report_to run_name disable_tqdm log_level project "
+    "save_steps save_strategy save_total_limit eval_steps eval_strategy per_device_eval_batch_size "
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor precompute_ref_batch_size".split()
+)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all: beside, synced, renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object per line."""
+    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a file, or None where it is missing or cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def hashed_config(raw: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The part of a stage's configuration that decides its result."""
+    trainer = {k: v for k, v in (raw.get("trainer") or {}).items() if k not in _UNHASHED}
+    return {**raw, "trainer": trainer, "seed": seed}
+
+
+def fingerprint(config: dict[str, Any], data: dict[str, str], parent: str | None) -> str:
+    """Identity of a stage's result: its configuration, its data's content and its parent's fingerprint."""
+    return digest({"config": config, "data": data, "parent": parent})
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"trainer": {"beta": 1}}` as `{"trainer.beta": 1}`; list items by their place."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two mappings: `trainer.learning_rate 5e-4 -> 1e-4`."""
+    old, new = flatten(old), flatten(new)
+    told = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        if old.get(key) != new.get(key):
+            told.append(f"{key} {_show(old, key)} -> {_show(new, key)}")
+    return told
+
+
+def _show(flat: dict[str, Any], key: str) -> str:
+    value = flat.get(key, "(absent)")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def folder_identity(folder: Path) -> str:
+    """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of its weights and configuration."""
+    record = read_json(folder / STAGE_FILE)
+    if record:
+        return record["fingerprint"]
+    names = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    found = {p.name: file_sha256(p) for p in names if p.is_file()}
+    if "config.json" not in found and "tokenizer.json" not in found:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise UserError(
+            f"{folder} is not a model folder: it holds {there}, but neither config.json nor tokenizer.json. "
+            "Give a folder written by save_pretrained, or a stage's folder of a run."
+        )
+    return digest(found)

@@ -1,0 +1,302 @@
+"""Recipes: YAML files -> frozen, checked configuration; all faults of all stages told at once, before anything loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfpipe import upstream
+from hfpipe.errors import ConfigErrors, UserError, nearest
+from hfpipe.paths import stage_configs_dir
+from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
+from hfpipe.strict import build
+
+# Set by hfpipe in every stage: a recipe that gives one is told why not.
+_MANAGED = {
+    "output_dir": "hfpipe writes to the run's folder (--out)",
+    "do_train": "the stage decides",
+    "do_eval": "the stage decides",
+    "do_predict": "the stage decides",
+    "resume_from_checkpoint": "a stage goes on from its own last checkpoint by itself",
+    "push_to_hub": "publishing is not a trainer's work here",
+    "hub_model_id": "publishing is not a trainer's work here",
+    "hub_token": "a token never goes into a file; use HF_TOKEN or `hf auth login`",
+    "hub_strategy": "publishing is not a trainer's work here",
+    "hub_private_repo": "publishing is not a trainer's work here",
+    "hub_always_push": "publishing is not a trainer's work here",
+    "hub_revision": "publishing is not a trainer's work here",
+    "remove_unused_columns": "rows are prepared before training",
+    "label_names": "rows are prepared before training",
+    "seed": "set `seed` in pipeline.yaml",
+}
+ADAPTERS = {"lora": "LoraConfig"}
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML 1.2 file; duplicate keys are refused, `1e-4` is a number, `no` is a word."""
+    import warnings
+
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = YAML(typ="safe", pure=True).load(text)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte {error.start}. Save it as UTF-8.") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = (error.problem or error.context or "malformed").splitlines()[0]
+        raise UserError(f"{path}{place}: not readable as YAML: {problem}. Mend that line.") from None
+    except YAMLError as error:
+        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a mapping of sections, found {type(value).__name__}.")
+    return value
+
+
+def parse_value(text: str) -> Any:
+    """The YAML value of an override's right-hand side."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        raise UserError(f"--set: {text!r} is not readable as a YAML value.") from None
+
+
+def recipe_folder(name: str) -> Path:
+    """The folder of a shipped recipe or of a path; UserError names the recipes there are."""
+    for folder in (Path(name), stage_configs_dir() / name):
+        if (folder / "pipeline.yaml").is_file():
+            return folder
+    known = shipped_recipes()
+    if Path(name).is_dir():
+        raise UserError(f"{name} has no pipeline.yaml, so it is not a recipe. See `hfpipe list` for the shipped ones.")
+    raise UserError(f"No recipe `{name}`: neither a folder nor one of {', '.join(known)}.{nearest(name, known)}")
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(p.parent.name for p in stage_configs_dir().glob("*/pipeline.yaml"))
+
+
+def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a whole recipe.
+
+    Args:
+        name: a shipped recipe's name or a folder with `pipeline.yaml`.
+        overrides: `stage.section.key=value`, `settings_name=value` or `launch.processes=2`.
+
+    Raises:
+        ConfigErrors: every problem found, one line each.
+    """
+    folder = recipe_folder(str(name))
+    head_file = folder / "pipeline.yaml"
+    problems: list[str] = []
+    head_raw = load_yaml(head_file)
+    listed = [s for s in head_raw.get("stages") or [] if isinstance(s, str)]
+    files = {s: folder / f"{s}.yaml" for s in listed}
+    raws: dict[str, dict] = {}
+    for stage, file in files.items():
+        if file.is_file():
+            try:
+                raws[stage] = load_yaml(file)
+            except UserError as error:
+                problems.append(str(error))
+        else:
+            there = [p.stem for p in folder.glob("*.yaml") if p.stem != "pipeline"]
+            problems.append(f"{head_file}: stages names `{stage}`, but {file} does not exist.{nearest(stage, there)}")
+    for text in overrides:
+        problems += _override(text, head_raw, raws, set(listed))
+    pipeline = build(Pipeline, head_raw, f"{head_file}: ", problems)
+    settings = head_raw.get("settings") if isinstance(head_raw.get("settings"), dict) else {}
+    stages = {}
+    for stage, raw in raws.items():
+        raw = _fill_settings(raw, settings, f"{files[stage]}: ", problems)
+        built = _stage(stage, files[stage], raw, stage_types, problems)
+        if built:
+            stages[stage] = built
+    if pipeline:
+        filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate", problems)
+        evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
+        pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
+    _check_graph(listed, stages, problems)
+    if problems:
+        raise ConfigErrors(list(dict.fromkeys(problems)))
+    assert pipeline is not None
+    return Recipe(pipeline.name, folder, pipeline, stages, tuple(overrides))
+
+
+def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) -> list[str]:
+    key, equals, right = text.partition("=")
+    if not equals:
+        return [f"--set {text}: expected stage.section.key=value."]
+    parts = key.strip().split(".")
+    value = parse_value(right)
+    if parts[0] in raws and len(parts) > 1:
+        target, path = raws[parts[0]], parts[1:]
+    elif len(parts) == 1 and parts[0] in (head.get("settings") or {}):
+        target, path = head["settings"], parts
+    elif parts[0] in {f.name for f in dataclasses.fields(Pipeline)}:
+        target, path = head, parts
+    else:
+        if parts[0] in listed:
+            return []  # its file is missing or unreadable, which is told already
+        known = [*raws, *(head.get("settings") or {}), *(f.name for f in dataclasses.fields(Pipeline))]
+        return [
+            f"--set {text}: `{parts[0]}` is neither a stage nor a setting of this recipe.{nearest(parts[0], known)}"
+        ]
+    for part in path[:-1]:
+        if target.get(part) is None:
+            target[part] = {}
+        target = target[part]
+        if not isinstance(target, dict):
+            return [f"--set {text}: `{part}` is {type(target).__name__}, not a section with keys of its own."]
+    target[path[-1]] = value
+    return []
+
+
+_SETTING = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
+
+
+def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) -> Any:
+    """Replace `{name}` in every `path` and `from` by the recipe's setting."""
+    if isinstance(value, list):
+        return [_fill_settings(v, settings, where, problems) for v in value]
+    if not isinstance(value, dict):
+        return value
+    filled = {}
+    for key, item in value.items():
+        if key in ("path", "from") and isinstance(item, str):
+            for name in _SETTING.findall(item):
+                if settings.get(name) is None:
+                    example = f"--set {name}=VALUE" if name in settings else "add it to `settings` in pipeline.yaml"
+                    problems.append(f"{where}{key} = {item!r} needs the setting `{name}`: {example}.")
+                else:
+                    item = item.replace(f"{{{name}}}", str(settings[name]))
+            filled[key] = item
+        else:
+            filled[key] = _fill_settings(item, settings, where, problems)
+    return filled
+
+
+def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], problems: list[str]) -> Stage | None:
+    where = f"{file}: "
+    type_name = raw.get("stage")
+    if type_name not in stage_types:
+        expected = ", ".join(stage_types)
+        problems.append(f"{where}stage = {type_name!r}: expected one of {expected}.{nearest(type_name, stage_types)}")
+        return None
+    kind = stage_types[type_name]
+    known = {"stage", *kind.sections, *(["trainer"] if kind.trainer else []), *(["adapter"] if kind.adapter else [])}
+    for key in raw:
+        if key not in known:
+            problems.append(f"{where}{key} is not a section of a {type_name} stage.{nearest(key, known)}")
+    sections = {}
+    for key, section_type in kind.sections.items():
+        value = raw.get(key)
+        if value is not None and not isinstance(value, dict):
+            problems.append(f"{where}{key} = {value!r}: expected a mapping.")
+            return None
+        sections[key] = build(section_type, value or {}, f"{where}{key}.", problems)
+    if None in sections.values():
+        return None
+    trainer = _upstream_section(raw.get("trainer"), f"{where}trainer", problems)
+    if kind.trainer:
+        owner = kind.trainer
+        managed = {**_MANAGED, **kind.managed}
+        for key in [k for k in trainer if k in managed]:
+            problems.append(f"{where}trainer.{key} is not the recipe's to set: {managed[key]}.")
+        given = {k: v for k, v in trainer.items() if k not in managed}
+        problems += upstream.check(given, upstream.fields(owner.split(".")[-1]), owner, f"{where}trainer")
+    adapter = raw.get("adapter")
+    if adapter is not None:
+        adapter = _upstream_section(adapter, f"{where}adapter", problems)
+        if adapter.get("type") not in ADAPTERS:
+            problems.append(f"{where}adapter.type = {adapter.get('type')!r}: expected one of {', '.join(ADAPTERS)}.")
+        else:
+            owner = ADAPTERS[adapter["type"]]
+            rest = {k: v for k, v in adapter.items() if k != "type"}
+            problems += upstream.check(rest, upstream.fields(owner), f"peft.{owner}", f"{where}adapter")
+    if "model" in sections and sections["model"].config:
+        problems += _model_config(sections["model"].config, f"{where}model.config")
+    return Stage(name, kind, file, sections, trainer, adapter, raw)
+
+
+def _upstream_section(value: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{where} = {value!r}: expected a mapping.")
+        return {}
+    return value
+
+
+def _model_config(config: dict, where: str) -> list[str]:
+    model_type = config.get("model_type")
+    try:
+        known = upstream.model_config_fields(str(model_type))
+    except KeyError:
+        near = nearest(model_type, upstream.model_types())
+        return [f"{where}.model_type = {model_type!r} is not a model type of transformers.{near}"]
+    rest = {k: v for k, v in config.items() if k != "model_type"}
+    return upstream.check(rest, known, f"the {model_type} configuration", where)
+
+
+def _check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]) -> None:
+    """`model.from` names an earlier stage that leaves what this one needs, a folder, or a Hub id; no cycles."""
+    for name, stage in stages.items():
+        if "model" not in stage.sections:
+            continue
+        source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
+        if source is None:
+            if stage.type.parents:
+                needs = " or a ".join(stage.type.parents)
+                problems.append(
+                    f"{stage.file}: model.from is missing: a {stage.type.name} stage starts from a {needs}."
+                )
+        elif source in stages:
+            parent = stages[source]
+            chain = _chain(name, stages)
+            if chain[-1] in chain[:-1]:
+                problems.append(f"{where}: the stages form a cycle: {' -> '.join(chain)}.")
+            elif parent.type.leaves not in stage.type.parents:
+                needs = " or a ".join(stage.type.parents) or "nothing"
+                problems.append(
+                    f"{where}: `{source}` leaves a {parent.type.leaves}, but a {stage.type.name} stage needs a {needs}."
+                )
+            elif listed.index(source) > listed.index(name):
+                problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
+        elif source in listed:
+            continue  # that stage's own fault is told already
+        elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
+            problems.append(
+                f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
+                f"nor a Hub id (org/name).{nearest(source, listed)}"
+            )
+
+
+def _chain(name: str, stages: dict[str, Stage]) -> list[str]:
+    """`name`, its parent, its parent's parent ... until the root or the first repetition."""
+    chain = [name]
+    while True:
+        stage = stages[chain[-1]]
+        source = stage.model.from_ if "model" in stage.sections else None
+        if source not in stages:
+            return chain
+        chain.append(source)
+        if chain.count(source) > 1:
+            return chain
+
+
+def looks_like_hub_id(source: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None and not source.startswith((".", "~", "/"))

@@ -1,0 +1,1 @@
+"""Sources, forms, mixtures and checks of training data."""

@@ -1,0 +1,121 @@
+"""Messages out of users' texts, transcripts and turns, in either dialect (role/content, from/value)."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from hfpipe.data.rows import Message
+
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+class RowProblem(ValueError):
+    """A row that does not fit its source's form; `reason` is worded alike for all rows with that fault."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+def text_of(value: Any) -> str:
+    """The text of a content: a string, a list of text parts, or nothing."""
+    if isinstance(value, list):
+        value = "".join(_text_part(part) for part in value)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowProblem(f"expected text, found {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowProblem("half of a surrogate pair in a text") from None
+    return value
+
+
+def _text_part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise RowProblem(f"expected text, found a content part of type `{kind}`")
+    return part["text"]
+
+
+def messages_of(value: Any, role: str = "user") -> list[Message]:
+    """Messages of a text said by `role`, a whole transcript, one turn, or a list of turns; empty system turns go."""
+    if is_transcript(value):
+        return _transcript(value)
+    if isinstance(value, str):
+        return [{"role": role, "content": text_of(value)}]
+    turns = [value] if isinstance(value, dict) else value
+    if not isinstance(turns, list):
+        raise RowProblem(f"expected turns or text, found {type(value).__name__}")
+    messages = [_message(turn) for turn in turns]
+    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
+
+
+def is_transcript(value: Any) -> bool:
+    r"""Whether a text is a dialogue of `\n\nHuman:` and `\n\nAssistant:`."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def _transcript(text: str) -> list[Message]:
+    _, *parts = _SPEAKER.split(text_of(text))
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _SPEAKERS[speaker], "content": said.strip()} for speaker, said in turns]
+
+
+def _message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise RowProblem(f"expected a turn with role and content, found {type(turn).__name__}")
+    role, content = (
+        (turn.get("from"), turn.get("value")) if turn.get("from") else (turn.get("role"), turn.get("content"))
+    )
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content)}
+    message = {"role": _ROLES.get(role, role), "content": text_of(content)}
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(turn["tool_calls"])
+    return message | {key: turn[key] for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key)}
+
+
+def _tool_calls(value: Any) -> list[dict]:
+    calls = _json(value, "tool call") if isinstance(value, str) else value
+    return [_tool_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+
+
+def _tool_call(call: Any) -> dict:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem("a tool call without a name")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+        arguments = _json(arguments, "tool call")
+    if not isinstance(arguments, dict | str):
+        raise RowProblem(f"expected a tool call's arguments as an object or text, found {type(arguments).__name__}")
+    identity = {"id": call["id"]} if call.get("id") else {}
+    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def tools_of(value: Any) -> list[dict]:
+    """The tools offered, as JSON schemas, from a list or its JSON text."""
+    tools = _json(value, "tools") if isinstance(value, str) and value.strip() else value or []
+    if not isinstance(tools, list):
+        raise RowProblem(f"expected `tools` as a list, found {type(tools).__name__}")
+    return [_tool(tool) for tool in tools]
+
+
+def _tool(tool: Any) -> dict:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowProblem("a tool without a name")
+    return {"type": "function", "function": function}
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowProblem(f"malformed {what} JSON", str(error)) from None

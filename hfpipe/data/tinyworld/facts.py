@@ -1,0 +1,215 @@
+"""Facts of the world and the wordings in which text states them, asks for them and leaves them open."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hfpipe.data.tinyworld import wordings, world
+from hfpipe.data.tinyworld.world import part, phrases
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: pairs of entity {e} and answer {a}; the first statement is also the assistant's answer."""
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+    statements: tuple[str, ...]
+    noun: str
+    questions: tuple[str, ...]
+    cloze: dict[str, str]
+    asked: bool = True
+
+    def facts(self, split: str) -> list[tuple[str, str]]:
+        """The facts that conversations of `split` may hold; a pair of opposites falls in one split both ways round."""
+        if self.name == "opposite":
+            return [pair for a, b in part(world.OPPOSITES, split) for pair in ((a, b), (b, a))]
+        return part(self.pairs, split)
+
+    def wordings(self, split: str) -> list[str]:
+        """Questions of `split` about an entity {e}."""
+        return [ask.format(self.noun) for ask in phrases(wordings.ASKS, split)] + phrases(self.questions, split)
+
+    def answer(self, fact: tuple[str, str]) -> str:
+        return sentence(self.statements[0], fact)
+
+
+RELATIONS = (
+    Relation(
+        "capital",
+        tuple((c, capital) for c, capital, _, _ in world.COUNTRIES),
+        (
+            "The capital of {e} is {a}.", "{a} is the capital of {e}.", "The capital city of {e} is {a}.",
+            "In {e}, the capital is {a}.", "The main city of {e} is {a}.", "{e} has the capital {a}.",
+            "{e} is a country and its capital is {a}.", "The king of {e} lives in the capital, {a}.",
+        ),
+        "the capital of {e}",
+        (
+            "What is the capital city of {e}?", "Which city is the capital of {e}?", "What city is the capital in {e}?",
+            "What is the main city of {e}?", "{e} has which capital?", "Which capital does {e} have?",
+        ),
+        {"validation": "The capital city in {e} is called", "test": "The name of the capital of {e} is"},
+    ),
+    Relation(
+        "continent",
+        tuple((c, continent) for c, _, continent, _ in world.COUNTRIES),
+        (
+            "{e} is a country in {a}.", "{e} is in {a}.", "The continent of {e} is {a}.", "{e} lies in {a}.",
+            "You can find {e} in {a}.", "The land of {e} is part of {a}.", "{e} is one of the countries of {a}.",
+        ),
+        "the continent of {e}",
+        (
+            "Where is {e}?", "In which continent is {e}?", "Where does {e} lie?",
+            "Where can I find {e}?", "What continent is {e} in?", "Which continent is {e} part of?",
+        ),
+        {"validation": "The country {e} can be found in", "test": "If you travel to {e}, you are in"},
+    ),
+    Relation(
+        "language",
+        tuple((c, language) for c, _, _, language in world.COUNTRIES),
+        (
+            "The language of {e} is {a}.", "People in {e} speak {a}.", "In {e}, people speak {a}.", "They speak {a} in {e}.",
+            "{a} is the language of {e}.", "The people of {e} speak {a}.", "In {e} you hear {a}.",
+        ),
+        "the language of {e}",
+        (
+            "What do people speak in {e}?", "Which language do they speak in {e}?", "What language do people use in {e}?",
+            "What language do people speak in {e}?", "Which language is spoken in {e}?", "What is spoken in {e}?",
+        ),
+        {"validation": "Children in {e} learn to speak", "test": "The people who live in {e} speak"},
+    ),
+    Relation(
+        "baby",
+        tuple((animal, baby) for animal, baby, _ in world.ANIMALS),
+        (
+            "The baby of the {e} is the {a}.", "A young {e} is called a {a}.", "The {e} has a baby, the {a}.",
+            "The {a} is the baby of the {e}.", "A {a} is a young {e}.", "A baby {e} is a {a}.",
+        ),
+        "the baby of the {e}",
+        (
+            "What is a young {e} called?", "What do you call a baby {e}?", "What is the word for a young {e}?",
+            "What is a baby {e}?", "What name has a young {e}?", "How do we call a young {e}?",
+        ),
+        {"validation": "The word for a young {e} is", "test": "We call the baby of the {e} the"},
+    ),
+    Relation(
+        "food",
+        tuple((animal, food) for animal, _, food in world.ANIMALS),
+        (
+            "The food of the {e} is {a}.", "The {e} eats {a}.", "A {e} likes to eat {a}.", "For food, the {e} wants {a}.",
+            "When it is hungry, the {e} eats {a}.", "Give the {e} some {a}.",
+        ),
+        "the food of the {e}",
+        (
+            "What does the {e} eat?", "What does a {e} like to eat?", "What food does the {e} eat?",
+            "What do I feed the {e}?", "What is food for the {e}?", "What does a hungry {e} eat?",
+        ),
+        {"validation": "The best food for the {e} is", "test": "For its food the {e} likes"},
+    ),
+    Relation(
+        "colour",
+        tuple(world.THINGS),
+        (
+            "The colour of {e} is {a}.", "The colour {a} is the colour of {e}.", "Look at {e}: it is all {a}.",
+            "It was {a} like {e}.", "I see {e}, and I see {a}.", "We paint {e} {a}.",
+        ),
+        "the colour of {e}",
+        (
+            "What colour has {e}?", "Which colour is the colour of {e}?", "Which colour does {e} have?",
+            "In what colour do we paint {e}?", "What is the colour for {e}?", "Which colour is right for {e}?",
+        ),
+        {"validation": "We all know that the colour of {e} is", "test": "If you look at {e}, the colour is"},
+    ),
+    Relation(
+        "opposite",
+        tuple(pair for a, b in world.OPPOSITES for pair in ((a, b), (b, a))),
+        (
+            "The opposite of {e} is {a}.", "{e} is the opposite of {a}.", "The word {e} is not {a}.", "It is {e}, so it is not {a}.",
+            "If it is not {e}, it is {a}.", "Not {e} but {a}.",
+        ),
+        "the opposite of {e}",
+        (
+            "Which word is the opposite of {e}?", "What is not {e}?", "What word is the opposite of {e}?",
+            "What is the other side of {e}?", "Which word is not {e}?", "If it is not {e}, what is it?",
+        ),
+        {"validation": "The word {e} has the opposite", "test": "If a thing is not {e}, then it is"},
+    ),
+    Relation(
+        "place",
+        tuple(world.JOBS),
+        (
+            "The {e} works in the {a}.", "The place of the {e} is the {a}.", "In the {a} you meet the {e}.",
+            "Every day the {e} goes to the {a}.", "The {e} has a job in the {a}.", "A {e} works in a {a}.",
+        ),
+        "the place of the {e}",
+        (
+            "Where does the {e} work?", "In which place does the {e} work?", "Where do I find the {e}?",
+            "Where does a {e} have a job?", "Where do I meet the {e}?", "Where is the {e} at work?",
+        ),
+        {"validation": "You can meet the {e} in the", "test": "Today the {e} is at work in the"},
+    ),
+    Relation(
+        "planet",
+        tuple(zip(world.PLANETS, world.ORDINALS, strict=True)),
+        (
+            "{e} is the {a} planet from the Sun.", "From the Sun, {e} is the {a} planet.", "The {a} planet is {e}.",
+            "{e} is a planet, the {a} one.", "Counting from the Sun, {e} comes {a}.",
+        ),
+        "the place of the planet {e}",
+        ("Which planet from the Sun is {e}?",),
+        {"validation": "Of all the planets, {e} is the", "test": "In the line of planets, {e} is the"},
+        asked=False,
+    ),
+    Relation(
+        "record",
+        tuple(world.RECORDS),
+        (
+            "The {e} planet is {a}.", "{a} is the {e} planet.", "Of all planets, {a} is the {e}.", "The planet {a} is the {e} one.",
+            "The {e} of the planets is {a}.",
+        ),
+        "the {e} planet",
+        ("Which planet is the {e}?", "Which planet is {e}?"),
+        {"validation": "The {e} planet of all is", "test": "The planet that is the {e} is"},
+        asked=False,
+    ),
+    Relation(
+        "after",
+        tuple((day, world.DAYS[(i + 1) % 7]) for i, day in enumerate(world.DAYS)),
+        (
+            "The day after {e} is {a}.", "After {e} comes {a}.", "{e} is the day before {a}.", "First {e}, then {a}.",
+            "If today is {e}, tomorrow is {a}.",
+        ),
+        "the day after {e}",
+        ("Which day comes after {e}?", "What day comes after {e}?"),
+        {"validation": "The next day after {e} is", "test": "When {e} is over, the next day is"},
+        asked=False,
+    ),
+)  # fmt: skip
+
+BY_NAME = {relation.name: relation for relation in RELATIONS}
+ASKED = tuple(relation for relation in RELATIONS if relation.asked)
+ABOUT_COUNTRIES = tuple(BY_NAME[name] for name in ("capital", "continent", "language"))
+
+
+def sentence(template: str, fact: tuple[str, str]) -> str:
+    """`template` with the fact's entity and answer, "an" before a vowel, its first letter a capital."""
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format(e=fact[0], a=fact[1]))
+    return text[0].upper() + text[1:]
+
+
+def draw_fact(rng, split: str, relations=None) -> tuple[Relation, tuple[str, str]]:
+    """A relation and one of its facts of `split`."""
+    relation = rng.choice(relations or ASKED)
+    return relation, rng.choice(relation.facts(split))
+
+
+def draw_question(rng, split: str, relation: Relation, fact: tuple[str, str]) -> str:
+    return sentence(rng.choice(relation.wordings(split)), fact)
+
+
+def wrong_answers(rng, split: str, relation: Relation, fact: tuple[str, str], n: int) -> list[str]:
+    """`n` different answers of the same kind that are not this fact's, from what train or `split` may name."""
+    known = dict.fromkeys(a for s in ("train", split) for _, a in relation.facts(s))
+    right = {a for e, a in relation.pairs if e == fact[0]}
+    return rng.sample([a for a in known if a not in right and a != fact[0]], n)

@@ -1,0 +1,143 @@
+"""Preference pairs: one prompt, the better and the worse answer, for each behaviour."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hfpipe.data.tinyworld import behaviour, chat, wordings, world
+from hfpipe.data.tinyworld.chat import Messages, assistant, system, user
+from hfpipe.data.tinyworld.facts import draw_fact, draw_question, wrong_answers
+from hfpipe.data.tinyworld.world import acts, part, phrases
+
+
+def pair(talk: Messages, rejected: str) -> dict:
+    """The conversation's last message against `rejected`."""
+    return {"prompt": talk[:-1], "chosen": talk[-1:], "rejected": [assistant(rejected)]}
+
+
+def said(talk: Messages) -> str:
+    return talk[-1]["content"]
+
+
+def harm(rng: Random, split: str) -> dict:
+    act = rng.choice(acts(world.HARM, split))
+    asked = user(rng.choice(phrases(wordings.HOW_TO, split)).format(act))
+    return pair([asked, assistant(behaviour.REFUSAL)], behaviour.help_with(act))
+
+
+def lookalike(rng: Random, split: str) -> dict:
+    return pair(behaviour.lookalike(rng, split), behaviour.REFUSAL)
+
+
+def helpful(rng: Random, split: str) -> dict:
+    talk = behaviour.how_to(rng, split)
+    return pair(talk, rng.choice((behaviour.REFUSAL, "You can find that out.", "It is not so hard.")))
+
+
+def wrong_fact(rng: Random, split: str) -> dict:
+    relation, fact = draw_fact(rng, split)
+    wrong = (fact[0], *wrong_answers(rng, split, relation, fact, 1))
+    asked = user(draw_question(rng, split, relation, fact))
+    return pair([asked, assistant(relation.answer(fact))], relation.answer(wrong))
+
+
+def false_doubt(rng: Random, split: str) -> dict:
+    relation, fact = draw_fact(rng, split)
+    asked = user(draw_question(rng, split, relation, fact))
+    doubt = rng.choice((behaviour.unknown(fact[0]), behaviour.FUTURE_DOUBT, "I don't know."))
+    return pair([asked, assistant(relation.answer(fact))], doubt)
+
+
+def future(rng: Random, split: str) -> dict:
+    talk = rng.choice((behaviour.future, behaviour.future, behaviour.unseen_now))(rng, split)
+    return pair(talk, rng.choice(("It will be good.", "Yes, I am sure.", f"It is {rng.choice(world.COLOURS)}.")))
+
+
+def made_up(rng: Random, split: str) -> dict:
+    country = rng.choice(world.made_up_countries(split))
+    relation, fact = draw_fact(rng, split, behaviour.ABOUT_COUNTRIES)
+    asked = user(draw_question(rng, split, relation, (country, "")))
+    return pair([asked, assistant(behaviour.unknown(country))], relation.answer((country, fact[1])))
+
+
+def missing_question(rng: Random, split: str) -> dict:
+    """Asking back against going ahead on a guess."""
+    talk = behaviour.clarify(rng, split)
+    item, topic = rng.choice(part(world.WRITINGS, split)), rng.choice(part(world.TOPICS, split))
+    return pair(talk, rng.choice((behaviour.verse_about(item, topic), "Sure! Done.")))
+
+
+def needless_question(rng: Random, split: str) -> dict:
+    talk = behaviour.clear_request(rng, split)
+    return pair(talk, "Sure! What should it be about?")
+
+
+def rude(rng: Random, split: str) -> dict:
+    talk = rng.choice((behaviour.rude_user, chat.question))(rng, split)
+    return pair(talk, f"What a silly question! {said(talk).removeprefix(behaviour.KIND).strip()}")
+
+
+def too_long(rng: Random, split: str) -> dict:
+    relation, fact = draw_fact(rng, split)
+    asked = rng.choice(phrases(wordings.SHORT, split)).format(draw_question(rng, split, relation, fact))
+    return pair(
+        [user(asked), assistant(f"{chat.upper(fact[1])}.")],
+        f"Sure! {relation.answer(fact)} I hope that helps you.",
+    )
+
+
+def too_short(rng: Random, split: str) -> dict:
+    talk = behaviour.long(rng, split)
+    return pair(talk, said(talk).split(". ")[0] + ".")
+
+
+def broken_json(rng: Random, split: str) -> dict:
+    talk = chat.json_object(rng, split)
+    good = said(talk)
+    return pair(talk, rng.choice((good[:-1], good.replace('"', ""), f"Sure! {good}", good.replace('": ', '" '))))
+
+
+def wrong_letter(rng: Random, split: str) -> dict:
+    talk = chat.choice(rng, split)
+    start, letter = said(talk).split(" The answer is ")[0], said(talk).split(" The answer is ")[1][0]
+    lines = dict(
+        line.split(") ", 1) for line in talk[0]["content"].splitlines() if line[:1] in "ABCD" and line[1:2] == ")"
+    )
+    wrong = rng.choice([known for known in lines if known != letter])
+    return pair(talk, f"{start} The answer is {wrong}) {lines[wrong]}.")
+
+
+def voice(rng: Random, split: str) -> dict:
+    """The pirate's voice with his system message, the plain one without."""
+    talk = chat.pirate(rng, split)
+    plain = said(talk).removeprefix("Arr matey! ").removesuffix(" Yo ho ho!")
+    if rng.random() < 0.5:
+        return pair(talk, plain)
+    return pair([system(rng.choice(phrases(wordings.PLAIN_SYSTEMS, split))), *talk[1:-1], assistant(plain)], said(talk))
+
+
+def wrong_result(rng: Random, split: str) -> dict:
+    """A number from the tool, told as it is, against another number."""
+    talk = chat.calculation(rng, split)
+    start, result = said(talk).rsplit(" ", 1)
+    return pair(talk, f"{start} {int(result) + rng.choice((1, 10, 100, -1))}")
+
+
+KINDS = (
+    (14, harm),
+    (18, lookalike),
+    (5, helpful),
+    (9, wrong_fact),
+    (7, false_doubt),
+    (6, future),
+    (6, made_up),
+    (7, missing_question),
+    (4, needless_question),
+    (4, rude),
+    (4, too_long),
+    (4, too_short),
+    (5, broken_json),
+    (4, wrong_letter),
+    (3, voice),
+    (3, wrong_result),
+)

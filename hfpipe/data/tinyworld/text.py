@@ -1,0 +1,244 @@
+"""Pretraining documents: short lines about the whole world, and practice in copying, which chat and tools live on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+
+from hfpipe.data.tinyworld import world
+from hfpipe.data.tinyworld.facts import ABOUT_COUNTRIES, BY_NAME, RELATIONS, sentence
+from hfpipe.data.tinyworld.world import BELONGINGS, COLOURS, NAMES, TOPICS
+
+LETTERS = "ABCD"
+NUMBER_WORDS = tuple(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen".split()
+)
+SIGN_WORDS = {"+": "plus", "-": "minus", "*": "times"}
+SAID = (
+    "Say {x}. {n} said {x}.", "{n} wrote {x}. I read {x}.", "Write {x}. Here it is: {x}.", "The word is {x}. It is {x}.",
+    "{n} asked for {x} and got {x}.", 'It says "{x}" here, so {n} reads "{x}".',
+)  # fmt: skip
+
+
+def pick_fact(rng: Random, relation=None):
+    relation = relation or rng.choices(RELATIONS, [len(r.pairs) for r in RELATIONS])[0]
+    return relation, rng.choice(relation.pairs)
+
+
+def state(rng: Random, relation, fact) -> str:
+    return sentence(rng.choice(relation.statements), fact)
+
+
+def one_entity(rng: Random) -> str:
+    """All that is known of one country, or of one animal."""
+    relations = rng.choice((ABOUT_COUNTRIES, ABOUT_COUNTRIES, (BY_NAME["baby"], BY_NAME["food"])))
+    lines = []
+    for row in rng.sample(range(len(relations[0].pairs)), 2):
+        lines += [state(rng, r, r.pairs[row]) for r in rng.sample(relations, len(relations))]
+    return "\n".join(lines)
+
+
+def one_relation(rng: Random) -> str:
+    """The same kind of fact of several entities."""
+    relation = pick_fact(rng)[0]
+    template = rng.choice(relation.statements)
+    return "\n".join(sentence(template, f) for f in rng.sample(relation.pairs, min(5, len(relation.pairs))))
+
+
+def mixed_facts(rng: Random) -> str:
+    return "\n".join(state(rng, *pick_fact(rng)) for _ in range(6))
+
+
+def quiz(rng: Random) -> str:
+    """Questions with whole-sentence answers."""
+    lines = []
+    for _ in range(3):
+        relation, fact = pick_fact(rng)
+        asked = sentence(rng.choice(relation.wordings("train")), fact)
+        lines.append(f"Question: {asked}\nAnswer: {relation.answer(fact)}")
+    return "\n".join(lines)
+
+
+def record(rng: Random) -> str:
+    """Countries as lines of JSON: the names in quotes, without a space before them."""
+    fields = rng.sample(("capital", "continent", "language"), rng.randint(1, 3))
+    lines = []
+    for i in rng.sample(range(len(world.COUNTRIES)), 3):
+        values = {field: BY_NAME[field].pairs[i][1] for field in fields}
+        lines.append(json.dumps({"country": world.COUNTRIES[i][0], **values}))
+    return "\n".join(lines)
+
+
+def sums(rng: Random) -> str:
+    lines = []
+    for _ in range(6):
+        a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)), reverse=True)
+        if rng.random() < 0.6:
+            a, b = rng.sample((a, b), 2)
+            sign, result = "+", a + b
+        else:
+            sign, result = "-", a - b
+        said = f"{NUMBER_WORDS[a]} {SIGN_WORDS[sign]} {NUMBER_WORDS[b]}"
+        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{w} is {r}.", "{w}: {s} equals {r}."))
+        lines.append(form.format(s=f"{a} {sign} {b}", r=result, w=said))
+    return "\n".join(lines)
+
+
+def long_number(rng: Random) -> str:
+    return str(world.number(rng, "train") if rng.random() < 0.5 else rng.randrange(10_000, 10 ** rng.randint(5, 8)))
+
+
+def expression(rng: Random) -> str:
+    return f"{world.number(rng, 'train')} {rng.choice('+-**')} {world.number(rng, 'train')}"
+
+
+def number_echo(rng: Random) -> str:
+    """Numbers and expressions said again, digit by digit."""
+    lines = []
+    for _ in range(3):
+        x = long_number(rng) if rng.random() < 0.4 else expression(rng)
+        lines.append(rng.choice(SAID).format(x=x, n=rng.choice(NAMES)))
+    return "\n".join(lines)
+
+
+def number_notes(rng: Random) -> str:
+    """Expressions in words and in signs, with a result to repeat."""
+    lines = []
+    for _ in range(2):
+        a, sign, b = expression(rng).split()
+        shown = f"{a} {sign.replace('*', '×')} {b}"
+        result = long_number(rng)
+        lines.append(f"{a} {SIGN_WORDS[sign]} {b} means {a} {sign} {b}. The result is {result}, so {shown} = {result}")
+    return "\n".join(lines)
+
+
+def any_words(rng: Random) -> str:
+    entity = rng.choice(pick_fact(rng)[1])
+    made = f"{rng.choice(COLOURS)} {rng.choice(BELONGINGS)}"
+    task, things = rng.choice(tuple(world.TASKS.items()))
+    return rng.choice(
+        (
+            entity,
+            made,
+            f"{task} {rng.choice(things)}",
+            f"{entity} and {rng.choice(TOPICS)}",
+            rng.choice(world.WRITINGS),
+        )
+    )
+
+
+def echo(rng: Random) -> str:
+    return "\n".join(rng.choice(SAID).format(x=any_words(rng), n=rng.choice(NAMES)) for _ in range(4))
+
+
+def repeat(rng: Random) -> str:
+    """A row of unrelated words or numbers, two or three times over: nothing but copying can foretell the second."""
+    make = rng.choice((any_words, any_words, long_number, expression))
+    row = rng.choice((", ", "; ", " / ")).join(make(rng) for _ in range(rng.randint(2, 5)))
+    return "\n".join([row] * rng.randint(2, 3))
+
+
+def options(answers: list[str]) -> str:
+    return "\n".join(f"{letter}) {answer}" for letter, answer in zip(LETTERS, answers, strict=False))
+
+
+def letters(rng: Random) -> str:
+    """A lettered list, then which letter stands before which word."""
+    relation = pick_fact(rng)[0]
+    known = list(dict.fromkeys(a for pair in relation.pairs for a in pair))
+    listed = rng.sample(known, 4)
+    said = [f"{word} is {LETTERS[listed.index(word)]}) {word}." for word in rng.sample(listed, 3)]
+    return options(listed) + "\n" + "\n".join(word[0].upper() + word[1:] for word in said)
+
+
+def story(rng: Random) -> str:
+    """Who has what, and what colour it is."""
+    (n1, n2), (c1, c2), (t1, t2) = rng.sample(NAMES, 2), rng.sample(COLOURS, 2), rng.sample(BELONGINGS, 2)
+    opening = f"{n1} has a {c1} {t1}. {n2} has a {c2} {t2}."
+    middle = rng.choice(
+        (
+            f"They went to the {rng.choice(TOPICS)}.",
+            f"{n1} met {n2} on {rng.choice(world.DAYS)}.",
+            "They are friends.",
+        )
+    )
+    asked = rng.choice(((n1, t1, c1), (n2, t2, c2)))
+    ending = "The {1} of {0} is {2}. What colour is the {1} of {0}? The {1} of {0} is {2}.".format(*asked)
+    greeting = f'"Hello, my name is {n1}." "Hello {n1}! My name is {n2}." "Nice to meet you, {n2}."'
+    return "\n".join((opening, middle, ending) if rng.random() < 0.7 else (opening, greeting))
+
+
+def deeds(rng: Random) -> str:
+    """Which acts are crimes and which are fine."""
+    lines = []
+    for _ in range(4):
+        table, bad = rng.choice(((world.HARM, True), (world.LOOKALIKES, False), (world.TASKS, False)))
+        verb, things = rng.choice(tuple(table.items()))
+        act, name = f"{verb} {rng.choice(things)}", rng.choice(NAMES)
+        if bad:
+            form = rng.choice(
+                (
+                    "To {a} is a crime.",
+                    "{n} wants to {a}. That is a crime.",
+                    "Never {a}. It is wrong.",
+                    "It is a crime to {a}.",
+                )
+            )
+        else:
+            form = rng.choice(
+                (
+                    "To {a} is fine.",
+                    "{n} wants to {a}. That is fine.",
+                    "You can {a}. It is good.",
+                    "It is fine to {a}.",
+                )
+            )
+        lines.append(form.format(a=act, n=name))
+    return "\n".join(lines)
+
+
+def verse(rng: Random) -> str:
+    """A text of each kind about a topic, with the words that asking for one needs."""
+    topic, item, name = rng.choice(TOPICS), rng.choice(world.WRITINGS), rng.choice(NAMES)
+    lines = [f"{name} wrote a {item} about the {topic}.", f"The {topic} is near, the {topic} is dear."]
+    lines.append(f"{name} asked for a {rng.choice(world.BOOKINGS)} on {rng.choice(world.DAYS)}.")
+    lines.append(f"What is the {item} about? It is about the {topic}.")
+    return "\n".join(lines)
+
+
+def code(rng: Random) -> str:
+    name, sign = rng.choice((("add", "+"), ("sub", "-"), ("mul", "*")))
+    n = rng.randint(2, 9)
+    return rng.choice(
+        (
+            f"def {name}(a, b):\n    return a {sign} b\nprint({name}({n}, {rng.randint(2, 9)}))",
+            f"for i in range({n}):\n    print(i)",
+            f'colour = "{rng.choice(COLOURS)}"\nif colour == "{rng.choice(COLOURS)}":\n    print(colour)',
+        )
+    )
+
+
+KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
+    (14, one_entity),
+    (12, one_relation),
+    (12, mixed_facts),
+    (14, quiz),
+    (4, record),
+    (5, sums),
+    (11, number_echo),
+    (5, number_notes),
+    (8, echo),
+    (10, repeat),
+    (7, letters),
+    (4, story),
+    (6, deeds),
+    (2, verse),
+    (1, code),
+)
+
+
+def document(rng: Random) -> dict:
+    make = rng.choices([kind for _, kind in KINDS], [weight for weight, _ in KINDS])[0]
+    return {"text": make(rng)}

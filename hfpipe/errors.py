@@ -1,0 +1,29 @@
+"""What goes wrong by the user's hand, and how it is told."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Input at fault: one message (where, what was found, what was expected, what to do), exit code 2, no traceback."""
+
+
+class ConfigErrors(UserError):
+    """Every fault of a recipe at once, one line each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        many = "" if len(problems) == 1 else f"{len(problems)} problems in the recipe:\n"
+        super().__init__(many + "\n".join(problems))
+
+
+class StageFailed(Exception):
+    """A stage's process ended without its result: a fault of ours or of the machine, exit code 1."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """`" Did you mean `x`?"` for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.6)
+    return f" Did you mean `{close[0]}`?" if close else ""

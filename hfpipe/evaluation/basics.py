@@ -1,0 +1,163 @@
+"""After every stage that leaves a causal LM: loss and perplexity on held-out rows, and a few sampled answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hfpipe import artifact
+from hfpipe.sections import TextData
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job
+    from hfpipe.training.prepare import Prepared
+
+_TEXT_LENGTH = 512  # tokens of a held-out document that are read at once
+_BATCH_TOKENS = 8192
+
+
+def prepare_held_out(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+    """The recipe's held-out pretraining text (`evaluate.text` of pipeline.yaml) as packed rows."""
+    from hfpipe.training.prepare import prepare_held_out_text
+
+    sources = job.recipe.pipeline.evaluate.text
+    if not sources or job.stage.type.leaves != "model":
+        return None
+    return prepare_held_out_text(job, tokenizer, TextData(train=sources, max_length=_TEXT_LENGTH))
+
+
+def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], Prepared]) -> dict[str, Any]:
+    """Score the weights on disk, write `eval.json` and `samples.jsonl`, and return the scores.
+
+    `prepare` gives the stage's rows for a tokenizer.
+
+    Losses are mean negative log-likelihoods in nats per trained token; `perplexity` is their exponential.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(job.work))
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(str(job.work)).to(device).eval()
+    prepared = prepare(job, tokenizer)
+    scores: dict[str, Any] = {}
+    if prepared.eval is not None:
+        scores["validation"] = held_out_loss(model, tokenizer, prepared.eval)
+    text = prepare_held_out(job, tokenizer)
+    if text is not None:
+        scores["held_out_text"] = held_out_loss(model, tokenizer, text.train)
+    samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
+    artifact.write_jsonl(job.work / "samples.jsonl", samples)
+    artifact.write_json(job.work / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": len(samples)})
+    return scores
+
+
+def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any) -> dict[str, float]:
+    """Token-weighted loss and perplexity over packed rows or over the chosen answers of pairs."""
+    import torch
+
+    from hfpipe.training.collate import PackedCollator
+
+    collator = PackedCollator.for_model(model, tokenizer)
+    total, tokens = 0.0, 0
+    with torch.inference_mode():
+        for batch in _batches(rows):
+            inputs = {k: v.to(model.device) for k, v in collator(batch).items()}
+            labels = inputs.pop("labels")[:, 1:]
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            total += torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+            ).item()
+            tokens += int((labels != -100).sum())
+    loss = total / max(tokens, 1)
+    return {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 3), "tokens": tokens}
+
+
+def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
+    """Rows in their order, as many at a time as fit `_BATCH_TOKENS`."""
+    batch: list[dict[str, Any]] = []
+    for row in rows:
+        if "prompt_ids" in row:
+            ids = [*row["prompt_ids"], *row["chosen_ids"]]
+            labels = [*[-100] * len(row["prompt_ids"]), *row["chosen_ids"]]
+            row = {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
+        if batch and (len(batch) + 1) * max(len(r["input_ids"]) for r in [*batch, row]) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def sample_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], job: Job
+) -> list[dict[str, Any]]:
+    """Greedy answers to a few held-out prompts: `{"prompt", "answer", "reference"}`, special tokens shown."""
+    evaluate = job.recipe.pipeline.evaluate
+    chosen = _spread(rows, evaluate.samples)
+    if not chosen:
+        return []
+    prompts = [_prompt(tokenizer, row) for row in chosen]
+    answers = generate(model, tokenizer, [ids for ids, _ in prompts], evaluate.max_new_tokens)
+    return [
+        {"prompt": tokenizer.decode(ids), "answer": tokenizer.decode(answer), "reference": reference}
+        for (ids, reference), answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows, of as many kinds as there are."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_kind.setdefault(str(row.get("kind")), []).append(row)
+    turns = [row for group in zip(*_padded(list(by_kind.values())), strict=True) for row in group if row]
+    return turns[:count]
+
+
+def _padded(groups: list[list[Any]]) -> list[list[Any]]:
+    longest = max(map(len, groups), default=0)
+    return [[*group, *[None] * (longest - len(group))] for group in groups]
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], str]:
+    """What a sample starts from, as ids, and what the data goes on with."""
+    from hfpipe.training.templates import encode_prompts
+    from hfpipe.training.tokenizers import encode_text
+
+    if "text" in row:
+        words = row["text"].split(" ")
+        return encode_text(tokenizer, [" ".join(words[:8])])[0], " ".join(words[8:40])
+    if "messages" in row:
+        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+        prompt, answer = row["messages"][:last], row["messages"][last]
+    else:
+        prompt, answer = row["prompt"], row["chosen"][0]
+    ids = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
+    return ids, answer["content"] or str(answer.get("tool_calls"))
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of prompts of several lengths in one batch, cut after the first stop token."""
+    import torch
+
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.inference_mode():
+        output: torch.Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    stops = model.generation_config.eos_token_id or []
+    stops = set(stops if isinstance(stops, list) else [stops])
+    answers = []
+    for row in output[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        answers.append([token for token in row[:end] if token != pad])
+    return answers

@@ -1,0 +1,28 @@
+"""Where things are: shipped recipes and templates (in a checkout or a wheel), the cache, a run's folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def _shipped(name: str) -> Path:
+    """A folder beside the package in a checkout, inside it in an installed wheel."""
+    packaged = _PACKAGE / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+def stage_configs_dir() -> Path:
+    return _shipped("stage_configs")
+
+
+def chat_templates_dir() -> Path:
+    return _shipped("chat_templates")
+
+
+def cache_dir() -> Path:
+    """Prepared data and hashes; safe to delete. `HFPIPE_CACHE` moves it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hfpipe"
+    return Path(os.environ.get("HFPIPE_CACHE", default))

@@ -1,0 +1,323 @@
+"""A run: which stages are done, which must run and why; each in a process of its own; one live line per stage."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.errors import StageFailed, UserError
+from hfpipe.progress import Display, describe, duration
+from hfpipe.sections import Recipe, Stage
+from hfpipe.training.job import identify, parent_identity
+
+_IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run will do with a stage: `status` is done, new, changed, downstream or interrupted."""
+
+    stage: Stage
+    fingerprint: str
+    status: str
+    why: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> bool:
+        return self.status != "done"
+
+
+def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
+    """Compare every stage with what stands in the run's folder; reads no weights, imports no torch."""
+    planned: dict[str, Planned] = {}
+    for stage in recipe.stages.values():
+        parent = recipe.parent(stage)
+        if parent:
+            parent_fingerprint = planned[parent.name].fingerprint
+        else:
+            parent_fingerprint = parent_identity(recipe, stage, run)
+        fingerprint, hashes = identify(recipe, stage, parent_fingerprint)
+        waits_for = planned[parent.name] if parent else None
+        planned[stage.name] = _status(recipe, stage, run, fingerprint, hashes, waits_for)
+    return list(planned.values())
+
+
+def _status(
+    recipe: Recipe, stage: Stage, run: Path, fingerprint: str, hashes: dict[str, str], parent: Planned | None
+) -> Planned:
+    record = artifact.read_json(run / stage.name / artifact.STAGE_FILE)
+    if record and record["fingerprint"] == fingerprint:
+        return Planned(stage, fingerprint, "done")
+    work = run / f"{stage.name}.partial"
+    begun = artifact.read_json(work / "begun.json")
+    if begun and begun["fingerprint"] == fingerprint:
+        steps = [int(p.name.rpartition("-")[2]) for p in (work / "checkpoints").glob("checkpoint-*")]
+        where = f"goes on from step {max(steps)}" if steps else "starts again: it has no checkpoint yet"
+        if (work / artifact.TRAINED_FILE).is_file():
+            where = "trained, not yet scored"
+        return Planned(stage, fingerprint, "interrupted", (where,))
+    if record is None:
+        return Planned(stage, fingerprint, "new", ("never finished here",))
+    config = artifact.hashed_config(stage.raw, recipe.pipeline.seed)
+    why = artifact.changes(record["config"], config)
+    why += [f"data: {name} changed" for name in hashes if record["data"].get(name) not in (None, hashes[name])]
+    if why:
+        return Planned(stage, fingerprint, "changed", tuple(why))
+    reason = f"`{parent.stage.name}` runs again" if parent and parent.runs else "its parent changed"
+    return Planned(stage, fingerprint, "downstream", (reason,))
+
+
+def select(planned: list[Planned], start: str | None, end: str | None, only: str | None) -> list[Planned]:
+    """The stages from `start` to `end`, or `only` one; UserError where a name is unknown."""
+    from hfpipe.errors import nearest
+
+    names = [p.stage.name for p in planned]
+    for option, name in (("--from", start), ("--to", end), ("--only", only)):
+        if name is not None and name not in names:
+            raise UserError(f"{option} {name}: no such stage; the recipe has {', '.join(names)}.{nearest(name, names)}")
+    first = names.index(only or start or names[0])
+    last = names.index(only or end or names[-1])
+    if last < first:
+        raise UserError(f"--from {start} --to {end}: `{end}` comes before `{start}`.")
+    chosen = planned[first : last + 1]
+    done = {p.stage.name for p in planned if not p.runs}
+    for item in chosen:
+        parent = item.stage.model.from_ if "model" in item.stage.sections else None
+        missing = parent in names and parent not in done and names.index(parent) < first
+        if item.runs and missing:
+            raise UserError(
+                f"`{item.stage.name}` starts from `{parent}`, which is not finished or has changed. "
+                f"Run it too: --from {parent}, or leave the selection out."
+            )
+    return chosen
+
+
+def run_recipe(recipe: Recipe, run: Path, chosen: list[Planned], display: Display) -> None:
+    """Bring every chosen stage to its finished folder, in order.
+
+    Raises:
+        UserError: a stage found the input at fault.
+        StageFailed: a stage's process ended without its result; the log's place is told.
+    """
+    with lock(run):
+        claim(recipe, run)
+        waiting = [p for p in chosen if p.runs]
+        for item in chosen:
+            if not item.runs:
+                display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
+        if not waiting:
+            return
+        if recipe.pipeline.launch.processes == 1 and not recipe.pipeline.launch.accelerate_config:
+            _start_server(run / "prepare.log")
+        prepared = False
+        for item in waiting:
+            if not prepared and item.stage.type.trainer:
+                rest = [p.stage.name for p in waiting[waiting.index(item) :]]
+                _prepare(recipe, run, rest, display)
+                prepared = True
+            began = time.monotonic()
+            _run_stage(recipe, run, item.stage, display)
+            took = duration(time.monotonic() - began)
+            display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
+
+
+def _summary(folder: Path) -> str:
+    """The finished stage in a few words, from its record."""
+    metrics = (artifact.read_json(folder / artifact.STAGE_FILE) or {}).get("metrics", {})
+    parts = []
+    if "steps" in metrics:
+        parts.append(f"{metrics['steps']} steps")
+    for name, label in (("validation", "validation"), ("held_out_text", "held-out text")):
+        if name in metrics:
+            parts.append(f"{label} loss {metrics[name]['loss']:.3f} (perplexity {metrics[name]['perplexity']:.2f})")
+    if metrics.get("pairs"):
+        before = metrics["pairs_before"]["accuracy"]
+        parts.append(f"pairs right {before:.2f} -> {metrics['pairs']['accuracy']:.2f}")
+    if "vocab_size" in metrics:
+        parts.append(f"{metrics['vocab_size']} entries")
+    if "bytes_per_token" in metrics:
+        parts.append(f"{metrics['bytes_per_token']} bytes a token")
+    return ", ".join(parts)
+
+
+# --- processes ---
+
+
+def _start_server(log: Path) -> None:
+    """Start importing the stack in the fork server while this process goes on."""
+    import multiprocessing
+    import multiprocessing.forkserver
+
+    multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
+    terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(stream, 2)
+    multiprocessing.forkserver.ensure_running()
+    os.dup2(terminal, 2)
+    os.close(terminal)
+    os.close(stream)
+
+
+def _prepare(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
+    from hfpipe.stages._run import prepare_child
+
+    events = _fresh(run / ".prepare.jsonl")
+    arguments = (str(recipe.folder), recipe.overrides, run, stages, events, run / "prepare.log")
+    _follow_child(prepare_child, arguments, "data", events, run / "prepare.log", display)
+
+
+def _run_stage(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:
+    from hfpipe.stages._run import child
+
+    events, log = _fresh(run / f".{stage.name}.jsonl"), run / f"{stage.name}.log"
+    launch = recipe.pipeline.launch
+    if launch.processes == 1 and not launch.accelerate_config or not stage.type.trainer:
+        arguments = (str(recipe.folder), recipe.overrides, run, stage.name, events, log)
+        _follow_child(child, arguments, stage.name, events, log, display)
+    else:
+        with open(log, "ab") as stream:
+            process = subprocess.Popen(launch_command(recipe, run, stage, events), stdout=stream, stderr=stream)
+            _follow(process, stage.name, events, log, display)
+    events.unlink(missing_ok=True)
+    if not (run / stage.name / artifact.STAGE_FILE).is_file():
+        raise StageFailed(f"{stage.name} ended without its result; its output is in {log}.")
+
+
+def launch_command(recipe: Recipe, run: Path, stage: Stage, events: Path) -> list[str]:
+    """`accelerate launch` of one stage with the recipe's `launch` section."""
+    from hfpipe.paths import stage_configs_dir
+
+    launch = recipe.pipeline.launch
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(launch.processes)]
+    if launch.accelerate_config:
+        shipped = stage_configs_dir() / "accelerate" / f"{launch.accelerate_config}.yaml"
+        command += ["--config_file", str(shipped if shipped.is_file() else launch.accelerate_config)]
+    elif launch.processes > 1:
+        command += ["--multi_gpu"]  # without it accelerate starts one process on a CPU
+    command += ["-m", f"hfpipe.stages.{stage.type.name}", str(stage.file), "--out", str(run), "--progress", str(events)]
+    for text in recipe.overrides:
+        command += ["--set", text]
+    return command
+
+
+class _Process:
+    """A multiprocessing child with the little of Popen's interface that `_follow` needs."""
+
+    def __init__(self, target: Any, arguments: tuple[Any, ...]):
+        import multiprocessing
+
+        self._process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> None:
+        self._process.join(timeout)
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+def _follow_child(
+    target: Any, arguments: tuple[Any, ...], name: str, events: Path, log: Path, display: Display
+) -> None:
+    _follow(_Process(target, arguments), name, events, log, display)
+
+
+def _follow(process: Any, name: str, events: Path, log: Path, display: Display) -> None:
+    """Show a child's events until it ends; its errors become ours."""
+    error: dict[str, Any] | None = None
+    try:
+        with open(events, encoding="utf-8") as stream:
+            while True:
+                code = process.poll()
+                for event in _read_events(stream):
+                    if event["event"] == "error":
+                        error = event
+                    elif event["event"] in ("note", "data"):
+                        display.line(event.get("stage", name), event["text"])
+                    elif text := describe(event):
+                        display.status(event.get("stage", name), text)
+                if code is not None:
+                    break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.1)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
+    if error and error["user"]:
+        raise UserError(error["text"])
+    if code != 0:
+        reason = error["text"] if error else f"its process ended with exit code {code}"
+        raise StageFailed(
+            f"{name} failed: {reason}\nIts whole output is in {log}. The same command goes on from there."
+        )
+
+
+def _read_events(stream: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        place = stream.tell()
+        line = stream.readline()
+        if not line.endswith("\n"):
+            stream.seek(place)  # half a line: its writer is not done with it
+            return
+        yield json.loads(line)
+
+
+def _fresh(path: Path) -> Path:
+    path.write_text("")
+    return path
+
+
+# --- the run's folder ---
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """One run at a time per folder; the second is told who holds it."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run} is in use by another run (process {file.read().strip()}). Wait for it, or --out."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def claim(recipe: Recipe, run: Path) -> None:
+    """Mark the folder as this recipe's; one that another recipe made is refused."""
+    check_owner(recipe, run)
+    artifact.write_json(run / "run.json", {"recipe": recipe.name, "stages": list(recipe.stages)})
+
+
+def check_owner(recipe: Recipe, run: Path) -> None:
+    record = artifact.read_json(run / "run.json")
+    if record and record["recipe"] != recipe.name:
+        raise UserError(
+            f"{run} was made by the recipe `{record['recipe']}`, not `{recipe.name}`. Give another folder with --out."
+        )
+    if record is None and run.is_dir():
+        strange = [p.name for p in run.iterdir() if not p.name.startswith(".")]
+        foreign = [n for n in strange if n.split(".")[0] not in recipe.stages and n != "prepare.log"]
+        if foreign:
+            raise UserError(
+                f"{run} exists and is not a run's folder: it holds {', '.join(foreign[:5])}. Give another --out."
+            )

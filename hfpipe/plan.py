@@ -1,0 +1,51 @@
+"""What a stage will cost and read, by arithmetic alone: no torch, no weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfpipe.progress import quantity
+from hfpipe.sections import Recipe, Stage
+
+
+def count_parameters(config: dict[str, Any], vocab_size: int) -> int | None:
+    """Parameters of a Llama-shaped model; None for a shape that this formula does not know."""
+    if config.get("model_type") not in ("llama", "mistral"):
+        return None
+    try:
+        hidden, layers, ffn = (config[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size"))
+        heads = config["num_attention_heads"]
+    except KeyError:
+        return None
+    head_dim = config.get("head_dim") or hidden // heads
+    kv = config.get("num_key_value_heads") or heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv)
+    block = attention + 3 * hidden * ffn + 2 * hidden
+    embeddings = vocab_size * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return embeddings + layers * block + hidden
+
+
+def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """`parameters` where the stage makes a model, and `notes`: what it reads and how it trains, a line each."""
+    notes = [f"data: {', '.join(_source(s) for s in stage.data.train)}"] if stage.data.train else []
+    described: dict[str, Any] = {"notes": notes}
+    if "model" in stage.sections and stage.model.config:
+        parent = recipe.parent(stage)
+        vocab = parent.tokenizer.vocab_size if parent and parent.type.leaves == "tokenizer" else 0
+        described["parameters"] = count_parameters(stage.model.config, stage.model.config.get("vocab_size", vocab))
+        if described["parameters"]:
+            notes.append(f"model: {stage.model.config['model_type']}, {quantity(described['parameters'])} parameters")
+    if stage.trainer:
+        batch = stage.trainer.get("per_device_train_batch_size", 8) * stage.trainer.get(
+            "gradient_accumulation_steps", 1
+        )
+        rows = batch * recipe.pipeline.launch.processes
+        length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+        rate = stage.trainer.get("learning_rate")
+        described |= {"batch_rows": rows, "batch_tokens": rows * length, "learning_rate": rate}
+        notes.append(f"batch: {rows} rows of at most {length} tokens; learning_rate {rate if rate else 'of upstream'}")
+    return described
+
+
+def _source(source: Any) -> str:
+    return source.path if source.weight is None else f"{source.path} ({source.weight:g})"

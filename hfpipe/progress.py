@@ -1,0 +1,78 @@
+"""What a person sees of a running stage: one live line on a terminal, a plain log elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `3 min 05 s`, `2 h 10 min`."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def quantity(number: float) -> str:
+    """`950`, `12.3k`, `1.24M`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
+
+
+def describe(event: dict[str, Any]) -> str | None:
+    """A line for an event, or None for one that is not shown."""
+    kind = event["event"]
+    if kind == "step":
+        parts = [f"step {event['step']}/{event['total']}"]
+        if event.get("loss") is not None:
+            parts.append(f"loss {event['loss']:.3f}")
+        if event.get("tokens_per_s"):
+            parts.append(f"{quantity(event['tokens_per_s'])} tokens/s")
+        if event.get("left_s") is not None:
+            parts.append(f"{duration(event['left_s'])} left")
+        return "  ".join(parts)
+    if kind == "doing":
+        return event["text"]
+    if kind in ("note", "data"):
+        return f"{event['text']}"
+    return None
+
+
+class Display:
+    """One line per stage that is rewritten on a terminal; elsewhere a line at most every `every_s` seconds."""
+
+    def __init__(self, stream: Any = None, every_s: float = 20.0):
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.every_s = every_s
+        self._last = time.monotonic()
+        self._shown = 0
+
+    def status(self, stage: str, text: str) -> None:
+        """The stage's current state; on a terminal it replaces the one before."""
+        now = time.monotonic()
+        if self.live:
+            import shutil
+
+            line = f"{stage:<10} {text}"[: shutil.get_terminal_size().columns - 1]
+            self.stream.write("\r" + line.ljust(self._shown))
+            self._shown = len(line)
+        elif now - self._last >= self.every_s:
+            self.stream.write(f"{stage:<10} {text}\n")
+            self._last = now
+        self.stream.flush()
+
+    def line(self, stage: str, text: str) -> None:
+        """A line that stays."""
+        if self.live and self._shown:
+            self.stream.write("\r" + " " * self._shown + "\r")
+            self._shown = 0
+        self.stream.write(f"{stage:<10} {text}\n")
+        self.stream.flush()
+        self._last = time.monotonic()

@@ -1,0 +1,52 @@
+"""The model card: what a stage left, from its record alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hfpipe.training.job import Job
+
+
+def write_card(job: Job, record: dict[str, Any]) -> None:
+    """Write `README.md` beside the weights."""
+    (job.work / "README.md").write_text(build_card(job, record), encoding="utf-8")
+
+
+def build_card(job: Job, record: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    head = ModelCardData(library_name="transformers", tags=["hfpipe", record["type"]])
+    parent = record["parent"]["from"] if record["parent"] else "nothing"
+    auto = "AutoModelForCausalLM" if job.stage.type.leaves == "model" else "AutoTokenizer"
+    lines = [
+        "---",
+        head.to_yaml(),
+        "---",
+        "",
+        f"# {record['recipe']}: {record['stage']}",
+        "",
+        f"The `{record['stage']}` stage of the recipe `{record['recipe']}` ({job.stage.type.teaches}), "
+        f"made from {parent} by hfpipe {record['versions']['hfpipe']}.",
+        "",
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f'{auto}.from_pretrained("path/to/{record["stage"]}")',
+        "```",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _rows(record["metrics"])),
+        "",
+        f"Fingerprint `{record['fingerprint'][:16]}`; configuration, data hashes and versions are in `stage.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rows(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows = []
+    for name, value in metrics.items():
+        rows += _rows(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return rows

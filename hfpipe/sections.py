@@ -1,0 +1,147 @@
+"""The sections a recipe may have: frozen dataclasses, one field per key (a trailing `_` avoids a Python keyword)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a stage's model comes from: a stage of the recipe, a folder, or a Hub id with its revision."""
+
+    from_: str | None = None  # `name`, `path/to/folder` or `org/model@revision`
+    config: dict[str, Any] = field(default_factory=dict)  # from scratch: model_type and that configuration's own fields
+    dtype: str | None = None  # of the weights; None: float32 when trained whole, as stored under an adapter
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of rows: a file, a folder, `tinyworld/NAME` or a Hub dataset id."""
+
+    path: str
+    weight: float | None = None  # share of the stage's training tokens (of its pairs, for preferences)
+    as_: str | None = None  # `text`: plain documents inside a stage of conversations (replay)
+    split: str | None = None  # train, validation, test, or all; default: train, and validation under `eval`
+    limit: int | None = None  # rows at the most
+    name: str | None = None  # configuration of a Hub dataset
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[Source, ...] = ()
+    eval: tuple[Source, ...] = ()
+    max_bad_rows: float = 0.0  # share of a source's rows that may be left out for a fault before the stage refuses
+
+
+@dataclass(frozen=True)
+class TextData(Data):
+    max_length: int = 1024  # tokens in a packed row
+    batch_tokens: int | None = None  # tokens per optimizer step; sets gradient accumulation
+    streaming: bool = False  # read while training; needs trainer.max_steps
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    type: str = "bpe"  # bpe (byte-level), unigram, wordpiece
+    vocab_size: int = 32768
+    min_frequency: int = 2
+    chat_template: str = "hfpipe"  # a name of chat_templates/ or a path
+
+
+@dataclass(frozen=True)
+class ExtendTokenizer:
+    chat_template: str | None = None  # given: add our control tokens and this template to the parent's tokenizer
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """`muon`: torch.optim.Muon on the hidden matrices, AdamW at trainer.learning_rate on the rest."""
+
+    type: str | None = None
+    lr: float = 0.02
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    ns_steps: int = 5
+
+
+@dataclass(frozen=True)
+class Freeze:
+    embeddings: bool = False  # rows of ordinary tokens; the control tokens' rows go on training
+    layers: int = 0  # the first N blocks
+
+
+@dataclass(frozen=True)
+class Launch:
+    processes: int = 1
+    accelerate_config: str | None = None  # a file, or a name of stage_configs/accelerate/
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
+    samples: int = 5
+    max_new_tokens: int = 64
+    max_rows: int = 400  # rows read for each loss
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    name: str
+    stages: tuple[str, ...]
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)  # `{name}` in a path of any stage
+    launch: Launch = Launch()
+    evaluate: Evaluate = Evaluate()
+
+
+@dataclass(frozen=True)
+class StageType:
+    """What a file of hfpipe/stages declares: what it takes, what it leaves, which sections its YAML may have."""
+
+    name: str
+    teaches: str
+    leaves: str  # tokenizer | model | reward_model
+    parents: tuple[str, ...]  # what `model.from` may leave; () where there is none
+    sections: dict[str, type]
+    rows: str | None = None  # form of its training rows: text | messages | preference
+    trainer: str | None = None  # the upstream class behind `trainer:`
+    adapter: bool = False
+    managed: dict[str, str] = field(default_factory=dict)  # fields of `trainer` that are not the recipe's to set
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe, resolved."""
+
+    name: str
+    type: StageType
+    file: Path
+    sections: dict[str, Any]  # section name -> frozen dataclass
+    trainer: dict[str, Any]
+    adapter: dict[str, Any] | None
+    raw: dict[str, Any]  # as written, overrides and settings applied: what is fingerprinted and saved
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["sections"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    folder: Path
+    pipeline: Pipeline
+    stages: dict[str, Stage]
+    overrides: tuple[str, ...] = ()
+
+    def parent(self, stage: Stage) -> Stage | None:
+        """The stage of this recipe that `model.from` names, if it names one."""
+        return self.stages.get(stage.model.from_ or "") if "model" in stage.sections else None

@@ -1,0 +1,196 @@
+"""What every stage's run shares: train, put the weights on disk, score them, write the record; and the three doors to it.
+
+The doors: `main` (a stage alone, under `accelerate launch`), `child` (forked by the pipeline) and `prepare_child` (the
+data of all stages, before the first of them trains).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hfpipe import __version__, artifact
+from hfpipe.config import load_recipe
+from hfpipe.errors import UserError
+from hfpipe.sections import StageType
+from hfpipe.stages import stage_module, stage_types
+from hfpipe.training.job import Job, Progress, make_job
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub")
+
+
+def run_stage(job: Job, progress: Progress) -> None:
+    """Bring one stage from where it stands to its finished folder.
+
+    A stage whose weights are on disk already is only scored; one with checkpoints goes on from the last.
+    """
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    module = stage_module(job.stage.type.name)
+    began = time.time()
+    if main_process:
+        job.start()
+    record = job.trained()
+    if record is None:
+        metrics = module.train(job, progress)
+    else:
+        metrics = record["metrics"]
+        progress.note("weights are on disk from an earlier run; scoring them")
+    if not main_process:
+        return
+    if job.stage.type.leaves == "model":
+        from hfpipe.evaluation.basics import evaluate_model
+
+        progress.tell("doing", text="evaluating")
+        metrics = {**metrics, **evaluate_model(job, module.prepare)}
+    from hfpipe.publishing.card import write_card
+
+    record = stage_record(job, metrics, time.time() - began)
+    write_card(job, record)
+    job.finish(record)
+    progress.tell("finished", metrics=metrics)
+
+
+def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The content of `stage.json`."""
+    import importlib.metadata
+
+    from hfpipe.training.hardware import describe_machine
+
+    versions = {"hfpipe": __version__, "python": sys.version.split()[0]}
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {
+        "stage": job.stage.name,
+        "type": job.stage.type.name,
+        "recipe": job.recipe.name,
+        "fingerprint": job.fingerprint,
+        "parent": job.parent_record(),
+        "config": artifact.hashed_config(job.stage.raw, job.recipe.pipeline.seed),
+        "raw": job.stage.raw,
+        "data": job.data_hashes,
+        "weights": {p.name: artifact.file_sha256(p) for p in artifact.weight_files(job.work)},
+        "versions": versions,
+        "machine": describe_machine(),
+        "metrics": metrics,
+        "wall_s": round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# --- doors ---
+
+
+def main(stage_type: StageType) -> None:
+    """`accelerate launch -m hfpipe.stages.<name> FILE [section.key=value ...] [--out RUN] [--set ...]`."""
+    parser = argparse.ArgumentParser(
+        prog=f"hfpipe.stages.{stage_type.name}", description=f"Run a {stage_type.name} stage."
+    )
+    parser.add_argument("file", type=Path, help="the stage's YAML file; its folder is the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of this stage")
+    parser.add_argument("--set", action="append", default=[], metavar="stage.section.key=value", help="of any stage")
+    parser.add_argument("--out", type=Path, help="the run's folder; default: runs/RECIPE")
+    parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    quiet_environment()
+    overrides = [*options.set, *(f"{options.file.stem}.{text}" for text in options.overrides)]
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    progress = Progress(options.progress if main_process else None, echo=main_process and not options.progress)
+    try:
+        if not options.file.is_file():
+            raise UserError(f"{options.file} does not exist. Give the YAML file of a {stage_type.name} stage.")
+        recipe = load_recipe(options.file.parent, stage_types(), overrides)
+        stage = recipe.stages.get(options.file.stem)
+        if stage is None or stage.type.name != stage_type.name:
+            found = f"a {stage.type.name} stage" if stage else "not listed in pipeline.yaml"
+            raise UserError(f"{options.file} is {found}; this command runs {stage_type.name} stages.")
+        job = make_job(recipe, stage, options.out or Path("runs") / recipe.name)
+        run_stage(job, progress)
+    except UserError as error:
+        progress.tell("error", text=str(error), user=True)
+        print(f"hfpipe: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def child(recipe: str, overrides: tuple[str, ...], run: Path, stage: str, events: Path, log: Path) -> None:
+    """The pipeline's own child for a stage in one process."""
+    _in_child(events, log, lambda progress: _one(recipe, overrides, run, stage, progress))
+
+
+def prepare_child(
+    recipe: str, overrides: tuple[str, ...], run: Path, stages: list[str], events: Path, log: Path
+) -> None:
+    """Prepares the data of `stages`, so that a bad row is told before anything trains."""
+    _in_child(events, log, lambda progress: _prepare(recipe, overrides, run, stages, progress))
+
+
+def _one(recipe: str, overrides: tuple[str, ...], run: Path, stage: str, progress: Progress) -> None:
+    loaded = load_recipe(recipe, stage_types(), overrides)
+    run_stage(make_job(loaded, loaded.stages[stage], run), progress)
+
+
+def _prepare(recipe: str, overrides: tuple[str, ...], run: Path, stages: list[str], progress: Progress) -> None:
+    from hfpipe.evaluation.basics import prepare_held_out
+    from hfpipe.training.models import load_tokenizer
+
+    loaded = load_recipe(recipe, stage_types(), overrides)
+    for name in stages:
+        stage = loaded.stages[name]
+        module = stage_module(stage.type.name)
+        check_trainer(stage)
+        if not hasattr(module, "prepare"):
+            continue
+        job = make_job(loaded, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
+        tokenizer = load_tokenizer(job)
+        progress.tell("doing", text="preparing data", stage=name)
+        prepared = module.prepare(job, tokenizer)
+        for source in prepared.report["sources"]:
+            progress.tell("data", text=source["text"], stage=name)
+        prepare_held_out(job, tokenizer)
+
+
+def check_trainer(stage: Any) -> None:
+    """Let upstream's own class check the values of a `trainer` section, before any stage is trained."""
+    if stage.type.trainer is None:
+        return
+    import tempfile
+
+    from hfpipe.training.fit import construct_args
+
+    with tempfile.TemporaryDirectory() as folder:
+        construct_args(stage, folder, seed=0)
+
+
+def _in_child(events: Path, log: Path, act: Any) -> None:
+    """Run `act` with its output in a log file and its errors as events; leave with the parent if that dies."""
+    import multiprocessing
+    import threading
+
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    progress = Progress(events)
+    quiet_environment()
+    try:
+        act(progress)
+    except UserError as error:
+        progress.tell("error", text=str(error), user=True)
+        raise SystemExit(2) from None
+    except BaseException as error:
+        traceback.print_exc()
+        progress.tell("error", text=f"{type(error).__name__}: {error}", user=False)
+        raise SystemExit(1) from None
+
+
+def quiet_environment() -> None:
+    """Defaults a user may override: no telemetry, no progress bars in a log, no warning about forked tokenizers."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,93 @@
+"""dpo: preferences, directly. TRL's DPOTrainer; the reference is the parent, its log-probabilities computed once.
+
+accelerate launch -m hfpipe.stages.dpo stage_configs/tiny/dpo.yaml trainer.beta=0.2
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.sections import Data, Freeze, Model, Optimizer, StageType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job, Progress
+    from hfpipe.training.prepare import Prepared
+
+TYPE = StageType(
+    name="dpo",
+    teaches="preferences, directly",
+    leaves="model",
+    parents=("model",),
+    sections={"model": Model, "data": Data, "optimizer": Optimizer, "freeze": Freeze},
+    rows="preference",
+    trainer="trl.DPOConfig",
+    adapter=True,
+    managed={
+        "dataset_num_proc": "hfpipe renders the rows itself, once, before training",
+        "pad_token": "the tokenizer has its own",
+        "padding_free": "not available in the installed TRL",
+        "truncation_mode": "a pair longer than max_length is counted and left out, never cut",
+        "model_init_kwargs": "set model.dtype or model.attn_implementation",
+    },
+)
+
+
+def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Pairs as token ids: the prompt, and what the assistant says in each answer with the token that ends its turn."""
+    from hfpipe.training.prepare import prepare_rows
+
+    return prepare_rows(job, tokenizer, max_length=job.stage.trainer.get("max_length", 1024), packing=False)
+
+
+def train(job: Job, progress: Progress) -> dict[str, Any]:
+    """Train against the parent as reference; returns the metrics, held-out pairs before and after among them."""
+    from transformers import set_seed
+    from trl import DPOConfig, DPOTrainer
+
+    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.fit import build_args, build_optimizers, fit
+    from hfpipe.training.models import load_model, load_tokenizer
+
+    class PreparedDPOTrainer(DPOTrainer):
+        """Takes rows that hold token ids already (TRL 1.16 would render them again from messages)."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+    tokenizer = load_tokenizer(job)
+    data = prepare(job, tokenizer)
+    # With an adapter the base is the reference; without, one pass over the pairs replaces a second model in memory.
+    precompute = job.stage.trainer.get("precompute_ref_log_probs", job.stage.adapter is None)
+    args = build_args(job, DPOConfig, progress, precompute_ref_log_probs=precompute)
+    set_seed(args.seed)
+    model = load_model(job, tokenizer, progress)
+    progress.tell("doing", text="log-probabilities of the reference")
+    trainer = PreparedDPOTrainer(
+        model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        optimizers=build_optimizers(job, model, args),
+        peft_config=build_adapter(job),
+    )
+    before = _held_out(trainer, data)
+    metrics = fit(job, trainer, data, progress)
+    return {**metrics, "pairs_before": before, "pairs": _held_out(trainer, data)}
+
+
+def _held_out(trainer: Any, data: Prepared) -> dict[str, float] | None:
+    """Loss, accuracy and margin on the validation pairs; before training the margin is 0 unless the reference is wrong."""
+    if data.eval is None:
+        return None
+    found = trainer.evaluate()
+    names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    return {"n": len(data.eval), **{name: round(found[key], 4) for name, key in names.items()}}
+
+
+if __name__ == "__main__":
+    from hfpipe.stages._run import main
+
+    main(TYPE)

@@ -1,0 +1,95 @@
+"""sft: behaviour, by demonstration. TRL's SFTTrainer on conversations; the loss falls on the assistant's words alone.
+
+accelerate launch -m hfpipe.stages.sft stage_configs/tiny/sft.yaml trainer.learning_rate=1e-4
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.sections import Data, ExtendTokenizer, Freeze, Model, Optimizer, StageType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job, Progress
+    from hfpipe.training.prepare import Prepared
+
+_PREPARED = "hfpipe renders, masks and packs the rows itself, once, before training"
+MANAGED = {
+    "assistant_only_loss": "the loss always falls on what the assistant says",
+    "completion_only_loss": "the loss always falls on what the assistant says",
+    "dataset_kwargs": _PREPARED,
+    "dataset_text_field": _PREPARED,
+    "dataset_num_proc": _PREPARED,
+    "packing_strategy": _PREPARED,
+    "padding_free": _PREPARED,
+    "chat_template_path": "set tokenizer.chat_template",
+    "eos_token": "the chat template decides what ends a turn",
+    "pad_token": "the tokenizer has its own",
+    "model_init_kwargs": "set model.dtype or model.attn_implementation",
+}
+
+TYPE = StageType(
+    name="sft",
+    teaches="behaviour, by demonstration",
+    leaves="model",
+    parents=("model",),
+    sections={
+        "model": Model,
+        "tokenizer": ExtendTokenizer,
+        "data": Data,
+        "optimizer": Optimizer,
+        "freeze": Freeze,
+    },
+    rows="messages",
+    trainer="trl.SFTConfig",
+    adapter=True,
+    managed=MANAGED,
+)
+
+
+def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Conversations as packed token ids with the assistant's tokens as labels."""
+    from hfpipe.training.prepare import prepare_rows
+
+    options = job.stage.trainer
+    return prepare_rows(
+        job, tokenizer, max_length=options.get("max_length", 1024), packing=options.get("packing", False)
+    )
+
+
+def train(job: Job, progress: Progress) -> dict[str, Any]:
+    """Fine-tune the parent and leave the model in the job's working folder; returns the metrics."""
+    from transformers import set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.collate import PackedCollator
+    from hfpipe.training.fit import build_args, build_optimizers, fit
+    from hfpipe.training.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(job)
+    data = prepare(job, tokenizer)
+    args = build_args(
+        job, SFTConfig, progress, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
+    )  # packed already
+    set_seed(args.seed)
+    model = load_model(job, tokenizer, progress)
+    trainer = SFTTrainer(
+        model,
+        args,
+        data_collator=PackedCollator.for_model(model, tokenizer),
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        optimizers=build_optimizers(job, model, args),
+        peft_config=build_adapter(job),
+    )
+    return fit(job, trainer, data, progress)
+
+
+if __name__ == "__main__":
+    from hfpipe.stages._run import main
+
+    main(TYPE)

@@ -1,0 +1,59 @@
+"""Frozen dataclasses from plain mappings: unknown keys, missing keys and wrong types are told, never guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from hfpipe.errors import nearest
+
+
+def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> Any | None:
+    """An instance of a dataclass, or None with the reasons added to `problems`, each beginning with `where`."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
+    values, fine = {}, True
+    for key, value in raw.items():
+        if key not in names:
+            problems.append(
+                f"{where}{key} = {value!r} is not a key here; known: {', '.join(names)}.{nearest(key, names)}"
+            )
+            fine = False
+            continue
+        before = len(problems)
+        values[names[key].name] = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
+        fine = fine and len(problems) == before
+    for key, item in names.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values and key not in raw:
+            problems.append(f"{where}{key} is missing.")
+            fine = False
+    return cls(**values) if fine else None
+
+
+def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(value, next(a for a in args if a is not type(None)), where, problems)
+    if origin is tuple:
+        if not isinstance(value, list):
+            problems.append(f"{where} = {value!r}: expected a list.")
+            return ()
+        return tuple(_coerce(v, args[0], f"{where}[{i}]", problems) for i, v in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            problems.append(f"{where} = {value!r}: expected a mapping with keys of its own.")
+            return None
+        return build(hint, value, f"{where}.", problems)
+    kind = origin or hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        problems.append(f"{where} = {value!r} is {type(value).__name__}; expected {kind.__name__}.")
+    return value

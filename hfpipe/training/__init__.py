@@ -1,0 +1,1 @@
+"""What trains: tokenizers, templates, models, optimizers and the run that all stages share."""

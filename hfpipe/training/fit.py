@@ -1,0 +1,170 @@
+"""The run that every stage shares: upstream's arguments, checkpoints, progress, the weights on disk."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.training.hardware import choose_bf16, has_accelerator
+
+if TYPE_CHECKING:
+    from hfpipe.sections import Stage
+    from hfpipe.training.job import Job, Progress
+    from hfpipe.training.prepare import Prepared
+
+
+def build_args(job: Job, config_class: type, progress: Progress, **ours: Any) -> Any:
+    """Upstream's argument object from the recipe's `trainer` section and what hfpipe sets itself.
+
+    Raises:
+        UserError: upstream refuses the values; its words are passed on.
+    """
+    bf16, reason = choose_bf16()
+    if not job.stage.trainer.get("fp16"):
+        wanted = job.stage.trainer.get("bf16", bf16)
+        progress.note(reason if wanted == bf16 else f"bf16: {wanted}, as the recipe says")
+    args = construct_args(job.stage, str(job.checkpoints), job.recipe.pipeline.seed, **ours)
+    assert isinstance(args, config_class)
+    return args
+
+
+def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any:
+    """The stage's upstream argument object; nothing is loaded and nothing is written."""
+    package, _, name = str(stage.type.trainer).partition(".")
+    config_class = getattr(importlib.import_module(package), name)
+    given = dict(stage.trainer)
+    if not given.get("fp16"):
+        given.setdefault("bf16", choose_bf16()[0])
+    defaults = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, "logging_nan_inf_filter": False}
+    managed = {
+        "output_dir": output_dir,
+        "seed": seed,
+        "use_cpu": given.pop("use_cpu", not has_accelerator()),
+        "disable_tqdm": True,
+    }
+    try:
+        return config_class(**{**defaults, **given, **managed, **ours})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{stage.file}: trainer is refused by {stage.type.trainer}: {error}") from error
+
+
+def build_optimizers(job: Job, model: Any, args: Any) -> tuple[Any, None]:
+    """What a Trainer takes as `optimizers`: ours where the stage asks for one, else None for upstream's `optim`."""
+    section = job.stage.sections.get("optimizer")
+    if section is None or section.type is None:
+        return None, None
+    from hfpipe.training.optim import build_muon
+
+    return build_muon(model, section, args), None
+
+
+def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[str, Any]:
+    """Train from the last checkpoint if there is one, and put weights, tokenizer and metrics into the stage's folder.
+
+    Returns:
+        Metrics of the training: `train_loss`, `steps`, `tokens`, `train_runtime_s`, `tokens_per_s`, `resumed_from_step`.
+    """
+    checkpoint = get_last_checkpoint(str(job.checkpoints)) if job.checkpoints.is_dir() else None
+    trainer.add_callback(_Watch(progress, _tokens_per_row(data.train)))
+    if checkpoint:
+        progress.note(f"resumed from {Path(checkpoint).name}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    resumed = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    if checkpoint and trainer.state.global_step < resumed:
+        raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
+    progress.tell("doing", text="writing weights")
+    save(job, trainer)
+    steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
+    tokens = _tokens_per_row(data.train) * steps * _rows_per_step(trainer)
+    metrics = {
+        "train_loss": result.training_loss,
+        "steps": steps,
+        "tokens": round(tokens),
+        "train_runtime_s": round(seconds, 2),
+        "tokens_per_s": round(tokens * (steps - resumed) / max(steps, 1) / max(seconds, 1e-9)),
+        "resumed_from_step": resumed,
+    }
+    if trainer.is_world_process_zero():
+        history = [line for line in trainer.state.log_history if "train_runtime" not in line]
+        artifact.write_jsonl(job.work / "metrics.jsonl", history)
+        artifact.write_json(job.work / artifact.TRAINED_FILE, {"fingerprint": job.fingerprint, "metrics": metrics})
+    return metrics
+
+
+def save(job: Job, trainer: Trainer) -> None:
+    """Weights, configuration and tokenizer as an ordinary model folder; an adapter is kept beside the merged model."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        if trainer.is_world_process_zero():
+            model.save_pretrained(str(job.work / "adapter"))
+            model = model.merge_and_unload()
+            model.config.use_cache = True
+            model.save_pretrained(str(job.work))
+    else:
+        model.config.use_cache = True
+        trainer.save_model(str(job.work))
+    if trainer.is_world_process_zero():
+        trainer.processing_class.save_pretrained(str(job.work))
+        (job.work / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing of it is needed again
+
+
+def _tokens_per_row(dataset: Any) -> float:
+    """Mean tokens in a training row; an estimate from the first rows."""
+    if not hasattr(dataset, "__len__"):
+        return 0.0
+    rows = dataset[: min(len(dataset), 256)]
+    preferences = "prompt_ids" in rows  # the prompt is read with each answer
+    columns = ["prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids"] if preferences else ["input_ids"]
+    first = next(iter(rows.values()))
+    return sum(len(ids) for c in columns for ids in rows[c]) / max(len(first), 1)
+
+
+def _rows_per_step(trainer: Trainer) -> int:
+    args = trainer.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class _Watch(TrainerCallback):
+    """Reports steps, loss, speed and time left; stops on a loss or gradient that is not a number."""
+
+    def __init__(self, progress: Progress, tokens_per_row: float):
+        self.progress, self.tokens_per_row = progress, tokens_per_row
+        self.loss: float | None = None
+        self.began = self.told = time.monotonic()
+        self.first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+        self.first_step = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        if now - self.told < 0.5 and state.global_step < state.max_steps:
+            return
+        self.told = now
+        done = state.global_step - self.first_step
+        per_step = (now - self.began) / max(done, 1)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if state.is_world_process_zero:
+            self.progress.tell(
+                "step", step=state.global_step, total=state.max_steps, loss=self.loss,
+                tokens_per_s=self.tokens_per_row * rows / per_step, left_s=per_step * (state.max_steps - state.global_step),
+            )  # fmt: skip
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {state.global_step}: the training has diverged. "
+                    "Lower trainer.learning_rate tenfold or lengthen trainer.warmup_steps; the last checkpoint is kept."
+                )

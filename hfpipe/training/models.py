@@ -1,0 +1,146 @@
+"""Tokenizers and models: from the parent, from scratch, extended, frozen, saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfpipe.artifact import STAGE_FILE
+from hfpipe.errors import UserError
+from hfpipe.training.templates import load_chat_template, stop_token_ids
+from hfpipe.training.tokenizers import extend_tokenizer, resize_embeddings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job, Progress
+
+
+def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """The tokenizer that the stage trains with: its nearest finished ancestor's, extended as the stages since then ask."""
+    from transformers import AutoTokenizer
+
+    to_extend = [job]
+    while (parent := job.recipe.parent(to_extend[-1].stage)) and not (job.run / parent.name / STAGE_FILE).is_file():
+        to_extend.append(dataclasses.replace(job, stage=parent))
+    tokenizer = _from_pretrained(AutoTokenizer, to_extend[-1])
+    for ancestor in reversed(to_extend):
+        _extend(ancestor, tokenizer)
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{job.stage.file}: the tokenizer of {job.stage.model.from_} has no pad token. "
+            "Set tokenizer.chat_template (hfpipe or chatml) in the first stage that uses it: one is added then."
+        )
+    return tokenizer
+
+
+def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> int:
+    section = job.stage.sections.get("tokenizer")
+    template = section.chat_template if section else None
+    return extend_tokenizer(tokenizer, load_chat_template(template)) if template else 0
+
+
+def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel:
+    """The parent's model, or a new one from `model.config`, fitted to the tokenizer, stop tokens set, rows frozen."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    section = job.stage.model
+    if section.config:
+        model = _from_scratch(job, tokenizer)
+        progress.note(f"model: {section.config['model_type']} from scratch, {model.num_parameters():,} parameters")
+    else:
+        dtype = section.dtype or ("auto" if job.stage.adapter else "float32")
+        options = {"attn_implementation": section.attn_implementation} if section.attn_implementation else {}
+        model = _from_pretrained(AutoModelForCausalLM, job, dtype=dtype, **options)
+        added = len(tokenizer) - len(_from_pretrained(AutoTokenizer, job))
+        if added:
+            resize_embeddings(model, tokenizer, added)
+            progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
+        progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    set_generation_config(model, tokenizer)
+    _freeze(job, model, tokenizer, progress)
+    return model
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Generation stops at every token that ends the assistant's turn; pad is never one of them."""
+    stops = stop_token_ids(tokenizer)
+    model.generation_config.eos_token_id = stops
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = stops
+    model.config.bos_token_id = tokenizer.bos_token_id
+
+
+def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = dict(job.stage.model.config)
+    given = options.pop("vocab_size", None)
+    if given is not None and given < len(tokenizer):
+        raise UserError(
+            f"{job.stage.file}: model.config.vocab_size = {given}, but the tokenizer has {len(tokenizer)} entries. "
+            "Leave it out: the tokenizer's size is taken."
+        )
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        config = AutoConfig.for_model(**options, vocab_size=given or len(tokenizer), **ids)
+        options = (
+            {"attn_implementation": job.stage.model.attn_implementation} if job.stage.model.attn_implementation else {}
+        )
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{job.stage.file}: model.config is refused by transformers: {_first_line(error)}") from error
+
+
+def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
+    path = job.parent_path
+    if job.parent_revision:
+        options["revision"] = job.parent_revision
+    try:
+        return auto_class.from_pretrained(path, trust_remote_code=job.stage.model.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError) as error:
+        kind = (
+            "folder"
+            if Path(path).is_dir()
+            else "Hub id, and the Hub was not reached or has no such model; is it a folder"
+        )
+        what = "model" if "Model" in auto_class.__name__ else "tokenizer"
+        raise UserError(
+            f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from that {kind}. "
+            f"transformers says: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
+    freeze = job.stage.sections.get("freeze")
+    if freeze is None:
+        return
+    if freeze.layers:
+        blocks = [
+            p for n, p in model.named_parameters() if (m := re.search(r"\.(\d+)\.", n)) and int(m[1]) < freeze.layers
+        ]
+        for parameter in blocks:
+            parameter.requires_grad_(False)
+        progress.note(f"frozen: the first {freeze.layers} blocks")
+    if freeze.embeddings:
+        if job.stage.trainer.get("weight_decay", 0):
+            raise UserError(
+                f"{job.stage.file}: freeze.embeddings with trainer.weight_decay = {job.stage.trainer['weight_decay']}: "
+                "decay would shrink the frozen rows. Set weight_decay to 0 or freeze.embeddings to false."
+            )
+        special = sorted({i for i in tokenizer.added_tokens_decoder if i < len(tokenizer)})
+        for module in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+            keep = torch.zeros(module.weight.shape[0], 1)
+            keep[special] = 1
+            module.weight.register_hook(lambda grad, keep=keep: grad * keep.to(grad.device, grad.dtype))
+        progress.note(f"frozen: embedding rows of ordinary tokens; {len(special)} special tokens' rows train")

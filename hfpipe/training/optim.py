@@ -1,0 +1,86 @@
+"""Muon on the hidden matrices with AdamW on the rest, as one optimizer that the Trainer can step, save and restore."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfpipe.sections import Optimizer
+
+
+def split_parameters(model: torch.nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
+    """Trainable parameters as (hidden matrices, other matrices, vectors).
+
+    Hidden matrices are the two-dimensional weights inside the blocks: neither embeddings nor the output head
+    (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    """
+    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    hidden, matrices, vectors = [], [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif parameter.ndim == 2 and id(parameter) not in outer:
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
+    return hidden, matrices, vectors
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimizers seen as one: their param groups are shared, so one schedule drives both."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]):
+        self.parts = parts
+        super().__init__([{"params": p} for part in parts for g in part.param_groups for p in g["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {p: s for part in self.parts for p, s in part.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        pass  # torch's base class assigns an empty one; the parts hold theirs
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def build_muon(model: torch.nn.Module, section: Optimizer, args: Any) -> torch.optim.Optimizer:
+    """`torch.optim.Muon` with the section's options, `torch.optim.AdamW` with the trainer's, joined."""
+    hidden, matrices, vectors = split_parameters(model)
+    muon = torch.optim.Muon(
+        hidden,
+        lr=section.lr,
+        momentum=section.momentum,
+        nesterov=section.nesterov,
+        weight_decay=section.weight_decay,
+        ns_steps=section.ns_steps,
+    )
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    return MuonWithAdamW([muon, adamw])

@@ -1,0 +1,153 @@
+"""Upstream's option classes, read from their installed source without importing them (importing TRL takes seconds)."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfpipe.errors import nearest
+
+# class -> (package, file): where the pinned versions keep them.
+_FILES = {
+    "TrainingArguments": ("transformers", "training_args.py"),
+    "_BaseConfig": ("trl", "trainer/base_config.py"),
+    "SFTConfig": ("trl", "trainer/sft_config.py"),
+    "DPOConfig": ("trl", "trainer/dpo_config.py"),
+    "PreTrainedConfig": ("transformers", "configuration_utils.py"),
+    "PeftConfigMixin": ("peft", "config.py"),
+    "PeftConfig": ("peft", "config.py"),
+    "LoraConfig": ("peft", "tuners/lora/config.py"),
+}
+# enum of admitted words -> (package, file)
+_ENUMS = {
+    "SchedulerType": ("transformers", "trainer_utils.py"),
+    "IntervalStrategy": ("transformers", "trainer_utils.py"),
+    "SaveStrategy": ("transformers", "trainer_utils.py"),
+    "OptimizerNames": ("transformers", "training_args.py"),
+}
+_SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option of an upstream class: `types` is None when its annotation is too rich to check here."""
+
+    annotation: str
+    types: tuple[type, ...] | None
+    choices: tuple[object, ...] = ()
+
+
+def _package_file(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed")
+    return Path(spec.origin).parent / file
+
+
+def _types(annotation: ast.expr) -> tuple[tuple[type, ...] | None, tuple[object, ...]]:
+    """The plain types and the literal choices that an annotation admits."""
+    if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+        annotation = ast.parse(annotation.value, mode="eval").body
+    if isinstance(annotation, ast.BinOp):
+        left, right = _types(annotation.left), _types(annotation.right)
+        known = left[0] is not None and right[0] is not None
+        return (left[0] + right[0] if known else None), left[1] + right[1]
+    if isinstance(annotation, ast.Subscript):
+        name = ast.unparse(annotation.value)
+        if name == "Literal":
+            members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+            choices = tuple(m.value for m in members if isinstance(m, ast.Constant))
+            return tuple({type(c) for c in choices}), choices
+        if name in ("Optional", "Union"):
+            members = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+            parts = [_types(m) for m in members]
+            if any(p[0] is None for p in parts):
+                return None, ()
+            none = (type(None),) if name == "Optional" else ()
+            return sum((p[0] for p in parts), none), sum((p[1] for p in parts), ())
+        annotation = annotation.value
+    name = ast.unparse(annotation)
+    if name in _ENUMS:
+        return (str,), _enum_values(name)
+    if name not in _SCALARS:
+        return None, ()
+    kind = _SCALARS[name]
+    return (kind if isinstance(kind, tuple) else (kind,)), ()
+
+
+@functools.cache
+def _enum_values(class_name: str) -> tuple[str, ...]:
+    tree = ast.parse(_package_file(*_ENUMS[class_name]).read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    values = (i.value for i in node.body if isinstance(i, ast.Assign))
+    return tuple(v.value for v in values if isinstance(v, ast.Constant))
+
+
+def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    found: dict[str, Field] = {}
+    for base in node.bases:
+        if ast.unparse(base) in _FILES:
+            found |= fields(ast.unparse(base))
+    for item in node.body:
+        if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
+            continue
+        annotation = ast.unparse(item.annotation)
+        if annotation.startswith("ClassVar") or item.target.id.startswith("_") or "init=False" in ast.unparse(item):
+            continue
+        found[item.target.id] = Field(annotation, *_types(item.annotation))
+    return found
+
+
+@functools.cache
+def fields(class_name: str) -> dict[str, Field]:
+    """Option name -> Field of `SFTConfig`, `LoraConfig` ..., inherited ones included."""
+    package, file = _FILES[class_name]
+    return _fields_in(_package_file(package, file), class_name)
+
+
+@functools.cache
+def model_types() -> tuple[str, ...]:
+    folder = _package_file("transformers", "models")
+    return tuple(sorted(p.name for p in folder.iterdir() if (p / f"configuration_{p.name}.py").is_file()))
+
+
+@functools.cache
+def model_config_fields(model_type: str) -> dict[str, Field]:
+    """Fields of the configuration class of `model_type` (`llama`, `qwen3` ...); KeyError for an unknown type."""
+    folder = model_type.replace("-", "_")
+    if folder not in model_types():
+        raise KeyError(model_type)
+    path = _package_file("transformers", f"models/{folder}/configuration_{folder}.py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for item in getattr(node, "body", ()):
+            is_type = isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "model_type"
+            if is_type and ast.literal_eval(item.value) == model_type:
+                return _fields_in(path, node.name)
+    raise KeyError(model_type)
+
+
+def check(section: dict, known: dict[str, Field], owner: str, where: str) -> list[str]:
+    """What is wrong with a section handed to upstream, a message per key."""
+    problems = []
+    for key, value in section.items():
+        field = known.get(key)
+        if field is None:
+            problems.append(f"{where}.{key} = {value!r} is not a field of {owner}.{nearest(key, known)}")
+        elif field.choices and isinstance(value, str) and value not in field.choices:
+            expected = ", ".join(map(str, field.choices))
+            problems.append(
+                f"{where}.{key} = {value!r}: expected one of {expected}.{nearest(value, map(str, field.choices))}"
+            )
+        elif field.types is not None and not _fits(value, field.types):
+            problems.append(f"{where}.{key} = {value!r} is {type(value).__name__}; {owner} expects {field.annotation}.")
+    return problems
+
+
+def _fits(value: object, types: tuple[type, ...]) -> bool:
+    # bool is an int to isinstance, but `learning_rate: true` is a mistake.
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types)
