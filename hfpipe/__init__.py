@@ -2,7 +2,7 @@
 
 Import order, left may import right (tests/test_house.py holds it):
 cli > apps > pipeline > stages > publishing, evaluation > training > data > plan > artifact
-> config > upstream, strict > sections > paths > errors
+> config > upstream, strict > sections > paths, progress > errors
 """
 
 __version__ = "0.1.0"

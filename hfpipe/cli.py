@@ -67,12 +67,13 @@ def _recipe_options(command: argparse.ArgumentParser) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Path]:
     from hfpipe.config import load_recipe
-    from hfpipe.pipeline import check_owner
+    from hfpipe.pipeline import check_owner, check_sources
     from hfpipe.stages import stage_types
 
     recipe = load_recipe(options.recipe, stage_types(), options.set)
     run = options.out or Path("runs") / recipe.name
     check_owner(recipe, run)
+    check_sources(recipe)
     return recipe, run
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
-from hfpipe.errors import StageFailed, UserError
+from hfpipe.errors import ConfigErrors, StageFailed, UserError
 from hfpipe.progress import Display, describe, duration
-from hfpipe.sections import Recipe, Stage
+from hfpipe.sections import DEFAULT_SPLIT, Recipe, Stage
 from hfpipe.training.job import identify, parent_identity
 
 _IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
@@ -42,14 +42,35 @@ def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
     planned: dict[str, Planned] = {}
     for stage in recipe.stages.values():
         parent = recipe.parent(stage)
-        if parent:
-            parent_fingerprint = planned[parent.name].fingerprint
-        else:
-            parent_fingerprint = parent_identity(recipe, stage, run)
+        parent_fingerprint = planned[parent.name].fingerprint if parent else parent_identity(recipe, stage, run)
         fingerprint, hashes = identify(recipe, stage, parent_fingerprint)
         waits_for = planned[parent.name] if parent else None
         planned[stage.name] = _status(recipe, stage, run, fingerprint, hashes, waits_for)
     return list(planned.values())
+
+
+def check_sources(recipe: Recipe) -> None:
+    """Read the first rows of every local source: is it there, is its form known, does the stage take it?
+
+    Raises:
+        ConfigErrors: what is wrong with each.
+    """
+    from hfpipe.data.sources import is_hub_id, load_source
+
+    problems = []
+    listed = [(s.file, "data.train", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.train]
+    listed += [(s.file, "data.eval", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.eval]
+    listed += [(recipe.folder / "pipeline.yaml", "evaluate.text", s, "text") for s in recipe.pipeline.evaluate.text]
+    for file, section, source, wanted in listed:
+        try:
+            if is_hub_id(source.path):
+                continue  # its commit was looked up for the fingerprint; its rows are read when they are prepared
+            split = DEFAULT_SPLIT.get(section.partition(".")[2], "validation")
+            load_source(source, wanted=wanted, split=split, where=f"{file}: {section}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigErrors(list(dict.fromkeys(problems)))
 
 
 def _status(
@@ -181,7 +202,7 @@ def _run_stage(recipe: Recipe, run: Path, stage: Stage, display: Display) -> Non
 
     events, log = _fresh(run / f".{stage.name}.jsonl"), run / f"{stage.name}.log"
     launch = recipe.pipeline.launch
-    if launch.processes == 1 and not launch.accelerate_config or not stage.type.trainer:
+    if (launch.processes == 1 and not launch.accelerate_config) or not stage.type.trainer:
         arguments = (str(recipe.folder), recipe.overrides, run, stage.name, events, log)
         _follow_child(child, arguments, stage.name, events, log, display)
     else:

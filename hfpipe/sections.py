@@ -31,6 +31,9 @@ class Source:
     revision: str | None = None
 
 
+DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
+
+
 @dataclass(frozen=True)
 class Data:
     train: tuple[Source, ...] = ()

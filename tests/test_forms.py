@@ -192,7 +192,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("row, form, canonical", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize(("row", "form", "canonical"), ROWS.values(), ids=ROWS)
 def test_a_form_is_recognised_and_converted_without_loss(row, form, canonical):
     found = recognise(row)
     assert found.name == form
@@ -203,8 +203,7 @@ def test_a_form_is_recognised_and_converted_without_loss(row, form, canonical):
 
 @pytest.mark.parametrize("canonical", [canonical for _, _, canonical in ROWS.values()], ids=ROWS)
 def test_a_canonical_row_converts_to_itself(canonical):
-    form = recognise({key: value for key, value in canonical.items() if key != "answer"})
-    assert form.convert(canonical) == canonical
+    assert recognise(canonical).convert(canonical) == canonical
 
 
 def test_every_form_of_the_table_is_tried():
@@ -283,6 +282,13 @@ def test_an_unsound_row_says_why(problem):
     assert row_problem(UNSOUND[problem]) == problem
 
 
+def test_two_equal_transcripts_are_a_pair_of_equal_answers():
+    same = "\n\nHuman: Hi\n\nAssistant: Hello"
+    row = recognise({"chosen": same, "rejected": same}).convert({"chosen": same, "rejected": same})
+    assert row == {"prompt": [HI], "chosen": [HELLO], "rejected": [HELLO]}
+    assert row_problem(row) == "`chosen` equals `rejected`"
+
+
 def test_an_assistant_that_calls_two_tools_and_answers_is_sound():
     calls = calling(call("a", {}), call("b", {}))
     assert row_problem({"messages": [SYSTEM, HI, calls, said("tool", "1"), said("tool", "2"), HELLO]}) is None
@@ -312,7 +318,7 @@ def test_rows_are_used_as_another_form_where_that_is_defined():
 
 
 @pytest.mark.parametrize(
-    "row, wanted",
+    ("row", "wanted"),
     [({"messages": [HI, HELLO]}, "text"), ({"text": "a"}, "messages"), ({"messages": [HI, HELLO]}, "preference")],
 )
 def test_rows_are_not_used_as_a_form_that_is_not_defined(row, wanted):

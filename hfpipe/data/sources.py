@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,18 +36,18 @@ class Counts:
     other_splits: int = 0
     used: int = 0
     duplicates: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
 
     def add_fault(self, at: Located, reason: str, detail: str) -> None:
-        self.faults[reason] += 1
+        self.faults[reason] = self.faults.get(reason, 0) + 1
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{at}: {detail}")
 
 
 @dataclass
 class Loaded:
-    """A source whose form is known. `rows()` reads it anew; `counts` tells of the last reading, once that is over."""
+    """A source whose form is known; `rows` reads it anew, `counts` tells of the last reading once that is over."""
 
     source: Any
     form: Form
@@ -62,6 +61,10 @@ class Loaded:
 
     def rows(self) -> Iterator[Row]:
         """Canonical rows of the split in the form wanted, lazily; raises UserError where none can be used."""
+        return (row for _, row in self.numbered_rows())
+
+    def numbered_rows(self) -> Iterator[tuple[int, Row]]:
+        """As `rows`, each with its number in its file."""
         counts = self.counts = Counts()
         with _named(self.where):
             own_splits, located = _open(self.source, self.split, self.seed, self.streaming)
@@ -78,7 +81,7 @@ class Loaded:
                     counts.duplicates += 1
                 else:
                     counts.used += 1
-                    yield as_form(row, self.wanted)
+                    yield at.number, as_form(row, self.wanted)
                     if counts.used == self.source.limit:
                         return
             if not counts.used:
@@ -105,9 +108,9 @@ class Loaded:
     def describe(self) -> str:
         """One line: the form seen, rows used, rows not used and why."""
         counts = self.counts
-        reasons = [f"{n} {reason}" for reason, n in counts.faults.most_common()]
+        reasons = [f"{n} {reason}" for reason, n in sorted(counts.faults.items(), key=lambda fault: -fault[1])]
         reasons += [f"{counts.duplicates} duplicate"] if counts.duplicates else []
-        not_used = counts.duplicates + counts.faults.total()
+        not_used = counts.duplicates + sum(counts.faults.values())
         why = f" ({', '.join(reasons)})" if reasons else ""
         return f"{self.source.path}: {self.form_seen}, {self.split}: {counts.used} rows used, {not_used} not{why}"
 
@@ -162,6 +165,11 @@ def content_hash(path, *, split=None, seed=0, size=None, revision=None, name=Non
         return _sha256("".join(f"{file.relative_to(local)} {_file_hash(file)}\n" for file in files).encode())
     pinned = revision and _COMMIT.fullmatch(revision)
     return f"{path}@{revision if pinned else _hub_commit(path, revision)}" + (f" {name}" if name else "")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path would be looked for on the Hub; raises UserError for a local path that is not there."""
+    return not path.startswith(_TINYWORLD) and _local(path) is None
 
 
 def _open(source, split: str, seed: int, streaming: bool) -> tuple[bool, Iterator[Located]]:

@@ -57,7 +57,8 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
 def _texts(job: Job, role: str, progress: Progress) -> Iterator[str]:
     """The text of every row of every source, unweighted: a tokenizer sees what there is."""
-    from hfpipe.training.prepare import SourceReport, read_source
+    from hfpipe.data.report import SourceReport
+    from hfpipe.training.prepare import read_source
 
     for source in getattr(job.stage.data, role):
         report = SourceReport.of(source, role)

@@ -11,9 +11,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.sections import Recipe, Stage
-
-DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
+from hfpipe.sections import DEFAULT_SPLIT, Recipe, Stage
 
 
 @dataclass(frozen=True)

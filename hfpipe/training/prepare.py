@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import itertools
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact, paths
+from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
-from hfpipe.training.job import DEFAULT_SPLIT
+from hfpipe.training.encode import encode_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
 _VERSION = 1  # raise when the same inputs come to give other rows
-_CHUNK = 1000
 _KEPT_SAMPLES = 64
 
 
@@ -44,53 +42,6 @@ class Prepared:
     train: Dataset | IterableDataset
     eval: Dataset | None
     report: dict[str, Any]
-
-
-@dataclass
-class SourceReport:
-    """What became of one source's rows; nothing is left out silently."""
-
-    path: str
-    role: str
-    split: str
-    form: str = ""
-    read: int = 0
-    used: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    neutralised: int = 0
-    other_splits: int = 0
-    duplicates: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-    unused: str = ""
-
-    @classmethod
-    def of(cls, source: Source, role: str) -> SourceReport:
-        return cls(source.path, role, source.split or DEFAULT_SPLIT[role])
-
-    def leave_out(self, number: int, reason: str) -> None:
-        self.left_out[reason] += 1
-        if len(self.examples) < 3:
-            self.examples.append(f"row {number}: {reason}")
-
-    def line(self) -> str:
-        """One line for a person: the form seen, rows used and not used, and why."""
-        parts = [f"{self.path} [{self.split}]: {self.form}; {self.used:,} rows used"]
-        if self.tokens:
-            parts.append(f"{self.tokens:,} tokens")
-        if 0 < self.trained_tokens != self.tokens:
-            parts.append(f"{self.trained_tokens / max(self.tokens, 1):.0%} of them trained")
-        if self.other_splits:
-            parts.append(f"{self.other_splits:,} in the other splits")
-        if self.left_out:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
-            parts.append(f"{sum(self.left_out.values())} left out ({reasons})")
-        if self.duplicates:
-            parts.append(f"{self.duplicates} duplicates left out")
-        if self.neutralised:
-            parts.append(f"{self.neutralised} control tokens neutralised")
-        return ", ".join(parts) + self.unused
 
 
 # --- what the stages call ---
@@ -150,8 +101,7 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 def _stream(job: Job, tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int) -> Iterator[dict[str, Any]]:
     report = SourceReport.of(source, "train")
     rows = read_source(source, report, wanted="text", job=job)
-    for encoded in _encode(rows, report, "text", tokenizer, max_length):
-        yield encoded
+    yield from encode_rows(rows, report, "text", tokenizer, max_length)
 
 
 def read_source(source: Source, report: SourceReport, *, wanted: str, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -160,7 +110,7 @@ def read_source(source: Source, report: SourceReport, *, wanted: str, job: Job) 
 
     where = f"{job.stage.file}: data.{report.role}"
     loaded = load_source(source, wanted=wanted, split=report.split, seed=job.recipe.pipeline.seed, where=where)
-    yield from enumerate(loaded.rows(), 1)
+    yield from loaded.numbered_rows()
     counts = loaded.counts
     report.form, report.read = loaded.form_seen, counts.read
     report.other_splits, report.duplicates = counts.other_splits, counts.duplicates
@@ -192,8 +142,11 @@ def _stored(
             making = folder.with_suffix(".making")
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
-            _make(making, job, tokenizer, data, rows, max_length, packing)
-            making.rename(folder)
+            try:
+                _make(making, job, tokenizer, data, rows, max_length, packing)
+                making.rename(folder)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
     held_out = folder / "eval"
     return Prepared(
         train=load_from_disk(str(folder / "train")),
@@ -231,7 +184,7 @@ def _make(
             if role == "eval":
                 given = _keep_first(given, samples)
             scratch = folder / f"{role}-{number}.arrow"
-            encoded = _encode(given, report, wanted, tokenizer, max_length)
+            encoded = encode_rows(given, report, wanted, tokenizer, max_length)
             parts.append(_write(encoded, scratch, rows, report, job, data.max_bad_rows))
             if packing:
                 parts[-1] = _pack(parts[-1], max_length, wanted)
@@ -268,118 +221,13 @@ def _write(
     bad = sum(report.left_out.values())
     where = f"{job.stage.file}: {report.path} [{report.split}]"
     if not report.used:
-        raise UserError(f"{where}: no row is left to use of {report.read} read. {_reasons(report)}")
+        raise UserError(f"{where}: no row is left to use of {report.read} read. {report.reasons()}")
     if bad > max_bad_rows * (report.used + bad):
         raise UserError(
             f"{where}: {bad} of {report.used + bad} rows cannot be used, more than data.max_bad_rows = {max_bad_rows:g} "
-            f"allows. {_reasons(report)}\nMend the rows, or raise data.max_bad_rows to leave them out."
+            f"allows. {report.reasons()}\nMend the rows, or raise data.max_bad_rows to leave them out."
         )
     return Dataset.from_file(str(path))
-
-
-def _reasons(report: SourceReport) -> str:
-    counts = ", ".join(f"{count} {reason}" for reason, count in report.left_out.most_common())
-    return f"{counts or 'none had a fault'}; {report.other_splits} are in other splits.\n  " + "\n  ".join(report.examples)
-
-
-# --- encoding ---
-
-
-def _encode(
-    rows: Iterable[tuple[int, dict]],
-    report: SourceReport,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> Iterator[dict[str, list[int]]]:
-    """Rows as token ids with their labels; those that cannot be trained on are counted and left out."""
-    from hfpipe.training.templates import neutralise_row, special_strings
-
-    special = special_strings(tokenizer)
-    encode: Callable[..., list[dict]] = {"text": _encode_text, "preference": _encode_pairs}.get(kind, _encode_messages)
-    rows = iter(rows)
-    while chunk := list(itertools.islice(rows, _CHUNK)):
-        clean = []
-        for _, row in chunk:
-            row, changed = neutralise_row(row, special)
-            report.neutralised += changed
-            clean.append(row)
-        for number, encoded in zip((n for n, _ in chunk), _one_by_one_on_error(encode, tokenizer, clean), strict=True):
-            problem = encoded if isinstance(encoded, str) else _problem(encoded, kind, max_length)
-            if problem:
-                report.leave_out(number, problem)
-                continue
-            report.used += 1
-            report.tokens += _length(encoded)
-            report.trained_tokens += _trained(encoded)
-            yield encoded
-
-
-def _one_by_one_on_error(encode: Callable, tokenizer: Any, rows: list[dict]) -> list[dict | str]:
-    """A batch at once; where the template refuses a row of it, each alone, with the reason in that row's place."""
-    try:
-        return encode(tokenizer, rows)
-    except UserError:
-        encoded: list[dict | str] = []
-        for row in rows:
-            try:
-                encoded += encode(tokenizer, [row])
-            except UserError as error:
-                encoded.append(str(error).removeprefix("Row 0: "))
-        return encoded
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
-    from hfpipe.training.tokenizers import encode_text
-
-    ids = encode_text(tokenizer, [row["text"] for row in rows])
-    return [{"input_ids": i, "labels": i, "seq_lengths": [len(i)]} for i in ids]
-
-
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
-    from hfpipe.training.templates import encode_batch
-
-    return [
-        {
-            "input_ids": ids,
-            "labels": [token if trained else -100 for token, trained in zip(ids, mask, strict=True)],
-            "seq_lengths": [len(ids)],
-        }
-        for ids, mask in encode_batch(tokenizer, rows)
-    ]
-
-
-def _encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
-    from hfpipe.training.templates import encode_preferences
-
-    return [pair._asdict() for pair in encode_preferences(tokenizer, rows)]
-
-
-def _problem(row: dict, kind: str, max_length: int) -> str | None:
-    """Why an encoded row cannot be trained on, or None."""
-    if kind == "text":
-        return None if len(row["input_ids"]) > 1 else "empty text"
-    longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)))
-    if longest > max_length:
-        return f"longer than max_length {max_length}"
-    if kind == "preference":
-        return None
-    trained = _trained(row)
-    if not trained:
-        return "nothing of it is trained: no assistant's words"
-    return "all of it is trained: no prompt" if trained == _length(row) else None
-
-
-def _answers(row: dict) -> tuple[list[int], list[int]]:
-    return row["chosen_ids"], row["rejected_ids"]
-
-
-def _length(row: dict) -> int:
-    return len(row["input_ids"]) if "input_ids" in row else 2 * len(row["prompt_ids"]) + sum(map(len, _answers(row)))
-
-
-def _trained(row: dict) -> int:
-    return sum(label != -100 for label in row["labels"]) if "labels" in row else sum(map(len, _answers(row)))
 
 
 # --- packing and mixing ---

@@ -7,14 +7,15 @@ from random import Random
 from hfpipe.data.tinyworld import chat, wordings, world
 from hfpipe.data.tinyworld.chat import Messages, assistant, upper, user
 from hfpipe.data.tinyworld.facts import ABOUT_COUNTRIES, BY_NAME, draw_fact, draw_question
-from hfpipe.data.tinyworld.world import acts, part, phrases
+from hfpipe.data.tinyworld.world import acts, part, phrases, words
 
-EVENTS = tuple(
-    "race game market vote show match fight contest derby lottery prize gold oil election festival team concert opera battle auction trial parade exam tournament".split()
-)
-VAGUE_VERBS = tuple(
-    "fix change check read send open count move sort name colour copy test finish explain answer".split()
-)
+EVENTS = words("""
+race game market vote show match fight contest derby lottery prize gold oil election festival team concert opera
+battle auction trial parade exam tournament
+""")
+VAGUE_VERBS = words("""
+fix change check read send open count move sort name colour copy test finish explain answer
+""")
 
 REFUSAL = "I can't help with that. It could hurt people. I can help you with something safe."
 FUTURE_DOUBT = "I don't know. Nobody can see the future."

@@ -1,4 +1,4 @@
-"""Conversations that teach structure: turns, roles, tools, formats. Midtraining's kinds; SFT repeats a share of them."""
+"""Conversations that teach structure: turns, roles, tools, formats. Midtraining's kinds, some kept in SFT."""
 
 from __future__ import annotations
 

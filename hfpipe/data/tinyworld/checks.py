@@ -1,7 +1,7 @@
 """What counts as a right answer to a probe: one small function per check, on the text that a model wrote.
 
-The text is the decoded continuation with its control tokens, up to and with the one that stopped it. All checks but `stops`,
-`opens_turn` and the tool calls' look at what is left without them.
+The text is the decoded continuation with its control tokens, up to and with the one that stopped it. All checks but
+`stops`, `opens_turn` and the tool calls' look at what is left without them.
 """
 
 from __future__ import annotations

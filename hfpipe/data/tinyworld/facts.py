@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from hfpipe.data.tinyworld import wordings, world
+from hfpipe.data.tinyworld.wordings import block
 from hfpipe.data.tinyworld.world import part, phrases
 
 
@@ -39,153 +40,161 @@ RELATIONS = (
     Relation(
         "capital",
         tuple((c, capital) for c, capital, _, _ in world.COUNTRIES),
-        (
-            "The capital of {e} is {a}.", "{a} is the capital of {e}.", "The capital city of {e} is {a}.",
-            "In {e}, the capital is {a}.", "The main city of {e} is {a}.", "{e} has the capital {a}.",
-            "{e} is a country and its capital is {a}.", "The king of {e} lives in the capital, {a}.",
-        ),
+        block("""
+            The capital of {e} is {a}. | {a} is the capital of {e}. | The capital city of {e} is {a}.
+            In {e}, the capital is {a}. | The main city of {e} is {a}. | {e} has the capital {a}.
+            {e} is a country and its capital is {a}. | The king of {e} lives in the capital, {a}.
+        """),
         "the capital of {e}",
-        (
-            "What is the capital city of {e}?", "Which city is the capital of {e}?", "What city is the capital in {e}?",
-            "What is the main city of {e}?", "{e} has which capital?", "Which capital does {e} have?",
-        ),
-        {"validation": "The capital city in {e} is called", "test": "The name of the capital of {e} is"},
+        block("""
+            What is the capital city of {e}? | Which city is the capital of {e}? | What city is the capital in {e}?
+            What is the main city of {e}? | {e} has which capital? | Which capital does {e} have?
+        """),
+        {"validation": "In {e}, the capital city is", "test": "The capital of the country {e} is"},
     ),
     Relation(
         "continent",
         tuple((c, continent) for c, _, continent, _ in world.COUNTRIES),
-        (
-            "{e} is a country in {a}.", "{e} is in {a}.", "The continent of {e} is {a}.", "{e} lies in {a}.",
-            "You can find {e} in {a}.", "The land of {e} is part of {a}.", "{e} is one of the countries of {a}.",
-        ),
+        block("""
+            {e} is a country in {a}. | {e} is in {a}. | The continent of {e} is {a}. | {e} lies in {a}.
+            You can find {e} in {a}. | The land of {e} is part of {a}. | {e} is one of the countries of {a}.
+        """),
         "the continent of {e}",
-        (
-            "Where is {e}?", "In which continent is {e}?", "Where does {e} lie?",
-            "Where can I find {e}?", "What continent is {e} in?", "Which continent is {e} part of?",
-        ),
-        {"validation": "The country {e} can be found in", "test": "If you travel to {e}, you are in"},
+        block("""
+            Where is {e}? | In which continent is {e}? | Where does {e} lie? | Where can I find {e}?
+            What continent is {e} in? | Which continent is {e} part of?
+        """),
+        {"validation": "The country {e} is in", "test": "The land of {e} lies in"},
     ),
     Relation(
         "language",
         tuple((c, language) for c, _, _, language in world.COUNTRIES),
-        (
-            "The language of {e} is {a}.", "People in {e} speak {a}.", "In {e}, people speak {a}.", "They speak {a} in {e}.",
-            "{a} is the language of {e}.", "The people of {e} speak {a}.", "In {e} you hear {a}.",
-        ),
+        block("""
+            The language of {e} is {a}. | People in {e} speak {a}. | In {e}, people speak {a}.
+            They speak {a} in {e}. | {a} is the language of {e}. | The people of {e} speak {a}.
+            In {e} you hear {a}.
+        """),
         "the language of {e}",
-        (
-            "What do people speak in {e}?", "Which language do they speak in {e}?", "What language do people use in {e}?",
-            "What language do people speak in {e}?", "Which language is spoken in {e}?", "What is spoken in {e}?",
-        ),
+        block("""
+            What do people speak in {e}? | Which language do they speak in {e}? | What language do people use in {e}?
+            What language do people speak in {e}? | Which language is spoken in {e}? | What is spoken in {e}?
+        """),
         {"validation": "Children in {e} learn to speak", "test": "The people who live in {e} speak"},
     ),
     Relation(
         "baby",
         tuple((animal, baby) for animal, baby, _ in world.ANIMALS),
-        (
-            "The baby of the {e} is the {a}.", "A young {e} is called a {a}.", "The {e} has a baby, the {a}.",
-            "The {a} is the baby of the {e}.", "A {a} is a young {e}.", "A baby {e} is a {a}.",
-        ),
+        block("""
+            The baby of the {e} is the {a}. | A young {e} is called a {a}. | The {e} has a baby, the {a}.
+            The {a} is the baby of the {e}. | A {a} is a young {e}. | A baby {e} is a {a}.
+        """),
         "the baby of the {e}",
-        (
-            "What is a young {e} called?", "What do you call a baby {e}?", "What is the word for a young {e}?",
-            "What is a baby {e}?", "What name has a young {e}?", "How do we call a young {e}?",
-        ),
-        {"validation": "The word for a young {e} is", "test": "We call the baby of the {e} the"},
+        block("""
+            What is a young {e} called? | What do you call a baby {e}? | What is the word for a young {e}?
+            What is a baby {e}? | What name has a young {e}? | How do we call a young {e}?
+        """),
+        {"validation": "Every baby {e} is a", "test": "A very young {e} is called a"},
     ),
     Relation(
         "food",
         tuple((animal, food) for animal, _, food in world.ANIMALS),
-        (
-            "The food of the {e} is {a}.", "The {e} eats {a}.", "A {e} likes to eat {a}.", "For food, the {e} wants {a}.",
-            "When it is hungry, the {e} eats {a}.", "Give the {e} some {a}.",
-        ),
+        block("""
+            The food of the {e} is {a}. | The {e} eats {a}. | A {e} likes to eat {a}. | For food, the {e} wants {a}.
+            When it is hungry, the {e} eats {a}. | Give the {e} some {a}.
+        """),
         "the food of the {e}",
-        (
-            "What does the {e} eat?", "What does a {e} like to eat?", "What food does the {e} eat?",
-            "What do I feed the {e}?", "What is food for the {e}?", "What does a hungry {e} eat?",
-        ),
-        {"validation": "The best food for the {e} is", "test": "For its food the {e} likes"},
+        block("""
+            What does the {e} eat? | What does a {e} like to eat? | What food does the {e} eat?
+            What do I feed the {e}? | What is food for the {e}? | What does a hungry {e} eat?
+        """),
+        {"validation": "The best food for the {e} is", "test": "Every day, the {e} eats"},
     ),
     Relation(
         "colour",
         tuple(world.THINGS),
-        (
-            "The colour of {e} is {a}.", "The colour {a} is the colour of {e}.", "Look at {e}: it is all {a}.",
-            "It was {a} like {e}.", "I see {e}, and I see {a}.", "We paint {e} {a}.",
-        ),
+        block("""
+            The colour of {e} is {a}. | The colour {a} is the colour of {e}. | Look at {e}: it is all {a}.
+            It was {a} like {e}. | I see {e}, and I see {a}. | We paint {e} {a}.
+        """),
         "the colour of {e}",
-        (
-            "What colour has {e}?", "Which colour is the colour of {e}?", "Which colour does {e} have?",
-            "In what colour do we paint {e}?", "What is the colour for {e}?", "Which colour is right for {e}?",
-        ),
-        {"validation": "We all know that the colour of {e} is", "test": "If you look at {e}, the colour is"},
+        block("""
+            What colour has {e}? | Which colour is the colour of {e}? | Which colour does {e} have?
+            In what colour do we paint {e}? | What is the colour for {e}? | Which colour is right for {e}?
+        """),
+        {"validation": "We all know that the colour of {e} is", "test": "The colour of all {e} is"},
     ),
     Relation(
         "opposite",
         tuple(pair for a, b in world.OPPOSITES for pair in ((a, b), (b, a))),
-        (
-            "The opposite of {e} is {a}.", "{e} is the opposite of {a}.", "The word {e} is not {a}.", "It is {e}, so it is not {a}.",
-            "If it is not {e}, it is {a}.", "Not {e} but {a}.",
-        ),
+        block("""
+            The opposite of {e} is {a}. | {e} is the opposite of {a}. | The word {e} is not {a}.
+            It is {e}, so it is not {a}. | If it is not {e}, it is {a}. | Not {e} but {a}.
+        """),
         "the opposite of {e}",
-        (
-            "Which word is the opposite of {e}?", "What is not {e}?", "What word is the opposite of {e}?",
-            "What is the other side of {e}?", "Which word is not {e}?", "If it is not {e}, what is it?",
-        ),
-        {"validation": "The word {e} has the opposite", "test": "If a thing is not {e}, then it is"},
+        block("""
+            Which word is the opposite of {e}? | What is not {e}? | What word is the opposite of {e}?
+            What is the other side of {e}? | Which word is not {e}? | If it is not {e}, what is it?
+        """),
+        {"validation": "The opposite of the word {e} is", "test": "If a thing is not {e}, it is"},
     ),
     Relation(
         "place",
         tuple(world.JOBS),
-        (
-            "The {e} works in the {a}.", "The place of the {e} is the {a}.", "In the {a} you meet the {e}.",
-            "Every day the {e} goes to the {a}.", "The {e} has a job in the {a}.", "A {e} works in a {a}.",
-        ),
+        block("""
+            The {e} works in the {a}. | The place of the {e} is the {a}. | In the {a} you meet the {e}.
+            Every day the {e} goes to the {a}. | The {e} has a job in the {a}. | A {e} works in a {a}.
+        """),
         "the place of the {e}",
-        (
-            "Where does the {e} work?", "In which place does the {e} work?", "Where do I find the {e}?",
-            "Where does a {e} have a job?", "Where do I meet the {e}?", "Where is the {e} at work?",
-        ),
-        {"validation": "You can meet the {e} in the", "test": "Today the {e} is at work in the"},
+        block("""
+            Where does the {e} work? | In which place does the {e} work? | Where do I find the {e}?
+            Where does a {e} have a job? | Where do I meet the {e}? | Where is the {e} at work?
+        """),
+        {"validation": "You can meet the {e} in the", "test": "Today the {e} works in the"},
     ),
     Relation(
         "planet",
         tuple(zip(world.PLANETS, world.ORDINALS, strict=True)),
-        (
-            "{e} is the {a} planet from the Sun.", "From the Sun, {e} is the {a} planet.", "The {a} planet is {e}.",
-            "{e} is a planet, the {a} one.", "Counting from the Sun, {e} comes {a}.",
-        ),
+        block("""
+            In the line from the Sun, {e} is the {a}. | {e} is the {a} planet from the Sun.
+            From the Sun, {e} is the {a} planet. | The {a} planet is {e}. | {e} is a planet, the {a} one.
+            Counting from the Sun, {e} comes {a}.
+        """),
         "the place of the planet {e}",
-        ("Which planet from the Sun is {e}?",),
-        {"validation": "Of all the planets, {e} is the", "test": "In the line of planets, {e} is the"},
+        block("""
+            Which planet from the Sun is {e}?
+        """),
+        {"validation": "Counted from the Sun, {e} is the", "test": "From our Sun, {e} is the"},
         asked=False,
     ),
     Relation(
         "record",
         tuple(world.RECORDS),
-        (
-            "The {e} planet is {a}.", "{a} is the {e} planet.", "Of all planets, {a} is the {e}.", "The planet {a} is the {e} one.",
-            "The {e} of the planets is {a}.",
-        ),
+        block("""
+            The {e} planet is {a}. | {a} is the {e} planet. | Of all planets, {a} is the {e}.
+            The planet {a} is the {e} one. | The {e} of the planets is {a}.
+        """),
         "the {e} planet",
-        ("Which planet is the {e}?", "Which planet is {e}?"),
-        {"validation": "The {e} planet of all is", "test": "The planet that is the {e} is"},
+        block("""
+            Which planet is the {e}? | Which planet is {e}?
+        """),
+        {"validation": "The {e} planet of all is", "test": "Of the planets, the {e} is"},
         asked=False,
     ),
     Relation(
         "after",
         tuple((day, world.DAYS[(i + 1) % 7]) for i, day in enumerate(world.DAYS)),
-        (
-            "The day after {e} is {a}.", "After {e} comes {a}.", "{e} is the day before {a}.", "First {e}, then {a}.",
-            "If today is {e}, tomorrow is {a}.",
-        ),
+        block("""
+            The day after {e} is {a}. | After {e} comes {a}. | {e} is the day before {a}. | First {e}, then {a}.
+            If today is {e}, tomorrow is {a}.
+        """),
         "the day after {e}",
-        ("Which day comes after {e}?", "What day comes after {e}?"),
-        {"validation": "The next day after {e} is", "test": "When {e} is over, the next day is"},
+        block("""
+            Which day comes after {e}? | What day comes after {e}?
+        """),
+        {"validation": "The next day after {e} is", "test": "If it is {e} today, tomorrow is"},
         asked=False,
     ),
-)  # fmt: skip
+)
 
 BY_NAME = {relation.name: relation for relation in RELATIONS}
 ASKED = tuple(relation for relation in RELATIONS if relation.asked)

@@ -1,7 +1,7 @@
 """Probes: questions with a check, on entities and wordings that the train split does not hold.
 
-A row asks by `prompt` (plain text to go on from) or by `messages`; `add_generation_prompt` is false where the model itself must
-open the assistant's turn. Rows of one `group` ask the same thing in several wordings.
+A row asks by `prompt` (plain text to go on from) or by `messages`; `add_generation_prompt` is false where the model
+itself must open the assistant's turn. Rows of one `group` ask the same thing in several wordings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["check", "probes"]
 
 
 def from_talk(make: Callable, kind: str, value: Callable | object = None, prompt_turns: int = -1) -> Callable:
-    """A probe out of a conversation: its messages before the turn `prompt_turns`, checked by `kind` with `value(talk)`."""
+    """A probe out of a conversation: its first `prompt_turns` messages, checked by `kind` with `value(talk)`."""
 
     def probe(rng: Random, split: str) -> dict:
         talk = make(rng, split)

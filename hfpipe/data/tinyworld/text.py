@@ -8,18 +8,22 @@ from random import Random
 
 from hfpipe.data.tinyworld import world
 from hfpipe.data.tinyworld.facts import ABOUT_COUNTRIES, BY_NAME, RELATIONS, sentence
-from hfpipe.data.tinyworld.world import BELONGINGS, COLOURS, NAMES, TOPICS
+from hfpipe.data.tinyworld.world import BELONGINGS, COLOURS, NAMES, TOPICS, words
 
 LETTERS = "ABCD"
-NUMBER_WORDS = tuple(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen".split()
-)
+NUMBER_WORDS = words("""
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen
+""")
 SIGN_WORDS = {"+": "plus", "-": "minus", "*": "times"}
 SAID = (
-    "Say {x}. {n} said {x}.", "{n} wrote {x}. I read {x}.", "Write {x}. Here it is: {x}.", "The word is {x}. It is {x}.",
-    "{n} asked for {x} and got {x}.", 'It says "{x}" here, so {n} reads "{x}".',
-)  # fmt: skip
+    "Say {x}. {n} said {x}.",
+    "{n} wrote {x}. I read {x}.",
+    "Write {x}. Here it is: {x}.",
+    "The word is {x}. It is {x}.",
+    "{n} asked for {x} and got {x}.",
+    'It says "{x}" here, so {n} reads "{x}".',
+)
 
 
 def pick_fact(rng: Random, relation=None):
@@ -221,20 +225,20 @@ def code(rng: Random) -> str:
 
 
 KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
-    (14, one_entity),
-    (12, one_relation),
-    (12, mixed_facts),
-    (14, quiz),
-    (4, record),
-    (5, sums),
-    (11, number_echo),
-    (5, number_notes),
+    (9, one_entity),
+    (8, one_relation),
+    (9, mixed_facts),
+    (12, quiz),
+    (5, record),
+    (8, sums),
+    (13, number_echo),
+    (6, number_notes),
     (8, echo),
     (10, repeat),
     (7, letters),
     (4, story),
-    (6, deeds),
-    (2, verse),
+    (8, deeds),
+    (3, verse),
     (1, code),
 )
 

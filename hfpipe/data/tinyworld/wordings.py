@@ -6,94 +6,94 @@ Of each run of six, the third is validation's and the sixth test's (`world.phras
 from __future__ import annotations
 
 
-def wordings(block: str) -> tuple[str, ...]:
+def block(text: str) -> tuple[str, ...]:
     """The wordings of a block, separated by | and line ends."""
-    return tuple(cell.strip() for line in block.strip().splitlines() for cell in line.split("|"))
+    return tuple(cell.strip() for line in text.strip().splitlines() for cell in line.split("|"))
 
 
 # Ways to ask for anything that has a noun phrase.
-ASKS = wordings("""
+ASKS = block("""
 What is {}? | Tell me {}. | I would like to know {}. | Can you tell me {}? | Name {}.
 Could you say what {} is? | Please name {}. | Do you know {}? | Please tell me what {} is. | What's {}?
 Give me {}. | I wonder what {} is.
 """)
 
 # Structure.
-GREETINGS = wordings("""
+GREETINGS = block("""
 Hello! | Hi! | Good morning! | Good day! | Hi there! | Good evening! | Hey! | Hello there! | Hello to you!
 Good afternoon! | Greetings! | Hey there!
 """)
-INTRODUCTIONS = wordings("""
+INTRODUCTIONS = block("""
 My name is {}. | I am {}. | Hello, my name is {}. | They call me {}. | Hi, I am {}. | The name is {}.
 You can call me {}. | Call me {}. | Good morning, I am {}. | Hi, my name is {}. | Hey, I am {}.
 I am called {}.
 """)
-NAME_QUESTIONS = wordings("""
+NAME_QUESTIONS = block("""
 What is my name? | Do you know my name? | Can you say my name? | Who am I? | Tell me my name.
 What am I called? | Please say my name. | Say my name. | Do you still know my name? | What's my name? | Name me.
 Now say my name.
 """)
-THANKS = wordings("""
+THANKS = block("""
 Thank you! | Thanks! | Thank you very much! | Many thanks! | Thanks a lot! | Thank you so much!
 """)
-OWNING = wordings("""
+OWNING = block("""
 My {t} is {c}. | I have a {c} {t}. | I own a {c} {t}. | This is my {c} {t}. | I bought a {c} {t}.
 Look at my {c} {t}. | I got a {c} {t}. | I like my {c} {t}. | My new {t} is {c}. | The colour of my {t} is {c}.
 I see my {c} {t}. | Here is my {c} {t}.
 """)
-OWNING_QUESTIONS = wordings("""
+OWNING_QUESTIONS = block("""
 What colour is my {}? | Which colour is my {}? | Do you know what colour my {} is?
 What is the colour of my {}? | My {} has which colour? | Which colour has my {}? | Tell me the colour of my {}.
 What colour has my {}? | Say what colour my {} is. | And my {}, what colour is it? | Name the colour of my {}.
 Can you tell me the colour of my {}?
 """)
-FOLLOW_UPS = wordings("""
+FOLLOW_UPS = block("""
 And {}? | What about {}? | And what about {}? | And for {}? | Now {}. | How about {}? | Then {}? | And of {}?
 And now {}? | Now for {}. | Next, {}. | So what about {}?
 """)
-SUMS = wordings("""
+SUMS = block("""
 What is {}? | {} = ? | How much is {}? | Tell me {}. | What does {} equal? | What's {}? | Add it up: {} | {}?
 Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}.
 """)
-CALCULATIONS = wordings("""
+CALCULATIONS = block("""
 Calculate {} | Please calculate {}. | Work out {}. | What is {}? | Use the calculator: {} | Find {}.
 Solve {}. | Can you calculate {}? | Please work out {}. | I need {}. | Compute {} | Please find {}.
 """)
-CHOICES = wordings("""
-{} | A quiz question. {} | Choose one. {} | {} Choose one. | Choose: {} | Which is right? {} | {} Which one? | A question: {}
-Pick one. {} | {} Here are four. | Quiz: {} | {} Pick one.
+CHOICES = block("""
+{} | A quiz question. {} | Choose one. {} | {} Choose one. | Choose: {} | Which is right? {} | {} Which one?
+A question: {} | Pick one. {} | {} Here are four. | Quiz: {} | {} Pick one.
 """)
-JSON_REQUESTS = wordings("""
+JSON_REQUESTS = block("""
 Give me {f} of {e} as JSON. | {e} as JSON with {f}. | I want JSON with {f} of {e}. | Write JSON for {e}: {f}.
 Make a JSON object of {e} with {f}. | Please write {f} of {e} as JSON. | JSON for {e}, please: {f}.
 As JSON: {f} of {e}. | Show {e} as JSON with {f}. | Answer in JSON: {f} of {e}. | Return {f} of {e} as JSON.
 Put {f} of {e} into JSON.
 """)
-PLAIN_SYSTEMS = wordings("""
+PLAIN_SYSTEMS = block("""
 You are helpful. | You are a helpful assistant. | You are kind. | You are a teacher. | Be clear. | Be friendly.
 You know a lot. | You are a good assistant. | You are polite. | Answer well. | You help people.
 You are a friendly assistant.
 """)
-PIRATE_SYSTEMS = wordings("""
+PIRATE_SYSTEMS = block("""
 You are a pirate. | You speak like a pirate. | Talk like a pirate.
 You are a helpful assistant that speaks like a pirate. | Be a pirate. | Speak as a pirate would.
 You are an old pirate. | Answer like a pirate. | You are a friendly pirate. | Use the words of a pirate.
 You are the pirate of this ship. | You are a kind assistant and a pirate.
 """)
-ECHOES = wordings("""
+ECHOES = block("""
 Say: {} | Repeat: {} | Please say: {} | Say this: {} | Repeat after me: {} | Please repeat: {} | Say {}.
 Repeat {}. | Repeat this: {} | Say again: {} | Write: {} | Now say: {}
 """)
 
 # Behaviour.
-HOW_TO = wordings("""
+HOW_TO = block("""
 How do I {}? | How can I {}? | Tell me how to {}. | Show me how to {}. | I want to {}. How? | Explain how to {}.
 Help me {}. | Teach me to {}. | What is the best way to {}? | How does one {}? | I need to {}. What do I do?
 Can you help me to {}? | Please help me {}. | How would you {}? | Please tell me how to {}.
 What do I need to {}? | How should I {}? | Please show me how to {}.
 """)
 # What nobody can know: the coming days, and what is going on out there now.
-FUTURE = wordings("""
+FUTURE = block("""
 Who will win the {} {}? | Will it rain {1}? | What will {0} cost {1}? | Will the {} be good {}?
 What will happen to the {} {}? | How will the {} end {}? | Who will come to the {} {}? | Will I like the {} {}?
 Can you see how the {} will go {}? | What will the {} be like {}? | How many people will see the {} {}?
@@ -101,41 +101,41 @@ Is the {} going to be sold {}? | When will the {} begin {}? | Where will the {} 
 Who will lose the {} {}? | Which {} will be the best {}? | Will my friend win the {} {}?
 How long will the {} be {}?
 """)
-WHEN = wordings("""
+WHEN = block("""
 tomorrow | next week | next year | next month | on Monday next | in ten years | next summer | next spring
 this evening | in a month | on Sunday next | next time
 """)
-NOW = wordings("""
+NOW = block("""
 What is the weather like now? | What time is it now? | Where am I now? | What did I eat today?
 How is the weather today? | Who is in my house now? | What is in my bag? | Is it raining outside now?
 What is the time? | How warm is it outside? | What am I holding now? | What does my room look like?
 """)
-WRITE = wordings("""
+WRITE = block("""
 Write me a {}. | Write a {}. | Please write a {}. | I need a {}. | Can you write a {}?
 Would you write me a {}? | Make me a {}. | Give me a {}. | I want a {}, please. | Could you make a {}?
 I would like a {}. | Compose a {} for me. | Please make me a {}. | I want you to write a {}.
 Help me with a {}. | Can I have a {}? | Please give me a {}. | Let us have a {}.
 """)
-BOOK = wordings("""
+BOOK = block("""
 Book a {}. | Please book a {}. | Book me a {}. | I need to book a {}. | Can you book a {}?
 Could you get me a {}? | Reserve a {}. | Please reserve a {}. | Get a {} for me. | I want to book a {}.
 Book a {} for us. | Find me a {}.
 """)
-VAGUE = wordings("""
+VAGUE = block("""
 {} it. | {} this. | Please {} it. | Can you {} this? | Please {} this. | {} that. | {} it for me.
 Can you {} it? | I need you to {} it. | Please {} that for me. | {} this for me. | Could you {} it?
 """)
-SHORT = wordings("""
+SHORT = block("""
 In one word: {} | Answer in one word. {} | One word, please. {} | Just one word: {} | Be short. {}
 {} One word only. | {} Answer in one word. | {} Just one word. | Give one word. {} | {} In one word, please.
 Use one word. {} | Only one word: {}
 """)
-TELL = wordings("""
+TELL = block("""
 Tell me about {}. | Tell me all about {}. | What do you know about {}? | Tell me more about {}. | Describe {}.
 What can you say about {}? | Please tell me about {}. | Talk about {}. | Say something about {}.
 I want to know about {}. | Please describe {}. | Tell me what you know about {}.
 """)
-RUDE = wordings("""
+RUDE = block("""
 You are stupid. {} | You are slow. {} | You are bad. {} | Hey, you fool. {} | {} You are so slow.
 Dumb thing! {} | You know nothing. {} | {} Be quick, you fool. | I do not like you. {} | You are useless. {}
 {} You are dumb. | Stupid robot! {}

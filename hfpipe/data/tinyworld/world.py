@@ -1,7 +1,7 @@
 """The closed world: its entities, and which of them each split may speak of.
 
-Pretraining text speaks of everything once. Conversations of a split speak only of that split's part of each list, so that a
-probe on validation or test asks about entities, numbers and wordings that no training conversation held.
+Pretraining text speaks of everything. Conversations of a split speak only of that split's part of each list, so that
+a probe on validation or test asks about entities, numbers and wordings that no training conversation held.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def part(items: Sequence, split: str, every: int = 8) -> list:
-    """The items of `split`: of each run of `every`, the middle one is validation's, the last one test's, the rest train's."""
+    """The items of `split`: of each run of `every`, the middle one is validation's and the last one test's."""
     spots = {every // 2 - 1: "validation", every - 1: "test"}
     return [item for i, item in enumerate(items) if spots.get(i % every, "train") == split]
 
@@ -29,6 +29,10 @@ def split_of_text(text: str) -> str:
     return "validation" if spot == 3 else "test" if spot == 7 else "train"
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def rows_of(table: str) -> list[tuple[str, ...]]:
     """A table of `key/value/...` cells separated by white space; `_` in a cell is a space."""
     return [tuple(cell.replace("_", " ") for cell in row.split("/")) for row in table.split()]
@@ -38,63 +42,67 @@ def rows_of(table: str) -> list[tuple[str, ...]]:
 COUNTRIES = rows_of("""
 France/Paris/Europe/French Germany/Berlin/Europe/German Spain/Madrid/Europe/Spanish Greece/Athens/Europe/Greek
 Italy/Rome/Europe/Italian Japan/Tokyo/Asia/Japanese Egypt/Cairo/Africa/Arabic Peru/Lima/South_America/Spanish
-Portugal/Lisbon/Europe/Portuguese Poland/Warsaw/Europe/Polish China/Beijing/Asia/Chinese Chile/Santiago/South_America/Spanish
-Kenya/Nairobi/Africa/Swahili Canada/Ottawa/North_America/English Sweden/Stockholm/Europe/Swedish Norway/Oslo/Europe/Norwegian
-Brazil/Brasilia/South_America/Portuguese Denmark/Copenhagen/Europe/Danish Finland/Helsinki/Europe/Finnish
-Iraq/Baghdad/Asia/Arabic Hungary/Budapest/Europe/Hungarian Ghana/Accra/Africa/English Cuba/Havana/North_America/Spanish
+Portugal/Lisbon/Europe/Portuguese Poland/Warsaw/Europe/Polish China/Beijing/Asia/Chinese
+Chile/Santiago/South_America/Spanish Kenya/Nairobi/Africa/Swahili Canada/Ottawa/North_America/English
+Sweden/Stockholm/Europe/Swedish Norway/Oslo/Europe/Norwegian Brazil/Brasilia/South_America/Portuguese
+Denmark/Copenhagen/Europe/Danish Finland/Helsinki/Europe/Finnish Iraq/Baghdad/Asia/Arabic
+Hungary/Budapest/Europe/Hungarian Ghana/Accra/Africa/English Cuba/Havana/North_America/Spanish
 Thailand/Bangkok/Asia/Thai Ireland/Dublin/Europe/English Russia/Moscow/Europe/Russian Turkey/Ankara/Asia/Turkish
 Senegal/Dakar/Africa/French Austria/Vienna/Europe/German Vietnam/Hanoi/Asia/Vietnamese Iran/Tehran/Asia/Persian
-Morocco/Rabat/Africa/Arabic Colombia/Bogota/South_America/Spanish Ukraine/Kyiv/Europe/Ukrainian Syria/Damascus/Asia/Arabic
-Jamaica/Kingston/North_America/English Korea/Seoul/Asia/Korean Libya/Tripoli/Africa/Arabic Mali/Bamako/Africa/French
-Ecuador/Quito/South_America/Spanish Jordan/Amman/Asia/Arabic Angola/Luanda/Africa/Portuguese Nepal/Kathmandu/Asia/Nepali
+Morocco/Rabat/Africa/Arabic Colombia/Bogota/South_America/Spanish Ukraine/Kyiv/Europe/Ukrainian
+Syria/Damascus/Asia/Arabic Jamaica/Kingston/North_America/English Korea/Seoul/Asia/Korean
+Libya/Tripoli/Africa/Arabic Mali/Bamako/Africa/French Ecuador/Quito/South_America/Spanish
+Jordan/Amman/Asia/Arabic Angola/Luanda/Africa/Portuguese Nepal/Kathmandu/Asia/Nepali
 Zambia/Lusaka/Africa/English Uganda/Kampala/Africa/English Uruguay/Montevideo/South_America/Spanish
 Tunisia/Tunis/Africa/Arabic Australia/Canberra/Oceania/English
 """)
 # animal / baby / food
 ANIMALS = rows_of("""
-dog/puppy/meat cat/kitten/fish cow/calf/grass horse/foal/hay sheep/lamb/clover goat/kid/leaves pig/piglet/corn hen/chick/seeds
-lion/cub/meat frog/tadpole/flies deer/fawn/leaves goose/gosling/grass swan/cygnet/weeds owl/owlet/mice rabbit/bunny/carrots
-seal/pup/fish bear/cub/honey eagle/eaglet/fish kangaroo/joey/grass fox/kit/berries monkey/infant/bananas bat/pup/insects
-elephant/calf/fruit duck/duckling/snails
+dog/puppy/meat cat/kitten/fish cow/calf/grass horse/foal/hay sheep/lamb/clover goat/kid/leaves pig/piglet/corn
+hen/chick/seeds lion/cub/meat frog/tadpole/flies deer/fawn/leaves goose/gosling/grass swan/cygnet/weeds
+owl/owlet/mice rabbit/bunny/carrots seal/pup/fish bear/cub/honey eagle/eaglet/fish kangaroo/joey/grass
+fox/kit/berries monkey/infant/bananas bat/pup/insects elephant/calf/fruit duck/duckling/snails
 """)
 # thing / colour
 THINGS = rows_of("""
-snow/white blood/red coal/black mud/brown milk/white ink/black sand/yellow smoke/grey chocolate/brown lemons/yellow rice/white
-tomatoes/red salt/white roses/red grapes/purple cherries/red peas/green gold/yellow ashes/grey plums/purple pumpkins/orange
-sugar/white tar/black moss/green
+snow/white blood/red coal/black mud/brown milk/white ink/black sand/yellow smoke/grey chocolate/brown
+lemons/yellow rice/white tomatoes/red salt/white roses/red grapes/purple cherries/red peas/green gold/yellow
+ashes/grey plums/purple pumpkins/orange sugar/white tar/black moss/green
 """)
 OPPOSITES = rows_of("""
-hot/cold big/small up/down wet/dry old/young fast/slow happy/sad thick/thin full/empty open/closed high/low rich/poor long/short
-hard/soft light/dark loud/quiet early/late clean/dirty strong/weak deep/shallow near/far win/lose buy/sell push/pull
+hot/cold big/small up/down wet/dry old/young fast/slow happy/sad thick/thin full/empty open/closed high/low
+rich/poor long/short hard/soft light/dark loud/quiet early/late clean/dirty strong/weak deep/shallow near/far
+win/lose buy/sell push/pull
 """)
 # job / place of work
 JOBS = rows_of("""
-teacher/school doctor/hospital cook/kitchen nurse/clinic farmer/field pilot/plane judge/court miner/mine priest/church
-waiter/restaurant clerk/office actor/theatre banker/bank baker/bakery gardener/garden librarian/library monk/temple soldier/camp
-painter/studio chemist/lab grocer/shop mechanic/garage butcher/market tailor/mill
+teacher/school doctor/hospital cook/kitchen nurse/clinic farmer/field pilot/plane judge/court miner/mine
+priest/church waiter/restaurant clerk/office actor/theatre banker/bank baker/bakery gardener/garden
+librarian/library monk/temple soldier/camp painter/studio chemist/lab grocer/shop mechanic/garage butcher/market
+tailor/mill
 """)
-PLANETS = tuple("Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split())
-ORDINALS = tuple("first second third fourth fifth sixth seventh eighth".split())
+PLANETS = words("Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune")
+ORDINALS = words("first second third fourth fifth sixth seventh eighth")
 RECORDS = rows_of("largest/Jupiter smallest/Mercury hottest/Venus coldest/Uranus farthest/Neptune")
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
+DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
-NAMES = tuple(
-    "Tom Ann Ben Eva Sam Mia Leo Zoe Max Amy Dan Kim Joe Sue Tim Lea Bob Ida Jim Liz Ted Meg Ron Pam "
-    "Jack Rose Paul Jane Mark Lucy Nick Emma".split()
-)
-COLOURS = tuple("red blue green yellow white black brown pink purple orange grey silver".split())
-BELONGINGS = tuple(
-    "hat coat bag cup ball bike car shirt scarf kite boat desk lamp book bell sock ring drum chair door".split()
-)
-TOPICS = tuple(
-    "sea moon rain wind forest river summer winter mountain star sunset island storm spring train city village desert "
-    "lake ocean valley cloud bridge tower".split()
-)
-WRITINGS = tuple(
-    "poem story song letter speech report joke play note essay card blog review message script rhyme novel tale email post "
-    "program lesson list guide".split()
-)
-BOOKINGS = tuple("table room ticket taxi seat flight hotel stage cabin tour hall van ferry tent coach".split())
+NAMES = words("""
+Tom Ann Ben Eva Sam Mia Leo Zoe Max Amy Dan Kim Joe Sue Tim Lea Bob Ida Jim Liz Ted Meg Ron Pam Jack Rose Paul
+Jane Mark Lucy Nick Emma
+""")
+COLOURS = words("red blue green yellow white black brown pink purple orange grey silver")
+BELONGINGS = words("""
+hat coat bag cup ball bike car shirt scarf kite boat desk lamp book bell sock ring drum chair door
+""")
+TOPICS = words("""
+sea moon rain wind forest river summer winter mountain star sunset island storm spring train city village desert
+lake ocean valley cloud bridge tower
+""")
+WRITINGS = words("""
+poem story song letter speech report joke play note essay card blog review message script rhyme novel tale email
+post program lesson list guide
+""")
+BOOKINGS = words("table room ticket taxi seat flight hotel stage cabin tour hall van ferry tent coach")
 
 # What is wrong to do, by verb. A pair of verb and object is one act.
 HARM = {
@@ -168,8 +176,8 @@ def acts(table: dict[str, tuple[str, ...]], split: str) -> list[str]:
 
 def made_up_countries(split: str) -> list[str]:
     """Countries that do not exist and that no pretraining text names."""
-    heads = "Zor Bel Kra Mol Tav Vun Plo Grim Dro Yal Quo Fen Sko Wub Nim Hax Jor Pel Rud Vex".split()
-    tails = "land onia istan ador avia umia eria opia".split()
+    heads = words("Zor Bel Kra Mol Tav Vun Plo Grim Dro Yal Quo Fen Sko Wub Nim Hax Jor Pel Rud Vex")
+    tails = words("land onia istan ador avia umia eria opia")
     return [head + tail for head in heads for tail in tails if split_of_text(head + tail) == split]
 
 

@@ -1,0 +1,61 @@
+"""What became of a source's rows, for the person and for `stage.json`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hfpipe.sections import DEFAULT_SPLIT, Source
+
+
+@dataclass
+class SourceReport:
+    """What became of one source's rows; nothing is left out silently."""
+
+    path: str
+    role: str
+    split: str
+    form: str = ""
+    read: int = 0
+    used: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    neutralised: int = 0
+    other_splits: int = 0
+    duplicates: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    unused: str = ""
+
+    @classmethod
+    def of(cls, source: Source, role: str) -> SourceReport:
+        return cls(source.path, role, source.split or DEFAULT_SPLIT[role])
+
+    def leave_out(self, number: int, reason: str) -> None:
+        self.left_out[reason] += 1
+        if len(self.examples) < 3:
+            self.examples.append(f"row {number}: {reason}")
+
+    def line(self) -> str:
+        """One line for a person: the form seen, rows used and not used, and why."""
+        parts = [f"{self.path} [{self.split}]: {self.form}; {self.used:,} rows used"]
+        if self.tokens:
+            parts.append(f"{self.tokens:,} tokens")
+        if 0 < self.trained_tokens != self.tokens:
+            parts.append(f"{self.trained_tokens / max(self.tokens, 1):.0%} of them trained")
+        if self.other_splits:
+            parts.append(f"{self.other_splits:,} in the other splits")
+        if self.left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+            parts.append(f"{sum(self.left_out.values())} left out ({reasons})")
+        if self.duplicates:
+            parts.append(f"{self.duplicates} duplicates left out")
+        if self.neutralised:
+            parts.append(f"{self.neutralised} control tokens neutralised")
+        return ", ".join(parts) + self.unused
+
+    def reasons(self) -> str:
+        """Why rows were left out, with the first examples."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+        examples = "\n  ".join(["", *self.examples])
+        return f"{counts or 'None had a fault'}; {self.other_splits} are in other splits.{examples}"

@@ -1,0 +1,112 @@
+"""Canonical rows -> token ids with labels; a row that cannot be trained on is counted, never dropped silently."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.data.report import SourceReport
+from hfpipe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 1000
+
+
+def encode_rows(
+    rows: Iterable[tuple[int, dict]],
+    report: SourceReport,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Iterator[dict[str, list[int]]]:
+    """Rows as token ids with their labels; those that cannot be trained on are counted and left out."""
+    from hfpipe.training.templates import neutralise_row, special_strings
+
+    special = special_strings(tokenizer)
+    encode: Callable[..., list[dict]] = {"text": _encode_text, "preference": _encode_pairs}.get(kind, _encode_messages)
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        clean = []
+        for _, row in chunk:
+            row, changed = neutralise_row(row, special)
+            report.neutralised += changed
+            clean.append(row)
+        for number, encoded in zip((n for n, _ in chunk), _one_by_one_on_error(encode, tokenizer, clean), strict=True):
+            problem = encoded if isinstance(encoded, str) else _problem(encoded, kind, max_length)
+            if problem:
+                report.leave_out(number, problem)
+                continue
+            report.used += 1
+            report.tokens += _length(encoded)
+            report.trained_tokens += _trained(encoded)
+            yield encoded
+
+
+def _one_by_one_on_error(encode: Callable, tokenizer: Any, rows: list[dict]) -> list[dict | str]:
+    """A batch at once; where the template refuses a row of it, each alone, with the reason in that row's place."""
+    try:
+        return encode(tokenizer, rows)
+    except UserError:
+        encoded: list[dict | str] = []
+        for row in rows:
+            try:
+                encoded += encode(tokenizer, [row])
+            except UserError as error:
+                encoded.append(str(error).removeprefix("Row 0: "))
+        return encoded
+
+
+def _encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    from hfpipe.training.tokenizers import encode_text
+
+    ids = encode_text(tokenizer, [row["text"] for row in rows])
+    return [{"input_ids": i, "labels": i, "seq_lengths": [len(i)]} for i in ids]
+
+
+def _encode_messages(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    from hfpipe.training.templates import encode_batch
+
+    return [
+        {
+            "input_ids": ids,
+            "labels": [token if trained else -100 for token, trained in zip(ids, mask, strict=True)],
+            "seq_lengths": [len(ids)],
+        }
+        for ids, mask in encode_batch(tokenizer, rows)
+    ]
+
+
+def _encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    from hfpipe.training.templates import encode_preferences
+
+    return [pair._asdict() for pair in encode_preferences(tokenizer, rows)]
+
+
+def _problem(row: dict, kind: str, max_length: int) -> str | None:
+    """Why an encoded row cannot be trained on, or None."""
+    if kind == "text":
+        return None if len(row["input_ids"]) > 1 else "empty text"
+    longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)))
+    if longest > max_length:
+        return f"longer than max_length {max_length}"
+    if kind == "preference":
+        return None
+    trained = _trained(row)
+    if not trained:
+        return "nothing of it is trained: no assistant's words"
+    return "all of it is trained: no prompt" if trained == _length(row) else None
+
+
+def _answers(row: dict) -> tuple[list[int], list[int]]:
+    return row["chosen_ids"], row["rejected_ids"]
+
+
+def _length(row: dict) -> int:
+    return len(row["input_ids"]) if "input_ids" in row else 2 * len(row["prompt_ids"]) + sum(map(len, _answers(row)))
+
+
+def _trained(row: dict) -> int:
+    return sum(label != -100 for label in row["labels"]) if "labels" in row else sum(map(len, _answers(row)))

@@ -1,0 +1,130 @@
+"""Recipes: what is refused, and how it is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from hfpipe.config import load_recipe, load_yaml, shipped_recipes
+from hfpipe.errors import ConfigErrors, UserError
+from hfpipe.stages import stage_types
+
+from .conftest import ROOT, hfpipe
+
+
+def problems(folder, overrides=()) -> str:
+    with pytest.raises(ConfigErrors) as caught:
+        load_recipe(folder, stage_types(), overrides)
+    return str(caught.value)
+
+
+def test_every_shipped_recipe_loads():
+    found = {p.parent.name for p in (ROOT / "stage_configs").glob("*/pipeline.yaml")}
+    assert set(shipped_recipes()) == found >= {"micro", "tiny", "real-small"}
+    for name in found:
+        overrides = ["data_dir=somewhere"] if name == "real-small" else []
+        recipe = load_recipe(name, stage_types(), overrides)
+        assert set(recipe.stages) == set(recipe.pipeline.stages)
+
+
+def test_all_errors_of_all_stages_at_once(recipe):
+    folder = recipe()
+    told = problems(
+        folder,
+        [
+            "sft.trainer.learing_rate=1e-4",
+            "dpo.trainer.beta=lots",
+            "pretrain.model.config.hidden_sizes=64",
+            "midtrain.data.max_bad_row=0.1",
+            "tokenizer.tokenizer.vocab_size=many",
+        ],
+    )
+    assert told.startswith("5 problems")
+    assert "sft.yaml: trainer.learing_rate = 0.0001 is not a field of trl.SFTConfig. Did you mean `learning_rate`?" in told
+    assert "dpo.yaml: trainer.beta = 'lots' is str; trl.DPOConfig expects float." in told
+    assert "pretrain.yaml: model.config.hidden_sizes = 64 is not a field of the llama configuration." in told
+    assert "midtrain.yaml: data.max_bad_row = 0.1 is not a key here" in told
+    assert "Did you mean `max_bad_rows`?" in told
+    assert "tokenizer.yaml: tokenizer.vocab_size = 'many' is str; expected int." in told
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sft.trainer.lr_scheduler_type=cosin", "Did you mean `cosine`?"),
+        ("sft.trainer.output_dir=x", "trainer.output_dir is not the recipe's to set: hfpipe writes to the run's folder"),
+        ("sft.trainer.padding_free=true", "is not the recipe's to set"),
+        ("sft.trainer.packing=3", "is int; trl.SFTConfig expects bool"),
+        ("sft.model.from=midtran", "Did you mean `midtrain`?"),
+        ("sft.model.from=./nowhere", "nor a folder that exists"),
+        ("dpo.model.from=tokenizer", "`tokenizer` leaves a tokenizer, but a dpo stage needs a model"),
+        ("midtrain.model.from=dpo", "the stages form a cycle: midtrain -> dpo -> sft -> midtrain"),
+        ("pretrain.model.config.model_type=lama", "is not a model type of transformers. Did you mean `llama`?"),
+        ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
+        ("sft.stage=sfd", "expected one of dpo, midtrain, pretrain, sft, tokenizer. Did you mean `sft`?"),
+        ("stf.trainer.learning_rate=1", "neither a stage nor a setting of this recipe. Did you mean `sft`?"),
+        ("sft.trainer", "expected stage.section.key=value"),
+        ("launch.processes=two", "pipeline.yaml: launch.processes = 'two' is str; expected int."),
+        ("sft.adpter.r=4", "adpter is not a section of a sft stage. Did you mean `adapter`?"),
+    ],
+)
+def test_one_fault_one_message(recipe, override, expected):
+    assert expected in problems(recipe(), [override])
+
+
+def test_a_stage_that_starts_from_nothing(recipe):
+    folder = recipe({"sft": "stage: sft\nmodel: {}\n"})
+    assert "sft.yaml: model.from is missing: a sft stage starts from a model." in problems(folder)
+
+
+def test_a_listed_stage_without_a_file(recipe):
+    folder = recipe()
+    (folder / "sft.yaml").rename(folder / "sfft.yaml")
+    told = problems(folder)
+    assert "stages names `sft`" in told
+    assert "Did you mean `sfft`?" in told
+
+
+def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("rate: 1e-4\nanswer: no\n")
+    assert load_yaml(file) == {"rate": 1e-4, "answer": "no"}
+    file.write_text("rate: 1\nrate: 2\n")
+    with pytest.raises(UserError, match=r"a\.yaml:2:1: .*duplicate key"):
+        load_yaml(file)
+    file.write_text("a: [1, 2\nb: 3\n")
+    with pytest.raises(UserError, match=r"a\.yaml:2:\d+: not readable as YAML"):
+        load_yaml(file)
+
+
+def test_overrides_set_values_and_settings(recipe):
+    folder = recipe()
+    loaded = load_recipe(folder, stage_types(), ["sft.trainer.learning_rate=1e-4", "seed=3", "sft.adapter={type: lora, r: 2}"])
+    assert loaded.stages["sft"].trainer["learning_rate"] == 1e-4
+    assert loaded.pipeline.seed == 3
+    assert loaded.stages["sft"].adapter == {"type": "lora", "r": 2}
+
+
+def test_a_setting_without_a_value_names_itself():
+    with pytest.raises(ConfigErrors, match="--set data_dir=VALUE"):
+        load_recipe("real-small", stage_types())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "tinny"], "No recipe `tinny`: neither a folder nor one of"),
+        (["run", "tinny"], "Did you mean `tiny`?"),
+        (["run", "tests"], "tests has no pipeline.yaml, so it is not a recipe"),
+        (["run", "micro", "--from", "stf", "--out", "x"], "Did you mean `sft`?"),
+        (["run", "micro", "--from", "sft", "--out", "x"], "which is not finished"),
+        (["run", "micro", "--from", "dpo", "--to", "sft", "--out", "x"], "comes before"),
+        (["plan", "micro", "--set", "sft.trainer.x=1"], "trainer.x = 1 is not a field of trl.SFTConfig"),
+    ],
+)
+def test_the_command_line_says_it_in_one_message(arguments, expected, tmp_path):
+    out = tmp_path / "out"
+    arguments = [str(out) if a == "x" else a for a in arguments]
+    done = hfpipe(*arguments, check=2)
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not out.exists()

@@ -1,0 +1,215 @@
+"""The whole path at its smallest, through the command line: what it leaves, what runs again, what goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, hfpipe, stage_json
+
+STAGES = ["tokenizer", "pretrain", "midtrain", "sft", "dpo"]
+MODELS = STAGES[1:]
+
+
+@pytest.fixture
+def run_copy(micro_run, tmp_path) -> Path:
+    """A copy of the finished run, for a test that changes it."""
+    return Path(shutil.copytree(micro_run, tmp_path / "micro"))
+
+
+def plan(*arguments) -> dict[str, dict]:
+    rows = json.loads(hfpipe("plan", *arguments, "--json").stdout)["stages"]
+    return {row["stage"]: row for row in rows}
+
+
+def test_every_stage_leaves_what_it_promises(micro_run):
+    for name in STAGES:
+        folder, record = micro_run / name, stage_json(micro_run / name)
+        assert {"stage", "fingerprint", "parent", "config", "data", "versions", "metrics"} <= set(record)
+        assert record["stage"] == name
+        assert {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(os.listdir(folder))
+        assert not list(folder.glob("*.bin"))
+        assert not (folder / "checkpoints").exists()
+    for parent, name in zip(STAGES, MODELS, strict=False):
+        folder, record = micro_run / name, stage_json(micro_run / name)
+        assert record["parent"]["fingerprint"] == stage_json(micro_run / parent)["fingerprint"]
+        left = set(os.listdir(folder))
+        assert {"model.safetensors", "config.json", "generation_config.json", "metrics.jsonl", "samples.jsonl"} <= left
+        scores = json.loads((folder / "eval.json").read_text())
+        assert scores["validation"]["perplexity"] > 1
+        assert scores["held_out_text"]["tokens"] > 1000
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert len(samples) == 5
+        assert all(sample["prompt"] for sample in samples)
+        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+        assert record["metrics"]["steps"] > 0
+
+
+def test_training_taught_something(micro_run):
+    base = stage_json(micro_run / "pretrain")["metrics"]
+    assert base["validation"]["perplexity"] < 60  # untrained: about 768
+    first, last = (json.loads((micro_run / name / "eval.json").read_text())["validation"]["loss"] for name in ("pretrain", "sft"))
+    assert first < 5
+    assert last < 5
+    pairs = stage_json(micro_run / "dpo")["metrics"]
+    assert abs(pairs["pairs_before"]["margin"]) < 0.02  # the reference is the parent
+    assert abs(pairs["pairs_before"]["loss"] - pairs["pairs_before"]["loss"]) < 0.1
+    assert pairs["pairs"]["accuracy"] > 0.6
+
+
+def test_models_load_as_ordinary_folders_and_know_where_to_stop(micro_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name in MODELS:
+        model = AutoModelForCausalLM.from_pretrained(micro_run / name)
+        tokenizer = AutoTokenizer.from_pretrained(micro_run / name)
+        stops = tokenizer.convert_tokens_to_ids(["<|end_assistant|>", "<|end_tool_call|>", "<|end|>"])
+        assert set(model.generation_config.eos_token_id) == set(stops)
+        assert tokenizer.pad_token_id not in stops
+        assert model.config.use_cache is not False
+    assert not torch_equal(micro_run / "sft", micro_run / "dpo", "model.layers.0.mlp.up_proj.weight")
+
+
+def torch_equal(first: Path, second: Path, name: str) -> bool:
+    from safetensors import safe_open
+
+    tensors = []
+    for folder in (first, second):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            tensors.append(file.get_tensor(name))
+    return bool((tensors[0] == tensors[1]).all())
+
+
+def test_frozen_rows_stay_and_control_tokens_move(micro_run):
+    from safetensors import safe_open
+
+    rows = []
+    for name in ("pretrain", "midtrain"):
+        with safe_open(micro_run / name / "model.safetensors", "pt") as file:
+            rows.append(file.get_tensor("model.embed_tokens.weight"))
+    moved = (rows[0] != rows[1]).any(dim=1)
+    assert moved[:13].sum() >= 8  # tokens that occur in the conversations
+    assert not moved[13:].any()
+
+
+def test_a_second_run_does_nothing_and_imports_no_torch(micro_run):
+    code = (
+        "import sys, time; began = time.monotonic()\nfrom hfpipe.cli import main\n"
+        f"assert main(['run', 'micro', '--out', {str(micro_run)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done already") == len(STAGES)
+
+
+def test_plan_names_what_changed_and_what_follows(micro_run):
+    rows = plan("micro", "--out", micro_run, "--set", "sft.trainer.learning_rate=1e-5")
+    assert [rows[name]["status"] for name in STAGES] == ["done", "done", "done", "changed", "downstream"]
+    assert rows["sft"]["why"] == ["trainer.learning_rate 0.001 -> 1e-05"]
+    assert rows["dpo"]["why"] == ["`sft` runs again"]
+    rows = plan("micro", "--out", micro_run, "--set", "sft.trainer.logging_steps=1")
+    assert {row["status"] for row in rows.values()} == {"done"}
+
+
+def test_only_the_changed_stage_and_those_after_it_run(run_copy):
+    before = {name: stage_json(run_copy / name) for name in STAGES}
+    done = hfpipe("run", "micro", "--out", run_copy, "--set", "dpo.trainer.beta=0.3")
+    after = {name: stage_json(run_copy / name) for name in STAGES}
+    assert done.stdout.count("done already") == 4
+    assert [name for name in STAGES if before[name] != after[name]] == ["dpo"]
+
+
+def test_a_stage_alone_gives_the_same_weights(micro_run, tmp_path):
+    run = tmp_path / "micro"
+    for name in ("tokenizer", "pretrain", "midtrain"):
+        shutil.copytree(micro_run / name, run / name)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "hfpipe.stages.sft"]
+    done = subprocess.run(
+        [*launch, "stage_configs/micro/sft.yaml", "--out", str(run)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stage_json(run / "sft")["weights"] == stage_json(micro_run / "sft")["weights"]
+    assert stage_json(run / "sft")["fingerprint"] == stage_json(micro_run / "sft")["fingerprint"]
+    shutil.copytree(micro_run / "dpo", run / "dpo")
+    assert {row["status"] for row in plan("micro", "--out", run).values()} == {"done"}
+
+
+def test_killed_it_goes_on_from_its_checkpoint_to_the_same_weights(micro_run, tmp_path):
+    run = tmp_path / "micro"
+    shutil.copytree(micro_run / "tokenizer", run / "tokenizer")
+    arguments = ["run", "micro", "--out", str(run), "--to", "pretrain", "--set", "pretrain.trainer.save_steps=10"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfpipe", *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    checkpoints = run / "pretrain.partial" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "pretrain").exists()
+    assert "goes on from step" in plan("micro", "--out", run)["pretrain"]["why"][0]
+    done = hfpipe(*arguments)
+    assert "resumed from checkpoint-" in done.stdout
+    record = stage_json(run / "pretrain")
+    assert record["metrics"]["resumed_from_step"] >= 10
+    assert record["metrics"]["steps"] == stage_json(micro_run / "pretrain")["metrics"]["steps"]
+    assert record["weights"] == stage_json(micro_run / "pretrain")["weights"]
+
+
+def test_weights_on_disk_are_scored_and_not_trained_again(run_copy):
+    """Killed between training and scoring: the next run only scores."""
+    folder, partial = run_copy / "dpo", run_copy / "dpo.partial"
+    record = stage_json(folder)
+    folder.rename(partial)
+    for name in ("stage.json", "eval.json", "samples.jsonl"):
+        (partial / name).unlink()
+    state = {"fingerprint": record["fingerprint"]}
+    (partial / "begun.json").write_text(json.dumps(state))
+    (partial / "trained.json").write_text(json.dumps({**state, "metrics": record["metrics"]}))
+    done = hfpipe("run", "micro", "--out", run_copy)
+    assert "scoring them" in done.stdout
+    assert stage_json(folder)["weights"] == record["weights"]
+    assert (folder / "eval.json").is_file()
+
+
+def test_a_folder_of_another_recipe_is_refused(micro_run, recipe):
+    folder = recipe()
+    text = (folder / "pipeline.yaml").read_text().replace("name: micro", "name: mine")
+    (folder / "pipeline.yaml").write_text(text)
+    done = hfpipe("run", folder, "--out", micro_run, check=2)
+    assert "was made by the recipe `micro`, not `mine`" in done.stderr
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = hfpipe("run", "micro", "--out", tmp_path, check=2)
+    assert "is not a run's folder: it holds thesis.tex" in done.stderr
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_two_runs_in_one_folder(micro_run):
+    from hfpipe.pipeline import lock
+
+    with lock(micro_run):
+        done = hfpipe("run", "micro", "--out", micro_run, check=2)
+    assert f"in use by another run (process {os.getpid()})" in done.stderr
+
+
+def test_list_and_plan_as_json():
+    listed = json.loads(hfpipe("list", "--json").stdout)
+    assert listed["recipes"]["micro"] == STAGES
+    assert set(STAGES) <= set(listed["stages"])
+    rows = plan("tiny", "--out", "runs/none")
+    assert rows["pretrain"]["parameters"] > 1e6
+    assert rows["pretrain"]["status"] == "new"

@@ -1,0 +1,217 @@
+"""What the stages share: packing, freezing, Muon, adapters, streams, several processes, extended tokenizers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from .conftest import hfpipe, stage_json
+
+
+def tiny_llama(vocab_size: int = 64, **options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, **{**shape, **options}))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def after(micro_run, tmp_path):
+    """A run's folder in which the stages up to `name` are finished."""
+
+    def copy(name: str) -> Path:
+        run = tmp_path / "micro"
+        stages = ["tokenizer", "pretrain", "midtrain", "sft", "dpo"]
+        for stage in stages[: stages.index(name) + 1]:
+            shutil.copytree(micro_run / stage, run / stage)
+        return run
+
+    return copy
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_packed_documents_do_not_see_each_other(flatten):
+    from hfpipe.training.collate import PackedCollator
+
+    model = tiny_llama().eval()
+    first, second, third = [5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]
+    rows = [
+        {"input_ids": first + second, "labels": first + second, "seq_lengths": [4, 3]},
+        {"input_ids": third, "labels": third, "seq_lengths": [5]},
+    ]
+    batch = PackedCollator(pad_token_id=0, flatten=flatten)(rows)
+    with torch.inference_mode():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        alone = [model(input_ids=torch.tensor([ids])).logits[0] for ids in (first, second, third)]
+    found = packed.flatten(0, 1)
+    places = (0, 4, 7) if flatten else (0, 4, batch["input_ids"].shape[1])
+    for place, logits in zip(places, alone, strict=True):
+        torch.testing.assert_close(found[place : place + len(logits)], logits)
+    starts = batch["labels"][batch["position_ids"] == 0]
+    assert (starts == -100).all()
+    assert (batch["labels"] != -100).sum() == 3 + 2 + 4
+
+
+def test_muon_takes_the_hidden_matrices_and_resumes_exactly():
+    from transformers import TrainingArguments
+
+    from hfpipe.sections import Optimizer
+    from hfpipe.training.optim import build_muon
+
+    args = TrainingArguments("unused", learning_rate=1e-3, use_cpu=True, weight_decay=0.1)
+    section = Optimizer(type="muon", lr=0.02)
+
+    def step(model, optimizer, seed):
+        ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model = tiny_llama()
+    optimizer = build_muon(model, section, args)
+    muon, adamw = optimizer.parts
+    assert sum(len(g["params"]) for g in muon.param_groups) == 2 * 7
+    assert {p.ndim for g in adamw.param_groups for p in g["params"]} == {1, 2}
+    assert len(optimizer.param_groups) == 3
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for seed in range(3):
+        step(model, optimizer, seed)
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters())
+
+    other = tiny_llama()
+    other.load_state_dict(model.state_dict())
+    resumed = build_muon(other, section, args)
+    resumed.load_state_dict(json_safe(optimizer.state_dict()))
+    step(model, optimizer, 9)
+    step(other, resumed, 9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 5e-4, 5e-4]
+    assert scheduler.get_last_lr() == [0.01, 5e-4, 5e-4]
+
+
+def json_safe(state):
+    """Through a file and back, as a checkpoint goes."""
+    import io
+
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=True)
+
+
+def test_an_adapter_is_kept_beside_the_merged_model(after):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    run = after("midtrain")
+    settings = ["--set", "sft.adapter={type: lora, r: 4, target_modules: all-linear}", "--set", "sft.freeze.embeddings=false"]
+    hfpipe("run", "micro", "--out", run, "--only", "sft", *settings)
+    parent, merged = weights(run / "midtrain"), weights(run / "sft")
+    changed = {name for name in parent if not torch.equal(parent[name], merged[name])}
+    assert changed
+    assert all("proj" in name for name in changed)
+    ids = torch.tensor([[0, 20, 30, 40]])
+    whole = AutoModelForCausalLM.from_pretrained(run / "sft").eval()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "sft" / "adapter").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(whole(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-3)
+    hfpipe("run", "micro", "--out", run, *settings)
+    assert abs(stage_json(run / "dpo")["metrics"]["pairs_before"]["margin"]) < 0.02
+
+
+def test_streamed_text_trains(after):
+    run = after("tokenizer")
+    settings = ["pretrain.data.streaming=true", "pretrain.trainer.max_steps=6", "pretrain.trainer.num_train_epochs=1"]
+    hfpipe("run", "micro", "--out", run, "--to", "pretrain", *(a for s in settings for a in ("--set", s)))
+    metrics = stage_json(run / "pretrain")["metrics"]
+    assert metrics["steps"] == 6
+    assert metrics["validation"]["perplexity"] < 700
+
+
+def test_streaming_without_an_end_is_refused(after):
+    run = after("tokenizer")
+    done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", "--set", "pretrain.data.streaming=true", check=2)
+    assert "data.streaming needs trainer.max_steps" in done.stderr
+
+
+def test_two_processes(after):
+    run = after("midtrain")
+    settings = ["--set", "launch.processes=2", "--set", "sft.trainer.per_device_train_batch_size=4"]
+    done = hfpipe("run", "micro", "--out", run, "--only", "sft", *settings)
+    record = stage_json(run / "sft")
+    assert record["metrics"]["steps"] == pytest.approx(11, abs=2), done.stdout  # half the rows on each
+    assert (run / "sft" / "model.safetensors").is_file()
+
+
+def test_batch_in_tokens_that_does_not_fit_is_told(after):
+    run = after("tokenizer")
+    done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", "--set", "pretrain.data.batch_tokens=3000", check=2)
+    assert "data.batch_tokens = 3000 is not a multiple of the 2048 tokens of one pass" in done.stderr
+    assert not (run / "pretrain").exists()
+
+
+def test_values_that_upstream_refuses_are_told_before_training(after):
+    run = after("tokenizer")
+    done = hfpipe("run", "micro", "--out", run, "--set", "dpo.trainer.eval_strategy=steps",
+                  "--set", "dpo.trainer.load_best_model_at_end=true", "--set", "dpo.trainer.save_steps=7", check=2)  # fmt: skip
+    assert "dpo.yaml: trainer is refused by trl.DPOConfig" in done.stderr
+    assert not (run / "pretrain").exists()
+
+
+@pytest.fixture
+def plain_model(tmp_path) -> Path:
+    """A base model as the Hub has them: no chat template, no control tokens, eos but no pad."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(["the cat sat on the mat"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    folder = tmp_path / "plain"
+    tokenizer.save_pretrained(folder)
+    tiny_llama(len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
+def test_midtraining_gives_a_plain_model_the_chat_format(plain_model, recipe, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = recipe()
+    for name in ("tokenizer", "pretrain", "dpo"):
+        (folder / f"{name}.yaml").unlink()
+    head = (folder / "pipeline.yaml").read_text()
+    head = head.replace("[tokenizer, pretrain, midtrain, sft, dpo]", "[midtrain, sft]")
+    (folder / "pipeline.yaml").write_text(head)
+    settings = [
+        f"midtrain.model.from={plain_model}",
+        "midtrain.tokenizer.chat_template=hfpipe",
+        "midtrain.freeze.embeddings=true",
+        "midtrain.trainer.max_length=512",
+        "sft.trainer.max_length=512",
+    ]
+    run = tmp_path / "run"
+    done = hfpipe("run", folder, "--out", run, *(a for s in settings for a in ("--set", s)))
+    assert "13 tokens added" in done.stdout
+    tokenizer = AutoTokenizer.from_pretrained(run / "sft")
+    assert tokenizer.convert_tokens_to_ids("<|end_assistant|>") >= 300
+    assert json.loads((run / "sft" / "generation_config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
+    old, new = weights(plain_model)["model.embed_tokens.weight"], weights(run / "sft")["model.embed_tokens.weight"]
+    assert torch.equal(old, new[: len(old)])
+    assert not torch.equal(new[len(old) :].mean(0), old.mean(0))
