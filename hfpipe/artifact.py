@@ -37,8 +37,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object per line."""
-    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

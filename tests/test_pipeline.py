@@ -62,7 +62,6 @@ def test_training_taught_something(micro_run):
     assert last < 5
     pairs = stage_json(micro_run / "dpo")["metrics"]
     assert abs(pairs["pairs_before"]["margin"]) < 0.02  # the reference is the parent
-    assert abs(pairs["pairs_before"]["loss"] - pairs["pairs_before"]["loss"]) < 0.1
     assert pairs["pairs"]["accuracy"] > 0.6
 
 

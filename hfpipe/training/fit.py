@@ -43,7 +43,8 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
     given = dict(stage.trainer)
     if not given.get("fp16"):
         given.setdefault("bf16", choose_bf16()[0])
-    defaults = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, "logging_nan_inf_filter": False}
+    defaults = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
+    defaults["logging_nan_inf_filter"] = False  # upstream's default logs a NaN as 0.0
     managed = {
         "output_dir": output_dir,
         "seed": seed,
