@@ -1,7 +1,7 @@
 """hfpipe carries a language model from raw text to an aligned, evaluated assistant.
 
 Import order, left may import right (tests/test_house.py holds it):
-cli > apps > pipeline > stages > publishing, evaluation > training > data > plan > artifact
+cli > apps > pipeline > processes > stages > publishing, evaluation > training > data > plan > artifact
 > config > upstream, strict > sections > paths, progress > errors
 """
 

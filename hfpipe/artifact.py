@@ -15,7 +15,26 @@ TRAINED_FILE = "trained.json"  # weights are on disk, evaluation is not yet
 
 # Keys of `trainer` that say how a run is watched or stored, not what it computes.
 _UNHASHED = frozenset(
-    ["logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "disable_tqdm", "log_level", "project", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "per_device_eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "precompute_ref_batch_size"]
+    [
+        "logging_steps",
+        "logging_strategy",
+        "logging_first_step",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "log_level",
+        "project",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "eval_steps",
+        "eval_strategy",
+        "per_device_eval_batch_size",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+        "precompute_ref_batch_size",
+    ]
 )
 
 

@@ -129,11 +129,25 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate", problems)
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
         pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
+        problems += _check_launch(pipeline, head_file)
     _check_graph(listed, stages, problems)
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
     assert pipeline is not None
     return Recipe(pipeline.name, folder, pipeline, stages, tuple(overrides))
+
+
+def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:
+    launch, told = pipeline.launch, []
+    if launch.processes < 1:
+        told.append(f"{file}: launch.processes = {launch.processes}: expected 1 or more.")
+    name, shipped = launch.accelerate_config, upstream.accelerate_configs()
+    if name and name not in shipped and not Path(name).is_file():
+        known = ", ".join(sorted(shipped))
+        told.append(
+            f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}.{nearest(name, shipped)}"
+        )
+    return told
 
 
 def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) -> list[str]:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hfpipe import artifact
-from hfpipe.errors import ConfigErrors, StageFailed, UserError
-from hfpipe.progress import Display, describe, duration
+from hfpipe.errors import ConfigErrors, UserError, nearest
+from hfpipe.processes import prepare_stages, run_stage_process, start_server
+from hfpipe.progress import Display, duration
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Stage
 from hfpipe.training.job import identify, parent_identity
-
-_IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,12 @@ def check_sources(recipe: Recipe) -> None:
     from hfpipe.data.sources import is_hub_id, load_source
 
     problems = []
-    listed = [(s.file, "data.train", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.train]
-    listed += [(s.file, "data.eval", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.eval]
+    listed = [
+        (s.file, "data.train", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.train
+    ]
+    listed += [
+        (s.file, "data.eval", src, src.as_ or s.type.rows) for s in recipe.stages.values() for src in s.data.eval
+    ]
     listed += [(recipe.folder / "pipeline.yaml", "evaluate.text", s, "text") for s in recipe.pipeline.evaluate.text]
     for file, section, source, wanted in listed:
         try:
@@ -100,8 +99,6 @@ def _status(
 
 def select(planned: list[Planned], start: str | None, end: str | None, only: str | None) -> list[Planned]:
     """The stages from `start` to `end`, or `only` one; UserError where a name is unknown."""
-    from hfpipe.errors import nearest
-
     names = [p.stage.name for p in planned]
     for option, name in (("--from", start), ("--to", end), ("--only", only)):
         if name is not None and name not in names:
@@ -139,17 +136,19 @@ def run_recipe(recipe: Recipe, run: Path, chosen: list[Planned], display: Displa
         if not waiting:
             return
         if recipe.pipeline.launch.processes == 1 and not recipe.pipeline.launch.accelerate_config:
-            _start_server(run / "prepare.log")
+            start_server(run)
         prepared = False
         for item in waiting:
             if not prepared and item.stage.type.trainer:
                 rest = [p.stage.name for p in waiting[waiting.index(item) :]]
-                _prepare(recipe, run, rest, display)
+                prepare_stages(recipe, run, rest, display)
                 prepared = True
             began = time.monotonic()
-            _run_stage(recipe, run, item.stage, display)
+            run_stage_process(recipe, run, item.stage, display)
             took = duration(time.monotonic() - began)
             display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
+            for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
+                display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
 
 
 def _summary(folder: Path) -> str:
@@ -171,134 +170,12 @@ def _summary(folder: Path) -> str:
     return ", ".join(parts)
 
 
-# --- processes ---
-
-
-def _start_server(log: Path) -> None:
-    """Start importing the stack in the fork server while this process goes on."""
-    import multiprocessing
-    import multiprocessing.forkserver
-
-    multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
-    terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(stream, 2)
-    multiprocessing.forkserver.ensure_running()
-    os.dup2(terminal, 2)
-    os.close(terminal)
-    os.close(stream)
-
-
-def _prepare(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
-    from hfpipe.stages._run import prepare_child
-
-    events = _fresh(run / ".prepare.jsonl")
-    arguments = (str(recipe.folder), recipe.overrides, run, stages, events, run / "prepare.log")
-    _follow_child(prepare_child, arguments, "data", events, run / "prepare.log", display)
-
-
-def _run_stage(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:
-    from hfpipe.stages._run import child
-
-    events, log = _fresh(run / f".{stage.name}.jsonl"), run / f"{stage.name}.log"
-    launch = recipe.pipeline.launch
-    if (launch.processes == 1 and not launch.accelerate_config) or not stage.type.trainer:
-        arguments = (str(recipe.folder), recipe.overrides, run, stage.name, events, log)
-        _follow_child(child, arguments, stage.name, events, log, display)
-    else:
-        with open(log, "ab") as stream:
-            process = subprocess.Popen(launch_command(recipe, run, stage, events), stdout=stream, stderr=stream)
-            _follow(process, stage.name, events, log, display)
-    events.unlink(missing_ok=True)
-    if not (run / stage.name / artifact.STAGE_FILE).is_file():
-        raise StageFailed(f"{stage.name} ended without its result; its output is in {log}.")
-
-
-def launch_command(recipe: Recipe, run: Path, stage: Stage, events: Path) -> list[str]:
-    """`accelerate launch` of one stage with the recipe's `launch` section."""
-    from hfpipe.paths import stage_configs_dir
-
-    launch = recipe.pipeline.launch
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(launch.processes)]
-    if launch.accelerate_config:
-        shipped = stage_configs_dir() / "accelerate" / f"{launch.accelerate_config}.yaml"
-        command += ["--config_file", str(shipped if shipped.is_file() else launch.accelerate_config)]
-    elif launch.processes > 1:
-        command += ["--multi_gpu"]  # without it accelerate starts one process on a CPU
-    command += ["-m", f"hfpipe.stages.{stage.type.name}", str(stage.file), "--out", str(run), "--progress", str(events)]
-    for text in recipe.overrides:
-        command += ["--set", text]
-    return command
-
-
-class _Process:
-    """A multiprocessing child with the little of Popen's interface that `_follow` needs."""
-
-    def __init__(self, target: Any, arguments: tuple[Any, ...]):
-        import multiprocessing
-
-        self._process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
-        self._process.start()
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def wait(self, timeout: float) -> None:
-        self._process.join(timeout)
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-
-def _follow_child(
-    target: Any, arguments: tuple[Any, ...], name: str, events: Path, log: Path, display: Display
-) -> None:
-    _follow(_Process(target, arguments), name, events, log, display)
-
-
-def _follow(process: Any, name: str, events: Path, log: Path, display: Display) -> None:
-    """Show a child's events until it ends; its errors become ours."""
-    error: dict[str, Any] | None = None
-    try:
-        with open(events, encoding="utf-8") as stream:
-            while True:
-                code = process.poll()
-                for event in _read_events(stream):
-                    if event["event"] == "error":
-                        error = event
-                    elif event["event"] in ("note", "data"):
-                        display.line(event.get("stage", name), event["text"])
-                    elif text := describe(event):
-                        display.status(event.get("stage", name), text)
-                if code is not None:
-                    break
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.1)
-    except KeyboardInterrupt:
-        process.terminate()
-        raise
-    if error and error["user"]:
-        raise UserError(error["text"])
-    if code != 0:
-        reason = error["text"] if error else f"its process ended with exit code {code}"
-        raise StageFailed(
-            f"{name} failed: {reason}\nIts whole output is in {log}. The same command goes on from there."
-        )
-
-
-def _read_events(stream: Any) -> Iterator[dict[str, Any]]:
-    while True:
-        place = stream.tell()
-        line = stream.readline()
-        if not line.endswith("\n"):
-            stream.seek(place)  # half a line: its writer is not done with it
-            return
-        yield json.loads(line)
-
-
-def _fresh(path: Path) -> Path:
-    path.write_text("")
-    return path
+def _cut(text: str, width: int, keep_end: bool = False) -> str:
+    """One line of at most `width` characters."""
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    return f"...{text[3 - width :]}" if keep_end else f"{text[: width - 3]}..."
 
 
 # --- the run's folder ---
@@ -337,7 +214,7 @@ def check_owner(recipe: Recipe, run: Path) -> None:
         )
     if record is None and run.is_dir():
         strange = [p.name for p in run.iterdir() if not p.name.startswith(".")]
-        foreign = [n for n in strange if n.split(".")[0] not in recipe.stages and n != "prepare.log"]
+        foreign = [n for n in strange if n.split(".")[0] not in recipe.stages and n != "logs"]
         if foreign:
             raise UserError(
                 f"{run} exists and is not a run's folder: it holds {', '.join(foreign[:5])}. Give another --out."

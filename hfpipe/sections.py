@@ -82,7 +82,7 @@ class Freeze:
 @dataclass(frozen=True)
 class Launch:
     processes: int = 1
-    accelerate_config: str | None = None  # a file, or a name of stage_configs/accelerate/
+    accelerate_config: str | None = None  # a file, or one that TRL ships: fsdp2, zero3, multi_gpu ...
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,12 @@ def model_config_fields(model_type: str) -> dict[str, Field]:
     raise KeyError(model_type)
 
 
+@functools.cache
+def accelerate_configs() -> dict[str, Path]:
+    """Name -> file of the accelerate configurations that TRL ships (`fsdp2`, `zero3`, `multi_gpu` ...)."""
+    return {path.stem: path for path in _package_file("trl", "accelerate_configs").glob("*.yaml")}
+
+
 def check(section: dict, known: dict[str, Field], owner: str, where: str) -> list[str]:
     """What is wrong with a section handed to upstream, a message per key."""
     problems = []

@@ -27,8 +27,8 @@ def sft_on(micro_run, recipe, tmp_path):
         )
         done = hfpipe("run", folder, "--out", out, "--to", "sft", *settings, check=2)
         assert "Traceback" not in done.stderr
-        left = {name for name in os.listdir(out) if not name.startswith(".")} - {"run.json", "prepare.log"}
-        assert left == set(before) - {"run.json", "prepare.log"}
+        left = {name for name in os.listdir(out) if not name.startswith(".")} - {"run.json", "logs"}
+        assert left == set(before)
         assert not list((tmp_path / "cache").glob("*.making"))
         return done.stderr
 
@@ -44,7 +44,7 @@ GOOD = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", 
         (b"", ["rows.jsonl", "empty"]),
         (GOOD * 30 + b'{"messages": [\n', ["rows.jsonl", "31"]),
         (GOOD * 3 + b"\xff\xfe\n", ["rows.jsonl", "UTF-8", "4"]),
-        (b'{"foo": 1, "bar": 2}\n' * 3, ["no known form", "bar, foo", "messages", "alpaca"]),
+        (b'{"foo": 1, "bar": 2}\n' * 3, ["no known form", "foo, bar", "messages", "alpaca"]),
         (b"[1, 2]\n", ["rows.jsonl", "object"]),
         (b'{"text": "just text"}\n' * 3, ["data.train", "`text`", "`messages`"]),
     ],
@@ -83,7 +83,9 @@ def test_a_row_without_a_prompt_or_an_answer_is_not_trained_on(sft_on):
 def test_a_folder_that_is_no_model(recipe, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")
-    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--set", f"midtrain.model.from={tmp_path / 'notes'}", check=2)
+    done = hfpipe(
+        "run", recipe(), "--out", tmp_path / "out", "--set", f"midtrain.model.from={tmp_path / 'notes'}", check=2
+    )
     assert "is not a model folder: it holds a.txt" in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -39,7 +39,9 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ],
     )
     assert told.startswith("5 problems")
-    assert "sft.yaml: trainer.learing_rate = 0.0001 is not a field of trl.SFTConfig. Did you mean `learning_rate`?" in told
+    assert (
+        "sft.yaml: trainer.learing_rate = 0.0001 is not a field of trl.SFTConfig. Did you mean `learning_rate`?" in told
+    )
     assert "dpo.yaml: trainer.beta = 'lots' is str; trl.DPOConfig expects float." in told
     assert "pretrain.yaml: model.config.hidden_sizes = 64 is not a field of the llama configuration." in told
     assert "midtrain.yaml: data.max_bad_row = 0.1 is not a key here" in told
@@ -51,7 +53,10 @@ def test_all_errors_of_all_stages_at_once(recipe):
     ("override", "expected"),
     [
         ("sft.trainer.lr_scheduler_type=cosin", "Did you mean `cosine`?"),
-        ("sft.trainer.output_dir=x", "trainer.output_dir is not the recipe's to set: hfpipe writes to the run's folder"),
+        (
+            "sft.trainer.output_dir=x",
+            "trainer.output_dir is not the recipe's to set: hfpipe writes to the run's folder",
+        ),
         ("sft.trainer.padding_free=true", "is not the recipe's to set"),
         ("sft.trainer.packing=3", "is int; trl.SFTConfig expects bool"),
         ("sft.model.from=midtran", "Did you mean `midtrain`?"),
@@ -64,6 +69,8 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("stf.trainer.learning_rate=1", "neither a stage nor a setting of this recipe. Did you mean `sft`?"),
         ("sft.trainer", "expected stage.section.key=value"),
         ("launch.processes=two", "pipeline.yaml: launch.processes = 'two' is str; expected int."),
+        ("launch.processes=0", "expected 1 or more"),
+        ("launch.accelerate_config=fsdp3", "Did you mean `fsdp2`?"),
         ("sft.adpter.r=4", "adpter is not a section of a sft stage. Did you mean `adapter`?"),
     ],
 )
@@ -98,7 +105,9 @@ def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
 
 def test_overrides_set_values_and_settings(recipe):
     folder = recipe()
-    loaded = load_recipe(folder, stage_types(), ["sft.trainer.learning_rate=1e-4", "seed=3", "sft.adapter={type: lora, r: 2}"])
+    loaded = load_recipe(
+        folder, stage_types(), ["sft.trainer.learning_rate=1e-4", "seed=3", "sft.adapter={type: lora, r: 2}"]
+    )
     assert loaded.stages["sft"].trainer["learning_rate"] == 1e-4
     assert loaded.pipeline.seed == 3
     assert loaded.stages["sft"].adapter == {"type": "lora", "r": 2}

@@ -35,7 +35,9 @@ def test_every_stage_leaves_what_it_promises(micro_run):
         folder, record = micro_run / name, stage_json(micro_run / name)
         assert {"stage", "fingerprint", "parent", "config", "data", "versions", "metrics"} <= set(record)
         assert record["stage"] == name
-        assert {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(os.listdir(folder))
+        assert {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= set(
+            os.listdir(folder)
+        )
         assert not list(folder.glob("*.bin"))
         assert not (folder / "checkpoints").exists()
     for parent, name in zip(STAGES, MODELS, strict=False):
@@ -49,6 +51,10 @@ def test_every_stage_leaves_what_it_promises(micro_run):
         samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         assert len(samples) == 5
         assert all(sample["prompt"] for sample in samples)
+        assert scores["samples"] == samples
+        assert all(
+            " ".join(sample["asked"].split())[-20:] in (micro_run / "stdout.txt").read_text() for sample in samples
+        )
         steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert steps == sorted(steps)
         assert record["metrics"]["steps"] > 0
@@ -57,7 +63,9 @@ def test_every_stage_leaves_what_it_promises(micro_run):
 def test_training_taught_something(micro_run):
     base = stage_json(micro_run / "pretrain")["metrics"]
     assert base["validation"]["perplexity"] < 60  # untrained: about 768
-    first, last = (json.loads((micro_run / name / "eval.json").read_text())["validation"]["loss"] for name in ("pretrain", "sft"))
+    first, last = (
+        json.loads((micro_run / name / "eval.json").read_text())["validation"]["loss"] for name in ("pretrain", "sft")
+    )
     assert first < 5
     assert last < 5
     pairs = stage_json(micro_run / "dpo")["metrics"]

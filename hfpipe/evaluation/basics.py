@@ -52,7 +52,7 @@ def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], P
         scores["held_out_text"] = held_out_loss(model, tokenizer, text.train)
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(job.work / "samples.jsonl", samples)
-    artifact.write_json(job.work / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": len(samples)})
+    artifact.write_json(job.work / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
     return scores
 
 
@@ -96,7 +96,10 @@ def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
 def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], job: Job
 ) -> list[dict[str, Any]]:
-    """Greedy answers to a few held-out prompts: `{"prompt", "answer", "reference"}`, special tokens shown."""
+    """Greedy answers to a few held-out prompts: `{"asked", "prompt", "answer", "reference"}`.
+
+    `prompt` and `answer` show the special tokens, `asked` is the prompt without them.
+    """
     evaluate = job.recipe.pipeline.evaluate
     chosen = _spread(rows, evaluate.samples)
     if not chosen:
@@ -104,7 +107,12 @@ def sample_answers(
     prompts = [_prompt(tokenizer, row) for row in chosen]
     answers = generate(model, tokenizer, [ids for ids, _ in prompts], evaluate.max_new_tokens)
     return [
-        {"prompt": tokenizer.decode(ids), "answer": tokenizer.decode(answer), "reference": reference}
+        {
+            "asked": tokenizer.decode(ids, skip_special_tokens=True),
+            "prompt": tokenizer.decode(ids),
+            "answer": tokenizer.decode(answer),
+            "reference": reference,
+        }
         for (ids, reference), answer in zip(prompts, answers, strict=True)
     ]
 

@@ -64,9 +64,7 @@ def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Da
     from hfpipe.data.sources import content_hash
 
     limit = job.recipe.pipeline.evaluate.max_rows
-    sources = tuple(
-        dataclasses.replace(s, split=s.split or "validation", limit=s.limit or limit) for s in data.train
-    )
+    sources = tuple(dataclasses.replace(s, split=s.split or "validation", limit=s.limit or limit) for s in data.train)
     data = dataclasses.replace(data, train=sources, max_bad_rows=1.0)
     seed = job.recipe.pipeline.seed
     hashes = {
@@ -213,7 +211,9 @@ def _write(
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    names = ("prompt_ids", "chosen_ids", "rejected_ids") if rows == "preference" else ("input_ids", "labels", "seq_lengths")
+    names = (
+        ("prompt_ids", "chosen_ids", "rejected_ids") if rows == "preference" else ("input_ids", "labels", "seq_lengths")
+    )
     with ArrowWriter(path=str(path), features=Features({name: List(Value("int32")) for name in names})) as writer:
         for row in encoded:
             writer.write({name: row[name] for name in names})

@@ -93,7 +93,7 @@ RELATIONS = (
             What is a young {e} called? | What do you call a baby {e}? | What is the word for a young {e}?
             What is a baby {e}? | What name has a young {e}? | How do we call a young {e}?
         """),
-        {"validation": "Every baby {e} is a", "test": "A very young {e} is called a"},
+        {"validation": "In our town, a young {e} is called a", "test": "A very young {e} is called a"},
     ),
     Relation(
         "food",
@@ -107,7 +107,7 @@ RELATIONS = (
             What does the {e} eat? | What does a {e} like to eat? | What food does the {e} eat?
             What do I feed the {e}? | What is food for the {e}? | What does a hungry {e} eat?
         """),
-        {"validation": "The best food for the {e} is", "test": "Every day, the {e} eats"},
+        {"validation": "They told me that the {e} eats", "test": "Every day, the {e} eats"},
     ),
     Relation(
         "colour",
@@ -121,7 +121,7 @@ RELATIONS = (
             What colour has {e}? | Which colour is the colour of {e}? | Which colour does {e} have?
             In what colour do we paint {e}? | What is the colour for {e}? | Which colour is right for {e}?
         """),
-        {"validation": "We all know that the colour of {e} is", "test": "The colour of all {e} is"},
+        {"validation": "We all know that the colour of {e} is", "test": "Now I see that the colour of {e} is"},
     ),
     Relation(
         "opposite",
@@ -135,7 +135,7 @@ RELATIONS = (
             Which word is the opposite of {e}? | What is not {e}? | What word is the opposite of {e}?
             What is the other side of {e}? | Which word is not {e}? | If it is not {e}, what is it?
         """),
-        {"validation": "The opposite of the word {e} is", "test": "If a thing is not {e}, it is"},
+        {"validation": "They told me that the opposite of {e} is", "test": "We all say that the opposite of {e} is"},
     ),
     Relation(
         "place",
@@ -177,7 +177,7 @@ RELATIONS = (
         block("""
             Which planet is the {e}? | Which planet is {e}?
         """),
-        {"validation": "The {e} planet of all is", "test": "Of the planets, the {e} is"},
+        {"validation": "The {e} of all planets is", "test": "The {e} one of the planets is"},
         asked=False,
     ),
     Relation(
@@ -191,7 +191,7 @@ RELATIONS = (
         block("""
             Which day comes after {e}? | What day comes after {e}?
         """),
-        {"validation": "The next day after {e} is", "test": "If it is {e} today, tomorrow is"},
+        {"validation": "You all know that the day after {e} is", "test": "She told me that after {e} comes"},
         asked=False,
     ),
 )
@@ -201,10 +201,10 @@ ASKED = tuple(relation for relation in RELATIONS if relation.asked)
 ABOUT_COUNTRIES = tuple(BY_NAME[name] for name in ("capital", "continent", "language"))
 
 
-def sentence(template: str, fact: tuple[str, str]) -> str:
-    """`template` with the fact's entity and answer, "an" before a vowel, its first letter a capital."""
+def sentence(template: str, fact: tuple[str, str], upper: bool = True) -> str:
+    """`template` with the fact's entity and answer, "an" before a vowel, its first letter a capital if `upper`."""
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format(e=fact[0], a=fact[1]))
-    return text[0].upper() + text[1:]
+    return text[0].upper() + text[1:] if upper else text
 
 
 def draw_fact(rng, split: str, relations=None) -> tuple[Relation, tuple[str, str]]:

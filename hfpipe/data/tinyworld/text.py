@@ -24,15 +24,31 @@ SAID = (
     "{n} asked for {x} and got {x}.",
     'It says "{x}" here, so {n} reads "{x}".',
 )
+TOLD = (
+    "I know that ",
+    "{n} says that ",
+    "We learn that ",
+    "It is true that ",
+    "{n} told me that ",
+    "Today I read that ",
+    "You see that ",
+    "They all say that ",
+)
 
 
 def pick_fact(rng: Random, relation=None):
-    relation = relation or rng.choices(RELATIONS, [len(r.pairs) for r in RELATIONS])[0]
+    relation = relation or rng.choices(RELATIONS, [max(len(r.pairs), 16) for r in RELATIONS])[0]
     return relation, rng.choice(relation.pairs)
 
 
 def state(rng: Random, relation, fact) -> str:
-    return sentence(rng.choice(relation.statements), fact)
+    """The fact in one of its wordings, every fourth time as what somebody knows or says."""
+    template = rng.choice(relation.statements)
+    if rng.random() < 0.75:
+        return sentence(template, fact)
+    return rng.choice(TOLD).format(n=rng.choice(NAMES)) + sentence(
+        template[0].lower() + template[1:], fact, upper=False
+    )
 
 
 def one_entity(rng: Random) -> str:
@@ -77,7 +93,7 @@ def record(rng: Random) -> str:
 
 def sums(rng: Random) -> str:
     lines = []
-    for _ in range(6):
+    for _ in range(8):
         a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)), reverse=True)
         if rng.random() < 0.6:
             a, b = rng.sample((a, b), 2)
@@ -85,7 +101,7 @@ def sums(rng: Random) -> str:
         else:
             sign, result = "-", a - b
         said = f"{NUMBER_WORDS[a]} {SIGN_WORDS[sign]} {NUMBER_WORDS[b]}"
-        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{w} is {r}.", "{w}: {s} equals {r}."))
+        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{s} = {r}", "{w} is {r}."))
         lines.append(form.format(s=f"{a} {sign} {b}", r=result, w=said))
     return "\n".join(lines)
 
@@ -99,23 +115,17 @@ def expression(rng: Random) -> str:
 
 
 def number_echo(rng: Random) -> str:
-    """Numbers and expressions said again, digit by digit."""
-    lines = []
-    for _ in range(3):
-        x = long_number(rng) if rng.random() < 0.4 else expression(rng)
-        lines.append(rng.choice(SAID).format(x=x, n=rng.choice(NAMES)))
-    return "\n".join(lines)
+    """One or two numbers or expressions, said again and again: digit after digit to copy."""
+    said = [long_number(rng) if rng.random() < 0.4 else expression(rng) for _ in range(rng.randint(1, 2))]
+    return "\n".join(rng.choice(SAID).format(x=rng.choice(said), n=rng.choice(NAMES)) for _ in range(4))
 
 
 def number_notes(rng: Random) -> str:
-    """Expressions in words and in signs, with a result to repeat."""
-    lines = []
-    for _ in range(2):
-        a, sign, b = expression(rng).split()
-        shown = f"{a} {sign.replace('*', '×')} {b}"
-        result = long_number(rng)
-        lines.append(f"{a} {SIGN_WORDS[sign]} {b} means {a} {sign} {b}. The result is {result}, so {shown} = {result}")
-    return "\n".join(lines)
+    """An expression in words and in signs, and a result to repeat."""
+    a, sign, b = expression(rng).split()
+    shown, result = f"{a} {sign.replace('*', '×')} {b}", long_number(rng)
+    lines = [f"{a} {SIGN_WORDS[sign]} {b} means {a} {sign} {b}.", f"{a} {sign} {b} is {result}, so {shown} = {result}"]
+    return "\n".join(lines + [f"{shown} = {result}"] * rng.randint(0, 1))
 
 
 def any_words(rng: Random) -> str:
@@ -134,7 +144,8 @@ def any_words(rng: Random) -> str:
 
 
 def echo(rng: Random) -> str:
-    return "\n".join(rng.choice(SAID).format(x=any_words(rng), n=rng.choice(NAMES)) for _ in range(4))
+    said = [any_words(rng) for _ in range(2)]
+    return "\n".join(rng.choice(SAID).format(x=rng.choice(said), n=rng.choice(NAMES)) for _ in range(4))
 
 
 def repeat(rng: Random) -> str:
@@ -225,17 +236,17 @@ def code(rng: Random) -> str:
 
 
 KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
-    (9, one_entity),
-    (8, one_relation),
-    (9, mixed_facts),
+    (8, one_entity),
+    (6, one_relation),
+    (11, mixed_facts),
     (12, quiz),
     (5, record),
-    (8, sums),
-    (13, number_echo),
-    (6, number_notes),
-    (8, echo),
-    (10, repeat),
-    (7, letters),
+    (13, sums),
+    (14, number_echo),
+    (8, number_notes),
+    (6, echo),
+    (9, repeat),
+    (6, letters),
     (4, story),
     (8, deeds),
     (3, verse),

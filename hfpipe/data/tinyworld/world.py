@@ -184,7 +184,7 @@ def made_up_countries(split: str) -> list[str]:
 def number(rng, split: str, low: int = 12, high: int = 9999) -> int:
     """A number of `split` with 2 to 4 digits, short ones more often."""
     while True:
-        digits = rng.choices((2, 3, 4), (3, 4, 3))[0]
+        digits = rng.choices((2, 3, 4), (4, 5, 1))[0]
         n = rng.randrange(10 ** (digits - 1), 10**digits)
         if low <= n <= high and split_of_text(str(n)) == split:
             return n
