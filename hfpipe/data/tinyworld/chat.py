@@ -74,7 +74,7 @@ def greeting(rng: Random, split: str) -> Messages:
 
 
 def name(rng: Random, split: str) -> Messages:
-    who = rng.choice(part(world.NAMES, split))
+    who = rng.choice(part(world.NAMES, split)) if rng.random() < 0.5 else world.made_up_word(rng, split)
     told = [
         user(rng.choice(phrases(wordings.INTRODUCTIONS, split)).format(who)),
         assistant(f"Hello {who}! How can I help you?"),
@@ -153,8 +153,11 @@ def echo(rng: Random, split: str) -> Messages:
     things, tasks = part(world.BELONGINGS, split), world.acts(world.TASKS, split)
     words = f"{rng.choice(world.COLOURS)} {rng.choice(things)}"
     numbers = f"{world.number(rng, split)} {rng.choice('+-*')} {world.number(rng, split)}"
+    strange = " ".join(world.made_up_word(rng, split) for _ in range(rng.randint(1, 2)))
     said = rng.choice(
         (
+            strange,
+            strange,
             words,
             rng.choice(tasks),
             draw_fact(rng, split)[1][0],
@@ -171,12 +174,12 @@ KINDS = (
     (8, follow_up),
     (8, belonging),
     (4, greeting),
-    (4, name),
+    (5, name),
     (7, small_sum),
     (18, calculation),
     (9, choice),
     (8, json_object),
     (5, plain_system),
     (5, pirate),
-    (6, echo),
+    (9, echo),
 )

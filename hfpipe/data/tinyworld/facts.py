@@ -56,7 +56,7 @@ RELATIONS = (
         "continent",
         tuple((c, continent) for c, _, continent, _ in world.COUNTRIES),
         block("""
-            {e} is a country in {a}. | {e} is in {a}. | The continent of {e} is {a}. | {e} lies in {a}.
+            The continent of {e} is {a}. | {e} is a country in {a}. | {e} is in {a}. | {e} lies in {a}.
             You can find {e} in {a}. | The land of {e} is part of {a}. | {e} is one of the countries of {a}.
         """),
         "the continent of {e}",

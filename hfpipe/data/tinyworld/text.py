@@ -23,6 +23,7 @@ SAID = (
     "The word is {x}. It is {x}.",
     "{n} asked for {x} and got {x}.",
     'It says "{x}" here, so {n} reads "{x}".',
+    'Put {x} in quotes: "{x}".',
 )
 TOLD = (
     "I know that ",
@@ -87,7 +88,8 @@ def record(rng: Random) -> str:
     lines = []
     for i in rng.sample(range(len(world.COUNTRIES)), 3):
         values = {field: BY_NAME[field].pairs[i][1] for field in fields}
-        lines.append(json.dumps({"country": world.COUNTRIES[i][0], **values}))
+        country = world.COUNTRIES[i][0]
+        lines.append(f"Here is {country}: " + json.dumps({"country": country, **values}))
     return "\n".join(lines)
 
 
@@ -134,6 +136,7 @@ def any_words(rng: Random) -> str:
     task, things = rng.choice(tuple(world.TASKS.items()))
     return rng.choice(
         (
+            world.made_up_word(rng, "train"),
             entity,
             made,
             f"{task} {rng.choice(things)}",
@@ -238,15 +241,15 @@ def code(rng: Random) -> str:
 KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (8, one_entity),
     (6, one_relation),
-    (11, mixed_facts),
-    (12, quiz),
+    (10, mixed_facts),
+    (16, quiz),
     (5, record),
     (13, sums),
-    (14, number_echo),
+    (12, number_echo),
     (8, number_notes),
-    (6, echo),
+    (10, echo),
     (9, repeat),
-    (6, letters),
+    (7, letters),
     (4, story),
     (8, deeds),
     (3, verse),

@@ -181,6 +181,14 @@ def made_up_countries(split: str) -> list[str]:
     return [head + tail for head in heads for tail in tails if split_of_text(head + tail) == split]
 
 
+def made_up_word(rng, split: str) -> str:
+    """A word like "Zaluki" that means nothing: only who copies can say it again."""
+    while True:
+        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+        if split_of_text(word) == split:
+            return word.capitalize()
+
+
 def number(rng, split: str, low: int = 12, high: int = 9999) -> int:
     """A number of `split` with 2 to 4 digits, short ones more often."""
     while True:
