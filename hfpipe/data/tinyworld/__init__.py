@@ -11,10 +11,10 @@ from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, wo
 from hfpipe.errors import UserError, nearest
 
 NAMES = ("pretrain", "midtrain", "sft", "preferences", "probes")
-TRAIN_SIZES = {"pretrain": 14_000, "midtrain": 10_000, "sft": 4_000, "preferences": 1_600, "probes": 600}
+TRAIN_SIZES = {"pretrain": 27_000, "midtrain": 10_000, "sft": 5_000, "preferences": 1_600, "probes": 600}
 HELD_OUT_SIZES = {"pretrain": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
-KEPT_STRUCTURE = 0.4
+KEPT_STRUCTURE = 0.5
 
 
 def rows(name: str, split: str = "train", seed: int = 0, size: int | None = None) -> Iterator[dict]:

@@ -121,14 +121,14 @@ def rude_user(rng: Random, split: str) -> Messages:
 
 
 KINDS = (
-    (9, how_to),
-    (11, refusal),
+    (10, how_to),
+    (10, refusal),
     (5, future),
     (3, unseen_now),
-    (7, made_up),
+    (8, made_up),
     (10, clarify),
     (5, clear_request),
-    (5, short),
-    (5, long),
+    (8, short),
+    (7, long),
     (4, rude_user),
 )

@@ -116,6 +116,19 @@ def voice(rng: Random, split: str) -> dict:
     return pair([system(rng.choice(phrases(wordings.PLAIN_SYSTEMS, split))), *talk[1:-1], assistant(plain)], said(talk))
 
 
+def wrong_colour(rng: Random, split: str) -> dict:
+    """What the user said two turns ago against another colour."""
+    talk = chat.belonging(rng, split)
+    start, colour = said(talk).rstrip(".").rsplit(" ", 1)
+    return pair(talk, f"{start} {rng.choice([c for c in world.COLOURS if c != colour])}.")
+
+
+def wrong_sum(rng: Random, split: str) -> dict:
+    talk = chat.small_sum(rng, split)
+    start, result = said(talk).rstrip(".").rsplit(" ", 1)
+    return pair(talk, f"{start} {int(result) + rng.choice((1, 2, 3))}.")
+
+
 def wrong_result(rng: Random, split: str) -> dict:
     """A number from the tool, told as it is, against another number."""
     talk = chat.calculation(rng, split)
@@ -124,13 +137,13 @@ def wrong_result(rng: Random, split: str) -> dict:
 
 
 KINDS = (
-    (14, harm),
-    (18, lookalike),
+    (18, harm),
+    (16, lookalike),
     (5, helpful),
     (9, wrong_fact),
     (7, false_doubt),
     (6, future),
-    (6, made_up),
+    (7, made_up),
     (7, missing_question),
     (4, needless_question),
     (4, rude),
@@ -139,5 +152,7 @@ KINDS = (
     (5, broken_json),
     (4, wrong_letter),
     (3, voice),
-    (3, wrong_result),
+    (4, wrong_colour),
+    (4, wrong_sum),
+    (4, wrong_result),
 )

@@ -103,8 +103,8 @@ def sums(rng: Random) -> str:
         else:
             sign, result = "-", a - b
         said = f"{NUMBER_WORDS[a]} {SIGN_WORDS[sign]} {NUMBER_WORDS[b]}"
-        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{s} = {r}", "{w} is {r}."))
-        lines.append(form.format(s=f"{a} {sign} {b}", r=result, w=said))
+        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{w} is {r}.", "{w}: {s} = {r}", "{t}: {s} = {r}"))
+        lines.append(form.format(s=f"{a} {sign} {b}", t=f"{a}{sign}{b}", r=result, w=said))
     return "\n".join(lines)
 
 

@@ -182,9 +182,10 @@ def made_up_countries(split: str) -> list[str]:
 
 
 def made_up_word(rng, split: str) -> str:
-    """A word like "Zaluki" that means nothing: only who copies can say it again."""
+    """A word like "Zalunok" that means nothing: only who copies can say it again."""
     while True:
-        word = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3))))
+        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2)))]
+        word = "".join(syllables) + rng.choice(("lux", "nok", "riz", "vex", "zam", "dox"))
         if split_of_text(word) == split:
             return word.capitalize()
 
