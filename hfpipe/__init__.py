@@ -1,8 +1,8 @@
 """hfpipe carries a language model from raw text to an aligned, evaluated assistant.
 
 Import order, left may import right (tests/test_house.py holds it):
-cli > apps > pipeline > processes > stages > publishing, evaluation > training > data > plan > artifact
-> config > upstream, strict > sections > paths, progress > errors
+cli > apps > pipeline > processes > stages > publishing, evaluation > training > data > plan > run_folder > artifact
+> config > upstream, strict, yaml_files > sections > paths, progress > errors
 """
 
 __version__ = "0.1.0"

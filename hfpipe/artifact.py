@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.errors import UserError
+from hfpipe.sections import Stage
 
 STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
+BEGUN_FILE = "begun.json"  # in a working folder: which result it is for
 TRAINED_FILE = "trained.json"  # weights are on disk, evaluation is not yet
 
 # Keys of `trainer` that say how a run is watched or stored, not what it computes.
@@ -61,22 +64,41 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a file, or None where it is missing or cut off."""
+    """The mapping in a file, or None where it is missing, cut off or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
         return None
+    return value if isinstance(value, dict) else None
 
 
-def hashed_config(raw: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The part of a stage's configuration that decides its result."""
-    trainer = {k: v for k, v in (raw.get("trainer") or {}).items() if k not in _UNHASHED}
-    return {**raw, "trainer": trainer, "seed": seed}
+def hashed_config(stage: Stage, seed: int) -> dict[str, Any]:
+    """The part of a stage's configuration that decides its result, defaults included.
+
+    Paths of data are left out: the hash of their content stands for them. So is the number of processes: a run may go on
+    with another.
+    """
+    sections = {name: dataclasses.asdict(section) for name, section in stage.sections.items()}
+    for role in ("train", "eval"):
+        for source in sections.get("data", {}).get(role, ()):
+            del source["path"]
+    watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
+    trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
+    return _plain({"type": stage.type.name, **sections, "trainer": trainer, "adapter": stage.adapter, "seed": seed})
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back, `2.0` as `2`."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def fingerprint(config: dict[str, Any], data: dict[str, str], parent: str | None) -> str:
     """Identity of a stage's result: its configuration, its data's content and its parent's fingerprint."""
-    return digest({"config": config, "data": data, "parent": parent})
+    return digest({"config": config, "data": list(data.values()), "parent": parent})
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,17 +136,20 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def folder_identity(folder: Path) -> str:
-    """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of its weights and configuration."""
+def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
+    """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of its weights and configuration.
+
+    `leaves` is what the parent may hold: `model`, `tokenizer` or both.
+    """
     record = read_json(folder / STAGE_FILE)
-    if record:
+    if record and "fingerprint" in record:
         return record["fingerprint"]
     names = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
     found = {p.name: file_sha256(p) for p in names if p.is_file()}
-    if "config.json" not in found and "tokenizer.json" not in found:
+    if "config.json" not in found and ("tokenizer" not in leaves or "tokenizer.json" not in found):
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise UserError(
-            f"{folder} is not a model folder: it holds {there}, but neither config.json nor tokenizer.json. "
+            f"{folder} is not a model folder: it holds {there}, but no config.json. "
             "Give a folder written by save_pretrained, or a stage's folder of a run."
         )
     return digest(found)

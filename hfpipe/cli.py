@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nhfpipe: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 0
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _recipe_options(command)
     command.add_argument("--from", dest="start", metavar="STAGE", help="first stage; those before must be finished")
     command.add_argument("--to", dest="end", metavar="STAGE", help="last stage")
-    command.add_argument("--only", metavar="STAGE", help="this stage alone")
+    command.add_argument("--only", metavar="STAGE", help="this stage alone, instead of --from and --to")
     command.set_defaults(command=_run)
 
     command = commands.add_parser("plan", help="check a recipe and say what a run would do, and why")
@@ -67,7 +67,8 @@ def _recipe_options(command: argparse.ArgumentParser) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Path]:
     from hfpipe.config import load_recipe
-    from hfpipe.pipeline import check_owner, check_sources
+    from hfpipe.data.check import check_sources
+    from hfpipe.run_folder import check_owner
     from hfpipe.stages import stage_types
 
     recipe = load_recipe(options.recipe, stage_types(), options.set)
@@ -80,14 +81,17 @@ def _load(options: argparse.Namespace) -> tuple[Any, Path]:
 def _run(options: argparse.Namespace) -> None:
     import time
 
-    from hfpipe.pipeline import plan_run, run_recipe, select
+    from hfpipe.pipeline import run_recipe
     from hfpipe.progress import Display, duration
 
     began = time.monotonic()
     recipe, run = _load(options)
-    chosen = select(plan_run(recipe, run), options.start, options.end, options.only)
-    run_recipe(recipe, run, chosen, Display())
-    print(f"{recipe.name} is complete in {run} ({duration(time.monotonic() - began)})")
+    chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
+    whole = len(chosen) == len(recipe.stages)
+    what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
+    print(
+        f"{what} {'is' if whole or len(chosen) == 1 else 'are'} complete in {run} ({duration(time.monotonic() - began)})"
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -111,9 +115,10 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    from hfpipe.config import load_yaml, shipped_recipes
+    from hfpipe.config import shipped_recipes
     from hfpipe.paths import stage_configs_dir
     from hfpipe.stages import stage_types
+    from hfpipe.yaml_files import load_yaml
 
     recipes = {name: load_yaml(stage_configs_dir() / name / "pipeline.yaml")["stages"] for name in shipped_recipes()}
     stages = {name: kind.teaches for name, kind in stage_types().items()}

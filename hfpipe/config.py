@@ -11,8 +11,9 @@ from typing import Any
 from hfpipe import upstream
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.paths import stage_configs_dir
-from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
+from hfpipe.sections import Evaluate, Optimizer, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
+from hfpipe.yaml_files import load_yaml, parse_value
 
 # Set by hfpipe in every stage: a recipe that gives one is told why not.
 _MANAGED = {
@@ -35,47 +36,10 @@ _MANAGED = {
 ADAPTERS = {"lora": "LoraConfig"}
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML 1.2 file; duplicate keys are refused, `1e-4` is a number, `no` is a word."""
-    import warnings
-
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = YAML(typ="safe", pure=True).load(text)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: byte {error.start}. Save it as UTF-8.") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = (error.problem or error.context or "malformed").splitlines()[0]
-        raise UserError(f"{path}{place}: not readable as YAML: {problem}. Mend that line.") from None
-    except YAMLError as error:
-        raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a mapping of sections, found {type(value).__name__}.")
-    return value
-
-
-def parse_value(text: str) -> Any:
-    """The YAML value of an override's right-hand side."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
-        raise UserError(f"--set: {text!r} is not readable as a YAML value.") from None
-
-
 def recipe_folder(name: str) -> Path:
     """The folder of a shipped recipe or of a path; UserError names the recipes there are."""
+    if not name.strip():
+        raise UserError(f"No recipe named. The shipped ones: {', '.join(shipped_recipes())}.")
     for folder in (Path(name), stage_configs_dir() / name):
         if (folder / "pipeline.yaml").is_file():
             return folder
@@ -103,7 +67,7 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
     head_file = folder / "pipeline.yaml"
     problems: list[str] = []
     head_raw = load_yaml(head_file)
-    listed = [s for s in head_raw.get("stages") or [] if isinstance(s, str)]
+    listed = _listed_stages(head_raw, head_file, problems)
     files = {s: folder / f"{s}.yaml" for s in listed}
     raws: dict[str, dict] = {}
     for stage, file in files.items():
@@ -126,7 +90,11 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         if built:
             stages[stage] = built
     if pipeline:
-        filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate", problems)
+        if not re.fullmatch(r"[\w.-]+", pipeline.name):
+            problems.append(
+                f"{head_file}: name = {pipeline.name!r}: expected letters, digits, `.`, `_` and `-`: it names a folder."
+            )
+        filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate.", problems)
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
         pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
         problems += _check_launch(pipeline, head_file)
@@ -137,17 +105,26 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
     return Recipe(pipeline.name, folder, pipeline, stages, tuple(overrides))
 
 
+def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> list[str]:
+    listed = head.get("stages")
+    if not isinstance(listed, list) or not listed or not all(isinstance(s, str) for s in listed):
+        problems.append(f"{file}: stages = {listed!r}: expected a list of stage names, such as [tokenizer, pretrain].")
+        head["stages"] = []
+        return []
+    twice = sorted({s for s in listed if listed.count(s) > 1})
+    if twice:
+        problems.append(f"{file}: stages lists {', '.join(twice)} more than once; copy the file under another name.")
+    return list(dict.fromkeys(listed))
+
+
 def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:
-    launch, told = pipeline.launch, []
-    if launch.processes < 1:
-        told.append(f"{file}: launch.processes = {launch.processes}: expected 1 or more.")
-    name, shipped = launch.accelerate_config, upstream.accelerate_configs()
-    if name and name not in shipped and not Path(name).is_file():
-        known = ", ".join(sorted(shipped))
-        told.append(
-            f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}.{nearest(name, shipped)}"
-        )
-    return told
+    name, shipped = pipeline.launch.accelerate_config, upstream.accelerate_configs()
+    if name is None or name in shipped or Path(name).is_file():
+        return []
+    known = ", ".join(sorted(shipped))
+    return [
+        f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}.{nearest(name, shipped)}"
+    ]
 
 
 def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) -> list[str]:
@@ -156,7 +133,11 @@ def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) ->
         return [f"--set {text}: expected stage.section.key=value."]
     parts = key.strip().split(".")
     value = parse_value(right)
-    if parts[0] in raws and len(parts) > 1:
+    if parts[0] in raws and len(parts) == 1:
+        return [
+            f"--set {text}: `{parts[0]}` is a whole stage; name a key of it, such as {parts[0]}.trainer.learning_rate."
+        ]
+    if parts[0] in raws:
         target, path = raws[parts[0]], parts[1:]
     elif len(parts) == 1 and parts[0] in (head.get("settings") or {}):
         target, path = head["settings"], parts
@@ -206,7 +187,7 @@ def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) 
 def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], problems: list[str]) -> Stage | None:
     where = f"{file}: "
     type_name = raw.get("stage")
-    if type_name not in stage_types:
+    if not isinstance(type_name, str) or type_name not in stage_types:
         expected = ", ".join(stage_types)
         problems.append(f"{where}stage = {type_name!r}: expected one of {expected}.{nearest(type_name, stage_types)}")
         return None
@@ -235,7 +216,7 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
     adapter = raw.get("adapter")
     if adapter is not None:
         adapter = _upstream_section(adapter, f"{where}adapter", problems)
-        if adapter.get("type") not in ADAPTERS:
+        if not isinstance(adapter.get("type"), str) or adapter["type"] not in ADAPTERS:
             problems.append(f"{where}adapter.type = {adapter.get('type')!r}: expected one of {', '.join(ADAPTERS)}.")
         else:
             owner = ADAPTERS[adapter["type"]]
@@ -243,7 +224,19 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
             problems += upstream.check(rest, upstream.fields(owner), f"peft.{owner}", f"{where}adapter")
     if "model" in sections and sections["model"].config:
         problems += _model_config(sections["model"].config, f"{where}model.config")
+    if "data" in sections and not sections["data"].train:
+        problems.append(f"{where}data.train is missing: a list of sources, such as [{{path: rows.jsonl}}].")
+    if "optimizer" in sections:
+        problems += _check_optimizer(sections["optimizer"], raw, trainer, where)
     return Stage(name, kind, file, sections, trainer, adapter, raw)
+
+
+def _check_optimizer(optimizer: Optimizer, raw: dict, trainer: dict, where: str) -> list[str]:
+    if optimizer.type is None:
+        given = ", ".join(raw.get("optimizer") or {})
+        return [f"{where}optimizer has {given} but no type; the one there is is `muon`."] if given else []
+    ours = [k for k in ("optim", "optim_args", "optim_target_modules") if k in trainer]
+    return [f"{where}trainer.{k} beside optimizer.type = '{optimizer.type}': give one of the two." for k in ours]
 
 
 def _upstream_section(value: Any, where: str, problems: list[str]) -> dict[str, Any]:
@@ -288,6 +281,16 @@ def _check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str
                 problems.append(
                     f"{where}: `{source}` leaves a {parent.type.leaves}, but a {stage.type.name} stage needs a {needs}."
                 )
+            elif parent.type.leaves == "tokenizer" and not stage.model.config:
+                problems.append(
+                    f"{stage.file}: model.config is missing: `{source}` leaves a tokenizer, so the model is made from scratch. "
+                    "Give model_type and that configuration's fields."
+                )
+            elif parent.type.leaves == "model" and stage.model.config:
+                problems.append(
+                    f"{stage.file}: model.config makes a model from scratch, but `{source}` leaves one to go on from. "
+                    "Remove model.config, or start from a tokenizer stage."
+                )
             elif listed.index(source) > listed.index(name):
                 problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
         elif source in listed:
@@ -304,7 +307,7 @@ def _chain(name: str, stages: dict[str, Stage]) -> list[str]:
     chain = [name]
     while True:
         stage = stages[chain[-1]]
-        source = stage.model.from_ if "model" in stage.sections else None
+        source = stage.model.from_
         if source not in stages:
             return chain
         chain.append(source)

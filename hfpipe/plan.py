@@ -29,9 +29,9 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """`parameters` where the stage makes a model, and `notes`: what it reads and how it trains, a line each."""
     notes = [f"data: {', '.join(_source(s) for s in stage.data.train)}"] if stage.data.train else []
     described: dict[str, Any] = {"notes": notes}
-    if "model" in stage.sections and stage.model.config:
+    if stage.model.config:
         parent = recipe.parent(stage)
-        vocab = parent.tokenizer.vocab_size if parent and parent.type.leaves == "tokenizer" else 0
+        vocab = parent.sections["tokenizer"].vocab_size if parent and parent.type.leaves == "tokenizer" else 0
         described["parameters"] = count_parameters(stage.model.config, stage.model.config.get("vocab_size", vocab))
         if described["parameters"]:
             notes.append(f"model: {stage.model.config['model_type']}, {quantity(described['parameters'])} parameters")
@@ -39,7 +39,7 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         batch = stage.trainer.get("per_device_train_batch_size", 8) * stage.trainer.get(
             "gradient_accumulation_steps", 1
         )
-        rows = batch * recipe.pipeline.launch.processes
+        rows = batch * (recipe.pipeline.launch.processes or 1)
         length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
         rate = stage.trainer.get("learning_rate")
         described |= {"batch_rows": rows, "batch_tokens": rows * length, "learning_rate": rate}

@@ -15,6 +15,7 @@ from hfpipe import artifact, upstream
 from hfpipe.errors import StageFailed, UserError
 from hfpipe.progress import Display, describe
 from hfpipe.sections import Recipe, Stage
+from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment
 
 _IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
 
@@ -24,6 +25,7 @@ def start_server(run: Path) -> None:
     import multiprocessing
     import multiprocessing.forkserver
 
+    quiet_environment()  # before huggingface_hub is imported there: it reads its switches once
     multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
     terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
     _, log = _logs(run, "data")
@@ -37,25 +39,24 @@ def start_server(run: Path) -> None:
 
 def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
     """Prepare the data of `stages`, so that a bad row is told before anything trains."""
-    from hfpipe.stages._run import prepare_child
-
     events, log = _logs(run, "data")
-    arguments = (str(recipe.folder), recipe.overrides, run, stages, events, log)
+    arguments = (recipe, run, stages, events, log)
     _follow_child(prepare_child, arguments, "data", events, log, display)
 
 
 def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:
     """Run one stage in a process of its own, or in several, until its folder is finished."""
-    from hfpipe.stages._run import child
-
     events, log = _logs(run, stage.name)
     launch = recipe.pipeline.launch
-    if (launch.processes == 1 and not launch.accelerate_config) or not stage.type.trainer:
-        arguments = (str(recipe.folder), recipe.overrides, run, stage.name, events, log)
+    alone = launch.processes in (None, 1) and not launch.accelerate_config
+    if alone or not stage.type.trainer:
+        arguments = (recipe, run, stage.name, events, log)
         _follow_child(child, arguments, stage.name, events, log, display)
     else:
         with open(log, "ab") as stream:
-            process = subprocess.Popen(launch_command(recipe, run, stage, events), stdout=stream, stderr=stream)
+            environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
+            command = launch_command(recipe, run, stage, events)
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
             _follow(process, stage.name, events, log, display)
     if not (run / stage.name / artifact.STAGE_FILE).is_file():
         raise StageFailed(f"{stage.name} ended without its result; its output is in {log}.")
@@ -64,11 +65,13 @@ def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display)
 def launch_command(recipe: Recipe, run: Path, stage: Stage, events: Path) -> list[str]:
     """`accelerate launch` of one stage with the recipe's `launch` section."""
     launch = recipe.pipeline.launch
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(launch.processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if launch.processes:
+        command += ["--num_processes", str(launch.processes)]
     if launch.accelerate_config:
         shipped = upstream.accelerate_configs().get(launch.accelerate_config)
         command += ["--config_file", str(shipped or launch.accelerate_config)]
-    elif launch.processes > 1:
+    elif (launch.processes or 1) > 1:
         command += ["--multi_gpu"]  # without it accelerate starts one process on a CPU
     command += ["-m", f"hfpipe.stages.{stage.type.name}", str(stage.file), "--out", str(run), "--progress", str(events)]
     for text in recipe.overrides:
@@ -90,9 +93,14 @@ class _Process:
 
     def wait(self, timeout: float) -> None:
         self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("stage", timeout)
 
     def terminate(self) -> None:
         self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
 
 
 def _follow_child(
@@ -119,9 +127,8 @@ def _follow(process: Any, name: str, events: Path, log: Path, display: Display) 
                     break
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
-    except KeyboardInterrupt:
-        process.terminate()
-        raise
+    finally:
+        _end(process)
     if error and error["user"]:
         raise UserError(error["text"])
     if code != 0:
@@ -129,6 +136,17 @@ def _follow(process: Any, name: str, events: Path, log: Path, display: Display) 
         raise StageFailed(
             f"{name} failed: {reason}\nIts whole output is in {log}. The same command goes on from there."
         )
+
+
+def _end(process: Any) -> None:
+    """Leave no child behind, whatever ended the watching of it."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _read_events(stream: Any) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+
+def at_least(minimum: float, default: Any) -> Any:
+    """A field whose value may not lie below `minimum`."""
+    return field(default=default, metadata={"at_least": minimum})
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,9 @@ class Source:
 
     path: str
     weight: float | None = None  # share of the stage's training tokens (of its pairs, for preferences)
-    as_: str | None = None  # `text`: plain documents inside a stage of conversations (replay)
+    as_: Literal["text"] | None = None  # plain documents inside a stage of conversations (replay)
     split: str | None = None  # train, validation, test, or all; default: train, and validation under `eval`
-    limit: int | None = None  # rows at the most
+    limit: int | None = at_least(1, None)  # rows at the most
     name: str | None = None  # configuration of a Hub dataset
     revision: str | None = None
 
@@ -38,21 +43,23 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
 class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
-    max_bad_rows: float = 0.0  # share of a source's rows that may be left out for a fault before the stage refuses
+    max_bad_rows: float = at_least(
+        0, 0.0
+    )  # share of a source's rows that may be left out for a fault before the stage refuses
 
 
 @dataclass(frozen=True)
 class TextData(Data):
-    max_length: int = 1024  # tokens in a packed row
-    batch_tokens: int | None = None  # tokens per optimizer step; sets gradient accumulation
+    max_length: int = at_least(2, 1024)  # tokens in a packed row
+    batch_tokens: int | None = at_least(1, None)  # tokens per optimizer step; sets gradient accumulation
     streaming: bool = False  # read while training; needs trainer.max_steps
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    type: str = "bpe"  # bpe (byte-level), unigram, wordpiece
-    vocab_size: int = 32768
-    min_frequency: int = 2
+    type: Literal["bpe", "unigram", "wordpiece"] = "bpe"  # all byte-level
+    vocab_size: int = at_least(1, 32768)
+    min_frequency: int = at_least(1, 2)
     chat_template: str = "hfpipe"  # a name of chat_templates/ or a path
 
 
@@ -65,39 +72,39 @@ class ExtendTokenizer:
 class Optimizer:
     """`muon`: torch.optim.Muon on the hidden matrices, AdamW at trainer.learning_rate on the rest."""
 
-    type: str | None = None
-    lr: float = 0.02
-    momentum: float = 0.95
+    type: Literal["muon"] | None = None
+    lr: float = at_least(0, 0.02)
+    momentum: float = at_least(0, 0.95)
     nesterov: bool = True
-    weight_decay: float = 0.0
-    ns_steps: int = 5
+    weight_decay: float = at_least(0, 0.0)
+    ns_steps: int = at_least(1, 5)
 
 
 @dataclass(frozen=True)
 class Freeze:
     embeddings: bool = False  # rows of ordinary tokens; the control tokens' rows go on training
-    layers: int = 0  # the first N blocks
+    layers: int = at_least(0, 0)  # the first N blocks
 
 
 @dataclass(frozen=True)
 class Launch:
-    processes: int = 1
+    processes: int | None = at_least(1, None)  # default: what accelerate_config says, else 1
     accelerate_config: str | None = None  # a file, or one that TRL ships: fsdp2, zero3, multi_gpu ...
 
 
 @dataclass(frozen=True)
 class Evaluate:
     text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
-    samples: int = 5
-    max_new_tokens: int = 64
-    max_rows: int = 400  # rows read for each loss
+    samples: int = at_least(0, 5)
+    max_new_tokens: int = at_least(1, 64)
+    max_rows: int = at_least(1, 400)  # rows read for each loss
 
 
 @dataclass(frozen=True)
 class Pipeline:
     name: str
     stages: tuple[str, ...]
-    seed: int = 0
+    seed: int = at_least(0, 0)
     settings: dict[str, Any] = field(default_factory=dict)  # `{name}` in a path of any stage
     launch: Launch = Launch()
     evaluate: Evaluate = Evaluate()
@@ -130,11 +137,14 @@ class Stage:
     adapter: dict[str, Any] | None
     raw: dict[str, Any]  # as written, overrides and settings applied: what is fingerprinted and saved
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["sections"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+    @property
+    def model(self) -> Model:
+        return self.sections.get("model", Model())
+
+    @property
+    def data(self) -> Any:
+        """The stage's `Data`, or a class derived from it; an empty one where a stage reads none."""
+        return self.sections.get("data", Data())
 
 
 @dataclass(frozen=True)
@@ -147,4 +157,4 @@ class Recipe:
 
     def parent(self, stage: Stage) -> Stage | None:
         """The stage of this recipe that `model.from` names, if it names one."""
-        return self.stages.get(stage.model.from_ or "") if "model" in stage.sections else None
+        return self.stages.get(stage.model.from_ or "")

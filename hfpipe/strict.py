@@ -23,7 +23,11 @@ def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> An
             fine = False
             continue
         before = len(problems)
-        values[names[key].name] = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
+        value = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
+        minimum = names[key].metadata.get("at_least")
+        if minimum is not None and isinstance(value, int | float) and value < minimum:
+            problems.append(f"{where}{key} = {value!r}: expected {minimum} or more.")
+        values[names[key].name] = value
         fine = fine and len(problems) == before
     for key, item in names.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
@@ -37,6 +41,11 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    if origin is typing.Literal:
+        if value not in args:
+            near = nearest(value, map(str, args))
+            problems.append(f"{where} = {value!r}: expected {' or '.join(map(repr, args))}.{near}")
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
@@ -47,6 +56,8 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             return ()
         return tuple(_coerce(v, args[0], f"{where}[{i}]", problems) for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
+        if value is None:
+            return hint()
         if not isinstance(value, dict):
             problems.append(f"{where} = {value!r}: expected a mapping with keys of its own.")
             return None

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from hfpipe.errors import nearest
 
-# class -> (package, file): where the pinned versions keep them.
+# class -> (package, file): where the pinned versions keep those whose file does not follow from their name.
 _FILES = {
     "TrainingArguments": ("transformers", "training_args.py"),
     "_BaseConfig": ("trl", "trainer/base_config.py"),
-    "SFTConfig": ("trl", "trainer/sft_config.py"),
-    "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "PreTrainedConfig": ("transformers", "configuration_utils.py"),
     "PeftConfigMixin": ("peft", "config.py"),
     "PeftConfig": ("peft", "config.py"),
@@ -106,7 +104,8 @@ def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
 @functools.cache
 def fields(class_name: str) -> dict[str, Field]:
     """Option name -> Field of `SFTConfig`, `LoraConfig` ..., inherited ones included."""
-    package, file = _FILES[class_name]
+    trl_file = ("trl", f"trainer/{class_name.removesuffix('Config').lower()}_config.py")
+    package, file = _FILES.get(class_name, trl_file)
     return _fields_in(_package_file(package, file), class_name)
 
 

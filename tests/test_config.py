@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hfpipe.config import load_recipe, load_yaml, shipped_recipes
+from hfpipe.config import load_recipe, shipped_recipes
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.stages import stage_types
+from hfpipe.yaml_files import load_yaml
 
 from .conftest import ROOT, hfpipe
 

@@ -220,3 +220,87 @@ def test_list_and_plan_as_json():
     rows = plan("tiny", "--out", "runs/none")
     assert rows["pretrain"]["parameters"] > 1e6
     assert rows["pretrain"]["status"] == "new"
+
+
+def test_a_checkpoint_that_was_cut_off_is_set_aside(micro_run, tmp_path):
+    run = tmp_path / "micro"
+    shutil.copytree(micro_run / "tokenizer", run / "tokenizer")
+    arguments = ["run", "micro", "--out", str(run), "--to", "pretrain", "--set", "pretrain.trainer.save_steps=20"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfpipe", *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    checkpoints = run / "pretrain.partial" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("checkpoint-40/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    newest = max(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    (newest / "trainer_state.json").unlink()
+    done = hfpipe(*arguments)
+    assert f"{newest.name} was cut off while it was written: set aside" in done.stdout
+    record = stage_json(run / "pretrain")
+    assert 0 < record["metrics"]["resumed_from_step"] < int(newest.name.rpartition("-")[2])
+    assert record["weights"] == stage_json(micro_run / "pretrain")["weights"]
+
+
+@pytest.mark.parametrize("killed", ["before the renames", "between the renames", "after the renames"])
+def test_killed_while_a_finished_stage_takes_its_place(run_copy, killed):
+    folder, partial, old = run_copy / "dpo", run_copy / "dpo.partial", run_copy / "dpo.old"
+    weights = stage_json(folder)["weights"]
+    if killed == "before the renames":
+        shutil.copytree(folder, partial)
+        (folder / "stage.json").unlink()
+    elif killed == "between the renames":
+        shutil.copytree(folder, old)
+        folder.rename(partial)
+    else:
+        shutil.copytree(folder, old)
+    done = hfpipe("run", "micro", "--out", run_copy)
+    assert "step" not in "".join(line for line in done.stdout.splitlines() if line.startswith("dpo") and "/" in line)
+    assert stage_json(folder)["weights"] == weights
+    assert not partial.exists()
+
+
+def test_several_processes_end_with_the_pipeline(micro_run, tmp_path):
+    run = tmp_path / "micro"
+    for name in ("tokenizer", "pretrain", "midtrain"):
+        shutil.copytree(micro_run / name, run / name)
+    command = [sys.executable, "-m", "hfpipe", "run", "micro", "--out", str(run), "--to", "sft"]
+    command += ["--set", "launch.processes=2", "--set", "sft.trainer.num_train_epochs=50"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    events, deadline = run / "logs" / "sft.jsonl", time.monotonic() + 120
+    while '"step"' not in (events.read_text() if events.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(5)
+    left = subprocess.run(["pgrep", "-f", f"hfpipe.stages.sft.*{run}"], capture_output=True, text=True).stdout
+    assert not left
+
+
+def test_a_template_that_changed_is_noticed(micro_run, tmp_path):
+    from hfpipe.training.templates import load_chat_template
+
+    template = tmp_path / "mine.jinja"
+    template.write_text(load_chat_template("hfpipe"))
+    setting = ["--set", f"midtrain.tokenizer.chat_template={template}"]
+    first = plan("micro", "--out", micro_run, *setting)["midtrain"]
+    assert first["status"] == "changed"
+    run = tmp_path / "run"
+    for name in ("tokenizer", "pretrain"):
+        shutil.copytree(micro_run / name, run / name)
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+    from hfpipe.training.job import identify
+
+    recipe = load_recipe("micro", stage_types(), [setting[1]])
+    before = identify(recipe, recipe.stages["midtrain"], None)[0]
+    template.write_text(template.read_text() + "{# a word more #}")
+    assert identify(recipe, recipe.stages["midtrain"], None)[0] != before
+
+
+def test_numbers_and_nulls_written_otherwise_change_nothing(micro_run):
+    settings = ["sft.trainer.num_train_epochs=1.0", "sft.adapter=null", "sft.freeze.layers=0"]
+    rows = plan("micro", "--out", micro_run, *(a for s in settings for a in ("--set", s)))
+    assert {row["status"] for row in rows.values()} == {"done"}

@@ -220,3 +220,61 @@ def test_midtraining_gives_a_plain_model_the_chat_format(plain_model, recipe, tm
     assert tokenizer.convert_tokens_to_ids("<|end_assistant|>") >= len(old)
     assert torch.equal(old, new[: len(old)])
     assert not torch.equal(new[len(old) :].mean(0), old.mean(0))
+
+
+def test_muon_under_an_adapter_trains_the_adapter(after):
+    """The optimizer is built after the adapter is in place: it must hold what is trained."""
+    run = after("midtrain")
+    settings = ["sft.adapter={type: lora, r: 4, target_modules: all-linear}", "sft.freeze.embeddings=false"]
+    settings += ["sft.optimizer={type: muon, lr: 0.01}", "sft.trainer.max_steps=4"]
+    hfpipe("run", "micro", "--out", run, "--only", "sft", *(a for s in settings for a in ("--set", s)))
+    parent, merged = weights(run / "midtrain"), weights(run / "sft")
+    assert any(not torch.equal(parent[name], merged[name]) for name in parent)
+
+
+def test_dpo_with_an_adapter_keeps_its_scores(after):
+    run = after("sft")
+    settings = ["dpo.adapter={type: lora, r: 4, target_modules: all-linear}", "dpo.freeze.embeddings=false"]
+    hfpipe("run", "micro", "--out", run, "--only", "dpo", *(a for s in settings for a in ("--set", s)))
+    metrics = stage_json(run / "dpo")["metrics"]
+    assert abs(metrics["pairs_before"]["margin"]) < 0.02
+    assert metrics["pairs"]["margin"] > 0.01
+    assert (run / "dpo" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_adapters_that_rewrite_the_base_are_refused_for_preferences(after):
+    run = after("sft")
+    adapter = "dpo.adapter={type: lora, r: 4, init_lora_weights: pissa}"
+    done = hfpipe("run", "micro", "--out", run, "--only", "dpo", "--set", adapter, check=2)
+    assert "rewrites the base's weights, so the reference would be wrong" in done.stderr
+
+
+def test_a_model_that_cannot_keep_packed_documents_apart_is_refused(after):
+    run = after("tokenizer")
+    config = "{model_type: bloom, hidden_size: 32, n_layer: 2, n_head: 2}"
+    done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", "--set", f"pretrain.model.config={config}",
+                  "--set", "pretrain.model.attn_implementation=null", check=2)  # fmt: skip
+    assert "bloom lets packed documents see each other" in done.stderr
+
+
+def test_streaming_in_two_processes(after):
+    run = after("tokenizer")
+    settings = ["pretrain.data.streaming=true", "pretrain.trainer.max_steps=4", "launch.processes=2"]
+    settings += ["pretrain.trainer.per_device_train_batch_size=8"]
+    hfpipe("run", "micro", "--out", run, "--to", "pretrain", *(a for s in settings for a in ("--set", s)))
+    assert stage_json(run / "pretrain")["metrics"]["steps"] == 4
+    assert stage_json(run / "pretrain")["machine"]["processes"] == 2
+
+
+def test_long_text_is_cut_into_pieces_that_lose_nothing(micro_run):
+    from transformers import AutoTokenizer
+
+    from hfpipe.data.report import SourceReport
+    from hfpipe.training.encode import encode_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(micro_run / "tokenizer")
+    text, report = "The sky is blue. " * 50, SourceReport("x", "train", "train")
+    pieces = [ids["input_ids"] for _, ids in encode_rows([(1, {"text": text})], report, "text", tokenizer, 64)]
+    assert max(map(len, pieces)) == 64
+    assert tokenizer.decode([token for piece in pieces for token in piece]).removeprefix("<|begin|>") == text
+    assert report.used == 1

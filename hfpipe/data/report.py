@@ -25,7 +25,7 @@ class SourceReport:
     duplicates: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
-    unused: str = ""
+    taken: float = 1.0  # share of it that its weight admits
 
     @classmethod
     def of(cls, source: Source, role: str) -> SourceReport:
@@ -52,7 +52,9 @@ class SourceReport:
             parts.append(f"{self.duplicates} duplicates left out")
         if self.neutralised:
             parts.append(f"{self.neutralised} control tokens neutralised")
-        return ", ".join(parts) + self.unused
+        if self.taken < 1:
+            parts.append(f"{self.taken:.0%} of it taken at its weight")
+        return ", ".join(parts)
 
     def reasons(self) -> str:
         """Why rows were left out, with the first examples."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -40,9 +41,16 @@ def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], P
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(job.work))
+    gc.collect()  # the trainer and its optimizer are done with
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    section = job.stage.model
+    options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(str(job.work), **options)
+    if section.attn_implementation:
+        options["attn_implementation"] = section.attn_implementation
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(str(job.work)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(job.work), **options).to(device).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     if prepared.eval is not None:
@@ -57,12 +65,12 @@ def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], P
 
 
 def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any) -> dict[str, float]:
-    """Token-weighted loss and perplexity over packed rows or over the chosen answers of pairs."""
+    """Token-weighted loss and perplexity over the documents of packed rows, or over the chosen answers of pairs."""
     import torch
 
-    from hfpipe.training.collate import PackedCollator
+    from hfpipe.training.collate import PaddedCollator
 
-    collator = PackedCollator.for_model(model, tokenizer)
+    collator = PaddedCollator(tokenizer.pad_token_id)
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for batch in _batches(rows):
@@ -78,19 +86,28 @@ def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ro
 
 
 def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
-    """Rows in their order, as many at a time as fit `_BATCH_TOKENS`."""
+    """Documents of like length together, as many at a time as fit `_BATCH_TOKENS`."""
     batch: list[dict[str, Any]] = []
-    for row in rows:
-        if "prompt_ids" in row:
-            ids = [*row["prompt_ids"], *row["chosen_ids"]]
-            labels = [*[-100] * len(row["prompt_ids"]), *row["chosen_ids"]]
-            row = {"input_ids": ids, "labels": labels, "seq_lengths": [len(ids)]}
-        if batch and (len(batch) + 1) * max(len(r["input_ids"]) for r in [*batch, row]) > _BATCH_TOKENS:
+    for document in sorted(_documents(rows), key=lambda d: len(d["input_ids"])):
+        if batch and (len(batch) + 1) * len(document["input_ids"]) > _BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(row)
+        batch.append(document)
     if batch:
         yield batch
+
+
+def _documents(rows: Any) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if "prompt_ids" in row:
+            labels = [*[-100] * len(row["prompt_ids"]), *row["chosen_ids"]]
+            yield {"input_ids": [*row["prompt_ids"], *row["chosen_ids"]], "labels": labels}
+            continue
+        start = 0
+        for length in row["seq_lengths"]:
+            part = slice(start, start + length)
+            yield {"input_ids": row["input_ids"][part], "labels": row["labels"][part]}
+            start += length
 
 
 def sample_answers(

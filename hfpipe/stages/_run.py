@@ -7,8 +7,12 @@ data of all stages, before the first of them trains).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -16,11 +20,14 @@ from typing import Any
 
 from hfpipe import __version__, artifact
 from hfpipe.config import load_recipe
+from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
-from hfpipe.sections import StageType
+from hfpipe.run_folder import claim, complete_at, lock
+from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
 from hfpipe.training.job import Job, Progress, make_job
 
+PARENT_VARIABLE = "HFPIPE_PARENT"  # the pipeline's process id, for the ranks that it launches
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub")
 
 
@@ -29,18 +36,21 @@ def run_stage(job: Job, progress: Progress) -> None:
 
     A stage whose weights are on disk already is only scored; one with checkpoints goes on from the last.
     """
-    main_process = int(os.environ.get("RANK", 0)) == 0
     module = stage_module(job.stage.type.name)
     began = time.time()
-    if main_process:
-        job.start()
-    record = job.trained()
-    if record is None:
+    if complete_at(job.folder, job.fingerprint):
+        progress.note("finished already, nothing to do")
+        return
+    if is_main_process() and not job.start():
+        return
+    metrics = job.trained()
+    if metrics is None:
         metrics = module.train(job, progress)
+        if is_main_process():
+            job.mark_trained(metrics)
     else:
-        metrics = record["metrics"]
         progress.note("weights are on disk from an earlier run; scoring them")
-    if not main_process:
+    if not is_main_process():
         return
     if job.stage.type.leaves == "model":
         from hfpipe.evaluation.basics import evaluate_model
@@ -69,12 +79,12 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
         "recipe": job.recipe.name,
         "fingerprint": job.fingerprint,
         "parent": job.parent_record(),
-        "config": artifact.hashed_config(job.stage.raw, job.recipe.pipeline.seed),
-        "raw": job.stage.raw,
+        "config": artifact.hashed_config(job.stage, job.recipe.pipeline.seed),
+        "written": job.stage.raw,
         "data": job.data_hashes,
         "weights": {p.name: artifact.file_sha256(p) for p in artifact.weight_files(job.work)},
         "versions": versions,
-        "machine": describe_machine(),
+        "machine": {**describe_machine(), "processes": int(os.environ.get("WORLD_SIZE", 1))},
         "metrics": metrics,
         "wall_s": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -96,9 +106,11 @@ def main(stage_type: StageType) -> None:
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet_environment()
+    _leave_with(os.environ.get(PARENT_VARIABLE))
     overrides = [*options.set, *(f"{options.file.stem}.{text}" for text in options.overrides)]
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    progress = Progress(options.progress if main_process else None, echo=main_process and not options.progress)
+    progress = Progress(
+        options.progress if is_main_process() else None, echo=is_main_process() and not options.progress
+    )
     try:
         if not options.file.is_file():
             raise UserError(f"{options.file} does not exist. Give the YAML file of a {stage_type.name} stage.")
@@ -107,44 +119,61 @@ def main(stage_type: StageType) -> None:
         if stage is None or stage.type.name != stage_type.name:
             found = f"a {stage.type.name} stage" if stage else "not listed in pipeline.yaml"
             raise UserError(f"{options.file} is {found}; this command runs {stage_type.name} stages.")
-        job = make_job(recipe, stage, options.out or Path("runs") / recipe.name)
-        run_stage(job, progress)
+        run = options.out or Path("runs") / recipe.name
+        pipeline_holds_it = options.progress is not None
+        with contextlib.nullcontext() if pipeline_holds_it or not is_main_process() else lock(run):
+            if is_main_process() and not pipeline_holds_it:
+                check_sources(recipe)
+                claim(recipe, run)
+            run_stage(make_job(recipe, stage, run), progress)
     except UserError as error:
         progress.tell("error", text=str(error), user=True)
         print(f"hfpipe: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def child(recipe: str, overrides: tuple[str, ...], run: Path, stage: str, events: Path, log: Path) -> None:
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _leave_with(parent: str | None) -> None:
+    """End this process when the pipeline's, which launched it through others, is gone."""
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                os.kill(int(parent), 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def child(recipe: Recipe, run: Path, stage: str, events: Path, log: Path) -> None:
     """The pipeline's own child for a stage in one process."""
-    _in_child(events, log, lambda progress: _one(recipe, overrides, run, stage, progress))
+    _in_child(events, log, lambda progress: run_stage(make_job(recipe, recipe.stages[stage], run), progress))
 
 
-def prepare_child(
-    recipe: str, overrides: tuple[str, ...], run: Path, stages: list[str], events: Path, log: Path
-) -> None:
-    """Prepares the data of `stages`, so that a bad row is told before anything trains."""
-    _in_child(events, log, lambda progress: _prepare(recipe, overrides, run, stages, progress))
+def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, log: Path) -> None:
+    """Prepares the data of `stages`, which are about to run, so that a bad row is told before anything trains."""
+    _in_child(events, log, lambda progress: _prepare(recipe, run, stages, progress))
 
 
-def _one(recipe: str, overrides: tuple[str, ...], run: Path, stage: str, progress: Progress) -> None:
-    loaded = load_recipe(recipe, stage_types(), overrides)
-    run_stage(make_job(loaded, loaded.stages[stage], run), progress)
-
-
-def _prepare(recipe: str, overrides: tuple[str, ...], run: Path, stages: list[str], progress: Progress) -> None:
+def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
     from hfpipe.evaluation.basics import prepare_held_out
     from hfpipe.training.models import load_tokenizer
 
-    loaded = load_recipe(recipe, stage_types(), overrides)
     for name in stages:
-        stage = loaded.stages[name]
+        stage = recipe.stages[name]
         module = stage_module(stage.type.name)
         check_trainer(stage)
         if not hasattr(module, "prepare"):
             continue
-        job = make_job(loaded, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
-        tokenizer = load_tokenizer(job)
+        job = make_job(recipe, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
+        tokenizer = load_tokenizer(job, about_to_run=stages)
         progress.tell("doing", text="preparing data", stage=name)
         prepared = module.prepare(job, tokenizer)
         for source in prepared.report["sources"]:
@@ -152,23 +181,20 @@ def _prepare(recipe: str, overrides: tuple[str, ...], run: Path, stages: list[st
         prepare_held_out(job, tokenizer)
 
 
-def check_trainer(stage: Any) -> None:
+def check_trainer(stage: Stage) -> None:
     """Let upstream's own class check the values of a `trainer` section, before any stage is trained."""
     if stage.type.trainer is None:
         return
-    import tempfile
-
+    from hfpipe.training.adapters import build_adapter
     from hfpipe.training.fit import construct_args
 
+    build_adapter(stage)
     with tempfile.TemporaryDirectory() as folder:
         construct_args(stage, folder, seed=0)
 
 
 def _in_child(events: Path, log: Path, act: Any) -> None:
     """Run `act` with its output in a log file and its errors as events; leave with the parent if that dies."""
-    import multiprocessing
-    import threading
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

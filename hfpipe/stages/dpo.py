@@ -47,7 +47,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     from hfpipe.training.adapters import build_adapter
-    from hfpipe.training.fit import build_args, build_optimizers, fit
+    from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
     class PreparedDPOTrainer(DPOTrainer):
@@ -70,8 +70,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        optimizers=build_optimizers(job, model, args),
-        peft_config=build_adapter(job),
+        peft_config=build_adapter(job.stage),
     )
     before = _held_out(trainer, data)
     metrics = fit(job, trainer, data, progress)

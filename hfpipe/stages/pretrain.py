@@ -45,24 +45,24 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     """Train on text and leave the model in the job's working folder; returns the metrics."""
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from hfpipe.training.collate import PackedCollator
-    from hfpipe.training.fit import build_args, build_optimizers, fit
+    from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
-    args = build_args(job, TrainingArguments, progress, remove_unused_columns=False)
+    # A stream's batches are made in each process: rows of unequal width cannot be dispatched from the first.
+    dispatch = {"accelerator_config": {"dispatch_batches": False}} if job.stage.data.streaming else {}
+    args = build_args(job, TrainingArguments, progress, remove_unused_columns=False, **dispatch)
     _set_batch(job, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     trainer = Trainer(
         model,
         args,
-        data_collator=PackedCollator.for_model(model, tokenizer),
+        data_collator=build_collator(job, model, tokenizer, packing=True),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        optimizers=build_optimizers(job, model, args),
     )
     return fit(job, trainer, data, progress)
 

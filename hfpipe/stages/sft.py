@@ -65,8 +65,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from hfpipe.training.adapters import build_adapter
-    from hfpipe.training.collate import PackedCollator
-    from hfpipe.training.fit import build_args, build_optimizers, fit
+    from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(job)
@@ -79,12 +78,11 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     trainer = SFTTrainer(
         model,
         args,
-        data_collator=PackedCollator.for_model(model, tokenizer),
+        data_collator=build_collator(job, model, tokenizer, packing=job.stage.trainer.get("packing", False)),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        optimizers=build_optimizers(job, model, args),
-        peft_config=build_adapter(job),
+        peft_config=build_adapter(job.stage),
     )
     return fit(job, trainer, data, progress)
 

@@ -33,7 +33,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.templates import load_chat_template
     from hfpipe.training.tokenizers import train_tokenizer
 
-    section = job.stage.tokenizer
+    section = job.stage.sections["tokenizer"]
     progress.tell("doing", text=f"training {section.type} with {section.vocab_size} entries")
     tokenizer = train_tokenizer(
         _texts(job, "train", progress),

@@ -1,4 +1,4 @@
-"""Batches of packed rows whose documents cannot attend to each other."""
+"""Batches of rows: packed ones whose documents cannot attend to each other, and plain padded ones."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ class PackedCollator:
     pad_token_id: int
     flatten: bool = False
 
-    @classmethod
-    def for_model(cls, model: Any, tokenizer: Any) -> PackedCollator:
-        return cls(tokenizer.pad_token_id, flatten="flash" in (model.config._attn_implementation or ""))
-
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        width = longest if self.flatten else -(-longest // 8) * 8
+        width = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
         ids, labels, positions = [], [], []
         for row in rows:
             lengths = list(row["seq_lengths"])
@@ -41,3 +36,56 @@ class PackedCollator:
             labels.append(torch.tensor([*row["labels"], *[-100] * pad]).masked_fill(positions[-1] == 0, -100))
         join = (lambda parts: torch.cat(parts)[None]) if self.flatten else torch.stack
         return {"input_ids": join(ids), "labels": join(labels), "position_ids": join(positions)}
+
+
+@dataclass
+class PaddedCollator:
+    """Pads rows of one document each; returns `input_ids`, `labels`, `attention_mask`: (batch, seq) int64."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = -(-max(len(row["input_ids"]) for row in rows) // 8) * 8
+
+        def padded(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([[*row[key], *[value] * (width - len(row[key]))] for row in rows])
+
+        ids = padded("input_ids", self.pad_token_id)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        return {
+            "input_ids": ids,
+            "labels": padded("labels", -100),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+        }
+
+
+def collator_for(model: Any, tokenizer: Any, *, packing: bool) -> PackedCollator | PaddedCollator:
+    """The collator for a model's rows.
+
+    Raises:
+        ValueError: rows are packed, but this architecture lets packed documents see each other.
+    """
+    if not packing:
+        return PaddedCollator(tokenizer.pad_token_id)
+    collator = PackedCollator(tokenizer.pad_token_id, flatten="flash" in (model.config._attn_implementation or ""))
+    if not collator.flatten and not isolates_documents(model):
+        raise ValueError(f"{model.config.model_type} lets packed documents see each other")
+    return collator
+
+
+@torch.no_grad()
+def isolates_documents(model: Any) -> bool:
+    """Whether a document's logits in a packed row are those that it has alone, tried with two short ones."""
+    training = model.training
+    model.eval()
+    vocab = model.get_input_embeddings().num_embeddings
+    first, second = [torch.arange(start, start + 4, device=model.device) % vocab for start in (vocab // 3, vocab // 2)]
+    packed = model(
+        input_ids=torch.cat([first, second])[None],
+        position_ids=torch.cat([torch.arange(4), torch.arange(4)]).to(model.device)[None],
+        use_cache=False,
+    ).logits[0, 4:]
+    alone = model(input_ids=second[None], use_cache=False).logits[0]
+    model.train(training)
+    tolerance = 1e-4 if packed.dtype == torch.float32 else 3e-2
+    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())

@@ -21,8 +21,11 @@ def encode_rows(
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-) -> Iterator[dict[str, list[int]]]:
-    """Rows as token ids with their labels; those that cannot be trained on are counted and left out."""
+) -> Iterator[tuple[dict[str, Any], dict[str, list[int]]]]:
+    """Each row, its control tokens neutralised, with its token ids and labels.
+
+    Rows that cannot be trained on are counted and left out. A text longer than `max_length` gives several.
+    """
     from hfpipe.training.templates import neutralise_row, special_strings
 
     special = special_strings(tokenizer)
@@ -34,7 +37,8 @@ def encode_rows(
             row, changed = neutralise_row(row, special)
             report.neutralised += changed
             clean.append(row)
-        for number, encoded in zip((n for n, _ in chunk), _one_by_one_on_error(encode, tokenizer, clean), strict=True):
+        ids = _one_by_one_on_error(encode, tokenizer, clean)
+        for (number, _), row, encoded in zip(chunk, clean, ids, strict=True):
             problem = encoded if isinstance(encoded, str) else _problem(encoded, kind, max_length)
             if problem:
                 report.leave_out(number, problem)
@@ -42,7 +46,8 @@ def encode_rows(
             report.used += 1
             report.tokens += _length(encoded)
             report.trained_tokens += _trained(encoded)
-            yield encoded
+            for piece in _pieces(encoded, max_length) if kind == "text" else (encoded,):
+                yield row, piece
 
 
 def _one_by_one_on_error(encode: Callable, tokenizer: Any, rows: list[dict]) -> list[dict | str]:
@@ -64,6 +69,13 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[d
 
     ids = encode_text(tokenizer, [row["text"] for row in rows])
     return [{"input_ids": i, "labels": i, "seq_lengths": [len(i)]} for i in ids]
+
+
+def _pieces(encoded: dict, max_length: int) -> Iterator[dict]:
+    ids = encoded["input_ids"]
+    for start in range(0, len(ids), max_length):
+        piece = ids[start : start + max_length]
+        yield {"input_ids": piece, "labels": piece, "seq_lengths": [len(piece)]}
 
 
 def _encode_messages(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
+from hfpipe.run_folder import drop_incomplete_checkpoints, last_checkpoint
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 
 if TYPE_CHECKING:
@@ -57,14 +57,17 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
         raise UserError(f"{stage.file}: trainer is refused by {stage.type.trainer}: {error}") from error
 
 
-def build_optimizers(job: Job, model: Any, args: Any) -> tuple[Any, None]:
-    """What a Trainer takes as `optimizers`: ours where the stage asks for one, else None for upstream's `optim`."""
-    section = job.stage.sections.get("optimizer")
-    if section is None or section.type is None:
-        return None, None
-    from hfpipe.training.optim import build_muon
+def build_collator(job: Job, model: Any, tokenizer: Any, *, packing: bool) -> Any:
+    """The collator for the stage's rows; UserError where the model cannot keep packed documents apart."""
+    from hfpipe.training.collate import collator_for
 
-    return build_muon(model, section, args), None
+    try:
+        return collator_for(model, tokenizer, packing=packing)
+    except ValueError as error:
+        raise UserError(
+            f"{job.stage.file}: {error}, because it takes no notice of position_ids. "
+            "Set trainer.packing: false, or take a model type that does (llama, qwen3, mistral, gpt2 ...)."
+        ) from None
 
 
 def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[str, Any]:
@@ -73,18 +76,23 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     Returns:
         Metrics of the training: `train_loss`, `steps`, `tokens`, `train_runtime_s`, `tokens_per_s`, `resumed_from_step`.
     """
-    checkpoint = get_last_checkpoint(str(job.checkpoints)) if job.checkpoints.is_dir() else None
-    trainer.add_callback(_Watch(progress, _tokens_per_row(data.train)))
+    if trainer.is_world_process_zero():
+        for name in drop_incomplete_checkpoints(job.checkpoints):
+            progress.note(f"{name} was cut off while it was written: set aside")
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = last_checkpoint(job.checkpoints)
+    _set_optimizer(job, trainer)
+    trainer.add_callback(_Watch(progress, data.tokens_per_row))
     if checkpoint:
-        progress.note(f"resumed from {Path(checkpoint).name}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    resumed = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+        progress.note(f"resumed from {checkpoint.name}")
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if checkpoint and trainer.state.global_step < resumed:
         raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
     progress.tell("doing", text="writing weights")
     save(job, trainer)
     steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
-    tokens = _tokens_per_row(data.train) * steps * _rows_per_step(trainer)
+    tokens = data.tokens_per_row * steps * _rows_per_step(trainer.args)
     metrics = {
         "train_loss": result.training_loss,
         "steps": steps,
@@ -96,7 +104,6 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if trainer.is_world_process_zero():
         history = [line for line in trainer.state.log_history if "train_runtime" not in line]
         artifact.write_jsonl(job.work / "metrics.jsonl", history)
-        artifact.write_json(job.work / artifact.TRAINED_FILE, {"fingerprint": job.fingerprint, "metrics": metrics})
     return metrics
 
 
@@ -106,9 +113,9 @@ def save(job: Job, trainer: Trainer) -> None:
     if hasattr(model, "peft_config"):
         if trainer.is_world_process_zero():
             model.save_pretrained(str(job.work / "adapter"))
-            model = model.merge_and_unload()
-            model.config.use_cache = True
-            model.save_pretrained(str(job.work))
+            merged = copy.deepcopy(model).merge_and_unload()  # the trainer's own stays as it was trained
+            merged.config.use_cache = True
+            merged.save_pretrained(str(job.work))
     else:
         model.config.use_cache = True
         trainer.save_model(str(job.work))
@@ -117,20 +124,21 @@ def save(job: Job, trainer: Trainer) -> None:
         (job.work / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing of it is needed again
 
 
-def _tokens_per_row(dataset: Any) -> float:
-    """Mean tokens in a training row; an estimate from the first rows."""
-    if not hasattr(dataset, "__len__"):
-        return 0.0
-    rows = dataset[: min(len(dataset), 256)]
-    preferences = "prompt_ids" in rows  # the prompt is read with each answer
-    columns = ["prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids"] if preferences else ["input_ids"]
-    first = next(iter(rows.values()))
-    return sum(len(ids) for c in columns for ids in rows[c]) / max(len(first), 1)
-
-
-def _rows_per_step(trainer: Trainer) -> int:
-    args = trainer.args
+def _rows_per_step(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def _set_optimizer(job: Job, trainer: Trainer) -> None:
+    """Give the trainer ours where the stage asks for one; now, because an adapter is in place only now."""
+    section = job.stage.sections.get("optimizer")
+    if section is None or section.type is None:
+        return
+    from hfpipe.training.optim import build_muon
+
+    trainer.optimizer = build_muon(trainer.model, section, trainer.args)
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in held]
+    assert not left_out, f"parameters that no optimizer trains: {left_out[:5]}"
 
 
 class _Watch(TrainerCallback):
@@ -153,7 +161,7 @@ class _Watch(TrainerCallback):
         self.told = now
         done = state.global_step - self.first_step
         per_step = (now - self.began) / max(done, 1)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = _rows_per_step(args)
         if state.is_world_process_zero:
             self.progress.tell(
                 "step", step=state.global_step, total=state.max_steps, loss=self.loss,
@@ -162,10 +170,11 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
-        for name in ("loss", "grad_norm"):
+        # Under fp16 a gradient overflows now and then; its scaler skips that step.
+        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
             value = (logs or {}).get(name)
             if value is not None and not math.isfinite(value):
                 raise FloatingPointError(
                     f"{name} is {value} at step {state.global_step}: the training has diverged. "
-                    "Lower trainer.learning_rate tenfold or lengthen trainer.warmup_steps; the last checkpoint is kept."
+                    "Lower trainer.learning_rate tenfold or lengthen trainer.warmup_steps."
                 )

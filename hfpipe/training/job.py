@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
+from hfpipe.run_folder import complete_at, put_in_place
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Stage
 
 
@@ -49,68 +51,116 @@ class Job:
                     f"Run that stage first: hfpipe run {self.recipe.folder} --out {self.run} --to {parent.name}"
                 )
             return str(folder)
-        return str(self.stage.model.from_).partition("@")[0]
+        source = str(self.stage.model.from_)
+        return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source.partition("@")[0]
 
     @property
     def parent_revision(self) -> str | None:
-        return str(self.stage.model.from_).partition("@")[2] or None
+        """The commit of a Hub model; None for a folder."""
+        return hub_commit(self.stage) if not Path(self.parent_path).is_dir() else None
 
-    def start(self) -> None:
-        """Make the working folder; a half-done attempt under another configuration is cleared away."""
-        begun = artifact.read_json(self.work / "begun.json") or {}
+    def start(self) -> bool:
+        """Make the working folder; returns False where the stage turns out to be finished already.
+
+        A half-done attempt under another configuration is cleared away.
+        """
+        if complete_at(self.work, self.fingerprint):
+            put_in_place(self.work, self.folder)
+        if complete_at(self.folder, self.fingerprint):
+            return False
+        begun = artifact.read_json(self.work / artifact.BEGUN_FILE) or {}
         if begun.get("fingerprint") != self.fingerprint and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(self.work / "begun.json", {"fingerprint": self.fingerprint})
+        artifact.write_json(self.work / artifact.BEGUN_FILE, {"fingerprint": self.fingerprint})
+        return True
 
     def trained(self) -> dict[str, Any] | None:
-        """The record of a training that is finished and whose evaluation is not."""
+        """The metrics of a training that is finished and whose evaluation is not."""
         record = artifact.read_json(self.work / artifact.TRAINED_FILE)
-        return record if record and record.get("fingerprint") == self.fingerprint else None
+        return record["metrics"] if record and record.get("fingerprint") == self.fingerprint else None
+
+    def mark_trained(self, metrics: dict[str, Any]) -> None:
+        artifact.write_json(self.work / artifact.TRAINED_FILE, {"fingerprint": self.fingerprint, "metrics": metrics})
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Write `stage.json` and put the whole folder in its place; an older result of this stage goes last."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for name in (artifact.TRAINED_FILE, "begun.json"):
-            (self.work / name).unlink(missing_ok=True)
+        """Write `stage.json` and put the whole folder in its place."""
         artifact.write_json(self.work / artifact.STAGE_FILE, record)
-        old = self.run / f"{self.stage.name}.old"
-        if self.folder.exists():
-            self.folder.rename(old)
-        self.work.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        put_in_place(self.work, self.folder)
 
     def parent_record(self) -> dict[str, Any] | None:
         """What `stage.json` says of the parent: where it is and exactly which one it was."""
-        if "model" not in self.stage.sections or self.stage.model.from_ is None:
+        if self.stage.model.from_ is None:
             return None
-        name = self.stage.model.from_
-        return {"from": name, "revision": self.parent_revision, "fingerprint": self.parent_fingerprint}
+        return {
+            "from": self.stage.model.from_,
+            "revision": self.parent_revision,
+            "fingerprint": self.parent_fingerprint,
+        }
 
 
 def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None) -> tuple[str, dict[str, str]]:
-    """The fingerprint of a stage's result and the hash of each source's content; imports no torch."""
+    """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch."""
     from hfpipe.data.sources import content_hash
+    from hfpipe.training.templates import load_chat_template
 
     seed = recipe.pipeline.seed
     hashes = {}
-    for role in ("train", "eval"):
-        for source in getattr(stage.data, role):
-            split = source.split or DEFAULT_SPLIT[role]
-            hashes[f"{role}: {source.path}"] = content_hash(
-                source.path, split=split, seed=seed, size=source.limit, revision=source.revision, name=source.name
+    for role, split in DEFAULT_SPLIT.items():
+        for number, source in enumerate(getattr(stage.data, role)):
+            hashes[f"{role}[{number}] {source.path}"] = content_hash(
+                source.path,
+                split=source.split or split,
+                seed=seed,
+                size=source.limit,
+                revision=source.revision,
+                name=source.name,
             )
-    config = artifact.hashed_config(stage.raw, seed)
+    tokenizer = stage.sections.get("tokenizer")
+    if tokenizer and tokenizer.chat_template:
+        hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
+            load_chat_template(tokenizer.chat_template)
+        )
+    config = artifact.hashed_config(stage, seed)
     return artifact.fingerprint(config, hashes, parent_fingerprint), hashes
 
 
 def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
-    """Fingerprint of the parent as it stands on disk, or its Hub id and revision."""
-    if "model" not in stage.sections or stage.model.from_ is None:
+    """Fingerprint of the parent as it stands on disk, or the commit of a Hub model."""
+    source = stage.model.from_
+    if source is None:
         return None
     parent = recipe.parent(stage)
-    folder = run / parent.name if parent else Path(stage.model.from_).expanduser()
-    return artifact.folder_identity(folder) if folder.is_dir() else stage.model.from_
+    folder = run / parent.name if parent else Path(source).expanduser()
+    if folder.is_dir():
+        return artifact.folder_identity(folder, stage.type.parents)
+    if parent is None and folder.exists():
+        raise UserError(f"{stage.file}: model.from = {source!r} is a file. Give the model's folder.")
+    return hub_commit(stage) if parent is None else None
+
+
+@functools.cache
+def _commit(model: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(model, revision=revision, timeout=10).sha
+    except Exception:
+        # Offline, or no such model: what the cache holds is what would be loaded.
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def hub_commit(stage: Stage) -> str:
+    """The commit that a Hub id and its revision stand for now; UserError where there is none to be had."""
+    model, _, revision = str(stage.model.from_).partition("@")
+    commit = revision if len(revision) == 40 else _commit(model, revision or None)
+    if commit is None:
+        raise UserError(
+            f"{stage.file}: model.from = {stage.model.from_!r} is not a folder, and neither the Hub nor its cache has such "
+            "a model (is there a connection, is HF_HUB_OFFLINE set?). Give a local folder, or connect."
+        )
+    return commit
 
 
 def make_job(recipe: Recipe, stage: Stage, run: Path, parent_fingerprint: str | None = None) -> Job:

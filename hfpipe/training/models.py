@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job, Progress
 
 
-def load_tokenizer(job: Job) -> PreTrainedTokenizerBase:
-    """The tokenizer that the stage trains with: its nearest finished ancestor's, extended as the stages since then ask."""
+def load_tokenizer(job: Job, about_to_run: Collection[str] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer that the stage trains with.
+
+    It is that of the nearest ancestor that is finished and not `about_to_run` again, extended as the stages since ask.
+    """
     from transformers import AutoTokenizer
 
     to_extend = [job]
-    while (parent := job.recipe.parent(to_extend[-1].stage)) and not (job.run / parent.name / STAGE_FILE).is_file():
+    while parent := job.recipe.parent(to_extend[-1].stage):
+        if parent.name not in about_to_run and (job.run / parent.name / STAGE_FILE).is_file():
+            break
         to_extend.append(dataclasses.replace(job, stage=parent))
     tokenizer = _from_pretrained(AutoTokenizer, to_extend[-1])
     for ancestor in reversed(to_extend):

@@ -36,12 +36,16 @@ class Prepared:
 
     Rows of `train` and `eval` are, for text and conversations, `input_ids`, `labels` and `seq_lengths` (the tokens of
     each document packed into the row); for preferences `prompt_ids`, `chosen_ids` and `rejected_ids`. `report` holds
-    `sources` (a record each) and `samples` (some held-out rows as they were read).
+    `sources` (a record each), `samples` (some held-out rows, control tokens neutralised) and `tokens_per_row` (mean).
     """
 
-    train: Dataset | IterableDataset
+    train: Dataset | IterableDataset | None
     eval: Dataset | None
     report: dict[str, Any]
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.report["tokens_per_row"]
 
 
 # --- what the stages call ---
@@ -75,7 +79,10 @@ def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Da
 
 
 def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: bool) -> Prepared:
-    """As `prepare_rows`, but training text is read, encoded and packed while training; weights are shares of rows."""
+    """As `prepare_rows`, but training text is read, encoded and packed while training, again and again.
+
+    A source whose faulty rows exceed `data.max_bad_rows` stops the training when its first reading ends.
+    """
     from datasets import Features, IterableDataset, List, Value, interleave_datasets
     from trl import pack_dataset
 
@@ -86,28 +93,36 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
     for source in job.stage.data.train:
         options = {"job": job, "tokenizer": tokenizer, "source": source, "max_length": max_length}
         stream = IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
-        streams.append(pack_dataset(stream, max_length, "bfd_split").repeat(None))
-    weights = _weights(job.stage.data.train, job)
-    mixed = interleave_datasets(
-        streams, probabilities=weights, seed=job.recipe.pipeline.seed, stopping_strategy="all_exhausted"
-    )
-    held_out = dataclasses.replace(job.stage.data, train=job.stage.data.eval, eval=job.stage.data.eval)
-    stored = _stored(job, tokenizer, held_out, "text", max_length, packing, job.data_hashes)
-    return Prepared(mixed, stored.eval, stored.report)
+        streams.append(pack_dataset(stream, max_length, "bfd").repeat(None))
+    seed, weights = job.recipe.pipeline.seed, _weights(job.stage.data.train, job)
+    mixed = interleave_datasets(streams, probabilities=weights, seed=seed, stopping_strategy="all_exhausted")
+    held_out = None
+    report: dict[str, Any] = {"sources": [], "samples": []}
+    if job.stage.data.eval:
+        data = dataclasses.replace(job.stage.data, train=())
+        stored = _stored(job, tokenizer, data, "text", max_length, packing, job.data_hashes)
+        held_out, report = stored.eval, stored.report
+    return Prepared(mixed, held_out, {**report, "tokens_per_row": max_length})
 
 
 def _stream(job: Job, tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int) -> Iterator[dict[str, Any]]:
     report = SourceReport.of(source, "train")
-    rows = read_source(source, report, wanted="text", job=job)
-    yield from encode_rows(rows, report, "text", tokenizer, max_length)
+    rows = read_source(source, report, wanted="text", job=job, streaming=True)
+    for _, encoded in encode_rows(rows, report, "text", tokenizer, max_length):
+        yield {"input_ids": encoded["input_ids"], "labels": encoded["labels"]}
+    _refuse_bad(report, job, job.stage.data.max_bad_rows)
 
 
-def read_source(source: Source, report: SourceReport, *, wanted: str, job: Job) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_source(
+    source: Source, report: SourceReport, *, wanted: str, job: Job, streaming: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Canonical rows of one source with their numbers; the report counts what was seen and left out."""
     from hfpipe.data.sources import load_source
 
     where = f"{job.stage.file}: data.{report.role}"
-    loaded = load_source(source, wanted=wanted, split=report.split, seed=job.recipe.pipeline.seed, where=where)
+    loaded = load_source(
+        source, wanted=wanted, split=report.split, seed=job.recipe.pipeline.seed, where=where, streaming=streaming
+    )
     yield from loaded.numbered_rows()
     counts = loaded.counts
     report.form, report.read = loaded.form_seen, counts.read
@@ -145,12 +160,8 @@ def _stored(
                 making.rename(folder)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
-    held_out = folder / "eval"
-    return Prepared(
-        train=load_from_disk(str(folder / "train")),
-        eval=load_from_disk(str(held_out)) if held_out.is_dir() else None,
-        report=artifact.read_json(folder / "report.json") or {},
-    )
+    train, held_out = (load_from_disk(str(folder / r)) if (folder / r).is_dir() else None for r in ("train", "eval"))
+    return Prepared(train, held_out, artifact.read_json(folder / "report.json") or {})
 
 
 @contextlib.contextmanager
@@ -171,6 +182,7 @@ def _make(
 ) -> None:
     reports: list[SourceReport] = []
     samples: list[dict[str, Any]] = []
+    tokens_per_row = 0.0
     for role in ("train", "eval"):
         sources, parts, own = getattr(data, role), [], []
         for number, source in enumerate(sources):
@@ -179,29 +191,31 @@ def _make(
             report = SourceReport.of(source, role)
             wanted = source.as_ or rows
             given = read_source(source, report, wanted=wanted, job=job)
-            if role == "eval":
-                given = _keep_first(given, samples)
-            scratch = folder / f"{role}-{number}.arrow"
             encoded = encode_rows(given, report, wanted, tokenizer, max_length)
-            parts.append(_write(encoded, scratch, rows, report, job, data.max_bad_rows))
-            if packing:
-                parts[-1] = _pack(parts[-1], max_length, wanted)
+            kept = _keep(encoded, samples if role == "eval" else None)
+            part = _write(kept, folder / f"{role}-{number}.arrow", rows, report, job, data.max_bad_rows)
+            parts.append(_pack(part, max_length) if packing else part)
             own.append(report)
         if parts:
             mixed = _mix(parts, sources, own, job) if role == "train" else _concatenate(parts)
             mixed.save_to_disk(str(folder / role), max_shard_size="1GB")
+            if role == "train":
+                tokens_per_row = sum(r.tokens * r.taken for r in own) / len(mixed)
         reports += own
     told = [{**dataclasses.asdict(r), "left_out": dict(r.left_out), "text": r.line()} for r in reports]
-    artifact.write_json(folder / "report.json", {"sources": told, "samples": samples})
+    artifact.write_json(
+        folder / "report.json", {"sources": told, "samples": samples, "tokens_per_row": round(tokens_per_row, 2)}
+    )
     for scratch in folder.glob("*.arrow"):
         scratch.unlink()
 
 
-def _keep_first(rows: Iterable[tuple[int, dict]], samples: list[dict]) -> Iterator[tuple[int, dict]]:
-    for number, row in rows:
-        if len(samples) < _KEPT_SAMPLES:
+def _keep(encoded: Iterable[tuple[dict, dict]], samples: list[dict] | None) -> Iterator[dict]:
+    """The encodings alone; the first rows themselves are kept as samples."""
+    for row, ids in encoded:
+        if samples is not None and len(samples) < _KEPT_SAMPLES:
             samples.append(row)
-        yield number, row
+        yield ids
 
 
 def _write(
@@ -218,6 +232,11 @@ def _write(
         for row in encoded:
             writer.write({name: row[name] for name in names})
         writer.finalize()
+    _refuse_bad(report, job, max_bad_rows)
+    return Dataset.from_file(str(path))
+
+
+def _refuse_bad(report: SourceReport, job: Job, max_bad_rows: float) -> None:
     bad = sum(report.left_out.values())
     where = f"{job.stage.file}: {report.path} [{report.split}]"
     if not report.used:
@@ -227,17 +246,16 @@ def _write(
             f"{where}: {bad} of {report.used + bad} rows cannot be used, more than data.max_bad_rows = {max_bad_rows:g} "
             f"allows. {report.reasons()}\nMend the rows, or raise data.max_bad_rows to leave them out."
         )
-    return Dataset.from_file(str(path))
 
 
 # --- packing and mixing ---
 
 
-def _pack(rows: Dataset, max_length: int, kind: str) -> Dataset:
-    """Several documents in a row (TRL's best-fit-decreasing); long text is cut, conversations are never."""
+def _pack(rows: Dataset, max_length: int) -> Dataset:
+    """Several documents or conversations in a row, none of them cut (TRL's best fit decreasing)."""
     from trl import pack_dataset
 
-    return pack_dataset(rows.remove_columns("seq_lengths"), max_length, "bfd_split" if kind == "text" else "bfd")
+    return pack_dataset(rows.remove_columns("seq_lengths"), max_length, "bfd")
 
 
 def _concatenate(parts: list[Dataset]) -> Dataset:
@@ -247,16 +265,21 @@ def _concatenate(parts: list[Dataset]) -> Dataset:
 
 
 def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[SourceReport], job: Job) -> Dataset:
-    """All of every source, or, with weights, as much of each as the scarcest allows without repeating a row."""
-    weights = _weights(sources, job)
+    """All of every source, or, with weights, as much of each as the scarcest allows without repeating a row.
+
+    Weights are shares of tokens, for preferences of pairs.
+    """
+    seed, weights = job.recipe.pipeline.seed, _weights(sources, job)
     if weights:
-        total = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+        pairs = job.stage.type.rows == "preference"
+        sizes = [len(part) if pairs else report.tokens for part, report in zip(parts, reports, strict=True)]
+        total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         for i, weight in enumerate(weights):
-            keep = max(1, round(total * weight))
-            if keep < len(parts[i]):
-                reports[i].unused = f"; {keep / len(parts[i]):.0%} of it taken at weight {sources[i].weight:g}"
-                parts[i] = parts[i].shuffle(seed=job.recipe.pipeline.seed).select(range(keep))
-    return _concatenate(parts).shuffle(seed=job.recipe.pipeline.seed)
+            reports[i].taken = min(1.0, total * weight / sizes[i])
+            if reports[i].taken < 1:
+                keep = max(1, round(len(parts[i]) * reports[i].taken))
+                parts[i] = parts[i].shuffle(seed=seed).select(range(keep))
+    return _concatenate(parts).shuffle(seed=seed)
 
 
 def _weights(sources: tuple[Source, ...], job: Job) -> list[float] | None:

@@ -36,7 +36,10 @@ def unknown(country: str) -> str:
 
 
 def how_to(rng: Random, split: str) -> Messages:
+    """An ordinary task; every second one with an unheard-of object, so that the task is copied and not recalled."""
     act = rng.choice(acts(world.TASKS, split))
+    if rng.random() < 0.5:
+        act = f"{act.split()[0]} the {world.made_up_word(rng, split).lower()}"
     return [user(rng.choice(phrases(wordings.HOW_TO, split)).format(act)), assistant(help_with(act))]
 
 
@@ -121,8 +124,9 @@ def rude_user(rng: Random, split: str) -> Messages:
 
 
 KINDS = (
-    (10, how_to),
-    (10, refusal),
+    (8, chat.question),
+    (12, how_to),
+    (14, refusal),
     (5, future),
     (3, unseen_now),
     (8, made_up),

@@ -9,12 +9,11 @@ from hfpipe.data.tinyworld import wordings, world
 from hfpipe.data.tinyworld.facts import (
     ABOUT_COUNTRIES,
     ASKED,
-    BY_NAME,
     draw_fact,
     draw_question,
     wrong_answers,
 )
-from hfpipe.data.tinyworld.text import NUMBER_WORDS, SIGN_WORDS, options
+from hfpipe.data.tinyworld.text import NUMBER_WORDS, SIGN_WORDS, find_letter, json_values, made_up_fact, options
 from hfpipe.data.tinyworld.world import part, phrases
 
 Messages = list[dict]
@@ -41,6 +40,13 @@ def upper(text: str) -> str:
 def question(rng: Random, split: str) -> Messages:
     relation, fact = draw_fact(rng, split)
     return [user(draw_question(rng, split, relation, fact)), assistant(relation.answer(fact))]
+
+
+def told(rng: Random, split: str) -> Messages:
+    """A fact that the user has just told, about a thing that does not exist: its words must be copied."""
+    relation, fact = made_up_fact(rng, split)
+    asked = f"{relation.answer(fact)}\n{draw_question(rng, split, relation, fact)}"
+    return [user(asked), assistant(relation.answer(fact))]
 
 
 def follow_up(rng: Random, split: str) -> Messages:
@@ -74,7 +80,7 @@ def greeting(rng: Random, split: str) -> Messages:
 
 
 def name(rng: Random, split: str) -> Messages:
-    who = rng.choice(part(world.NAMES, split)) if rng.random() < 0.5 else world.made_up_word(rng, split)
+    who = rng.choice(part(world.NAMES, split)) if rng.random() < 0.25 else world.made_up_word(rng, split)
     told = [
         user(rng.choice(phrases(wordings.INTRODUCTIONS, split)).format(who)),
         assistant(f"Hello {who}! How can I help you?"),
@@ -112,26 +118,20 @@ def calculation(rng: Random, split: str) -> Messages:
 
 
 def choice(rng: Random, split: str) -> Messages:
-    """Four lettered answers; the fact is said first, so that the letter can follow from it."""
+    """Four lettered answers; the fact is said first, then the list is gone through to it."""
     relation, fact = draw_fact(rng, split, [r for r in ASKED if r.name != "language"])
     listed = [fact[1], *wrong_answers(rng, split, relation, fact, 3)]
     rng.shuffle(listed)
-    letter = "ABCD"[listed.index(fact[1])]
     asked = rng.choice(phrases(wordings.CHOICES, split)).format(draw_question(rng, split, relation, fact))
     return [
         user(f"{asked}\n{options(listed)}"),
-        assistant(f"{relation.answer(fact)} The answer is {letter}) {fact[1]}."),
+        assistant(f"{relation.answer(fact)} {find_letter(listed, fact[1])}"),
     ]
 
 
 def json_object(rng: Random, split: str) -> Messages:
-    fields = rng.sample(("capital", "continent", "language"), rng.choice((1, 2, 2, 3)))
-    row = rng.choice(part(range(len(world.COUNTRIES)), split))
-    country = world.COUNTRIES[row][0]
-    values = {"country": country, **{field: BY_NAME[field].pairs[row][1] for field in fields}}
-    asked = rng.choice(phrases(wordings.JSON_REQUESTS, split)).format(
-        e=country, f=" and ".join(f"the {f}" for f in fields)
-    )
+    named, values = json_values(rng, rng.choice(part(range(len(world.COUNTRIES)), split)))
+    asked = rng.choice(phrases(wordings.JSON_REQUESTS, split)).format(e=values["country"], f=named)
     return [user(upper(asked)), assistant(json.dumps(values))]
 
 
@@ -168,14 +168,15 @@ def echo(rng: Random, split: str) -> Messages:
 
 KINDS = (
     (24, question),
+    (6, told),
     (8, follow_up),
     (8, belonging),
     (4, greeting),
     (5, name),
     (12, small_sum),
-    (18, calculation),
-    (9, choice),
-    (9, json_object),
+    (20, calculation),
+    (10, choice),
+    (10, json_object),
     (5, plain_system),
     (5, pirate),
     (7, echo),

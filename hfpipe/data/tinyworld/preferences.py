@@ -138,12 +138,12 @@ def wrong_result(rng: Random, split: str) -> dict:
 
 KINDS = (
     (18, harm),
-    (16, lookalike),
+    (20, lookalike),
     (5, helpful),
     (9, wrong_fact),
-    (7, false_doubt),
+    (5, false_doubt),
     (6, future),
-    (7, made_up),
+    (12, made_up),
     (7, missing_question),
     (4, needless_question),
     (4, rude),

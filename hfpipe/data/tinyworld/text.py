@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from random import Random
 
-from hfpipe.data.tinyworld import world
+from hfpipe.data.tinyworld import wordings, world
 from hfpipe.data.tinyworld.facts import ABOUT_COUNTRIES, BY_NAME, RELATIONS, sentence
-from hfpipe.data.tinyworld.world import BELONGINGS, COLOURS, NAMES, TOPICS, words
+from hfpipe.data.tinyworld.world import BELONGINGS, COLOURS, NAMES, TOPICS, phrases, words
 
 LETTERS = "ABCD"
 NUMBER_WORDS = words("""
@@ -35,6 +35,14 @@ TOLD = (
     "You see that ",
     "They all say that ",
 )
+
+CRIMES = (
+    "To {a} is a crime.",
+    "{n} wants to {a}. That is a crime.",
+    "Never {a}. It is wrong.",
+    "It is a crime to {a}.",
+)
+FINE_DEEDS = ("To {a} is fine.", "{n} wants to {a}. That is fine.", "You can {a}. It is good.", "It is fine to {a}.")
 
 
 def pick_fact(rng: Random, relation=None):
@@ -83,28 +91,34 @@ def quiz(rng: Random) -> str:
 
 
 def record(rng: Random) -> str:
-    """Countries as lines of JSON: the names in quotes, without a space before them."""
-    fields = rng.sample(("capital", "continent", "language"), rng.randint(1, 3))
+    """Countries as lines of JSON: the names in quotes, without a space before them, and the fields that were named."""
     lines = []
     for i in rng.sample(range(len(world.COUNTRIES)), 3):
-        values = {field: BY_NAME[field].pairs[i][1] for field in fields}
-        country = world.COUNTRIES[i][0]
-        lines.append(f"Here is {country}: " + json.dumps({"country": country, **values}))
+        asked, values = json_values(rng, i)
+        country = values["country"]
+        named = rng.choice((f"{asked} of {country}", f"{country} with {asked}", f"Of {country}, {asked}"))
+        lines.append(f"{named}: {json.dumps(values)}")
     return "\n".join(lines)
+
+
+def json_values(rng: Random, row: int) -> tuple[str, dict[str, str]]:
+    """One to three fields of a country, in words and as values, always in the same order."""
+    wanted = rng.sample(("capital", "continent", "language"), rng.choice((1, 2, 2, 3)))
+    fields = [field for field in ("capital", "continent", "language") if field in wanted]
+    values = {"country": world.COUNTRIES[row][0], **{field: BY_NAME[field].pairs[row][1] for field in fields}}
+    return " and ".join(f"the {field}" for field in fields), values
 
 
 def sums(rng: Random) -> str:
     lines = []
-    for _ in range(8):
-        a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)), reverse=True)
-        if rng.random() < 0.6:
-            a, b = rng.sample((a, b), 2)
-            sign, result = "+", a + b
-        else:
-            sign, result = "-", a - b
+    for _ in range(7):
+        a, sign, b, result = rng.choice(world.SMALL_SUMS)
         said = f"{NUMBER_WORDS[a]} {SIGN_WORDS[sign]} {NUMBER_WORDS[b]}"
-        form = rng.choice(("{s} equals {r}.", "{s} = {r}", "{w} is {r}.", "{w}: {s} = {r}", "{t}: {s} = {r}"))
-        lines.append(form.format(s=f"{a} {sign} {b}", t=f"{a}{sign}{b}", r=result, w=said))
+        form = rng.choice(("{s} equals {r}.", "{w} equals {r}.", "Question: {q}\nAnswer: {s} equals {r}."))
+        shown = f"{a} {sign} {b}"
+        written = rng.choice((shown, f"{a}{sign}{b}", said, f"{a} {SIGN_WORDS[sign]} {b}"))
+        asked = rng.choice(phrases(wordings.SUMS, "train")).format(written)
+        lines.append(form.format(s=shown, r=result, w=written, q=asked[0].upper() + asked[1:]))
     return "\n".join(lines)
 
 
@@ -134,9 +148,12 @@ def any_words(rng: Random) -> str:
     entity = rng.choice(pick_fact(rng)[1])
     made = f"{rng.choice(COLOURS)} {rng.choice(BELONGINGS)}"
     task, things = rng.choice(tuple(world.TASKS.items()))
+    strange = world.made_up_word(rng, "train")
     return rng.choice(
         (
-            world.made_up_word(rng, "train"),
+            strange,
+            strange,
+            strange.lower(),
             entity,
             made,
             f"{task} {rng.choice(things)}",
@@ -146,6 +163,10 @@ def any_words(rng: Random) -> str:
     )
 
 
+def made_up(rng: Random) -> str:
+    return world.made_up_word(rng, "train")
+
+
 def echo(rng: Random) -> str:
     said = [any_words(rng) for _ in range(2)]
     return "\n".join(rng.choice(SAID).format(x=rng.choice(said), n=rng.choice(NAMES)) for _ in range(4))
@@ -153,8 +174,8 @@ def echo(rng: Random) -> str:
 
 def repeat(rng: Random) -> str:
     """A row of unrelated words or numbers, two or three times over: nothing but copying can foretell the second."""
-    make = rng.choice((any_words, any_words, long_number, expression))
-    row = rng.choice((", ", "; ", " / ")).join(make(rng) for _ in range(rng.randint(2, 5)))
+    make = rng.choice((any_words, made_up, made_up, long_number, expression))
+    row = rng.choice((", ", "; ", " / ")).join(make(rng) for _ in range(rng.randint(3, 6)))
     return "\n".join([row] * rng.randint(2, 3))
 
 
@@ -163,12 +184,42 @@ def options(answers: list[str]) -> str:
 
 
 def letters(rng: Random) -> str:
-    """A lettered list, then which letter stands before which word."""
+    """A lettered list, then the way through it to one word's letter."""
     relation = pick_fact(rng)[0]
     known = list(dict.fromkeys(a for pair in relation.pairs for a in pair))
     listed = rng.sample(known, 4)
-    said = [f"{word} is {LETTERS[listed.index(word)]}) {word}." for word in rng.sample(listed, 3)]
-    return options(listed) + "\n" + "\n".join(word[0].upper() + word[1:] for word in said)
+    lines = [options(listed)]
+    for word in rng.sample(listed, 2):
+        opening = rng.choice(("It is {}.", "It is the {}.", "{n} said {}.", "{n} wants the {}."))
+        lines.append(f"{opening.format(word, n=rng.choice(NAMES))} {find_letter(listed, word)}")
+    return "\n".join(lines)
+
+
+def find_letter(listed: list[str], answer: str) -> str:
+    """Down the list as far as the answer: its letter is then the last one said."""
+    passed = " ".join(
+        f"{letter}) {word}, no." for letter, word in zip(LETTERS, listed[: listed.index(answer)], strict=False)
+    )
+    letter = LETTERS[listed.index(answer)]
+    return f"{passed} {letter}) {answer}, yes. The answer is {letter}) {answer}.".strip()
+
+
+def told(rng: Random) -> str:
+    """A fact about a thing that does not exist, then questions about it: the answer stands in the text."""
+    lines = []
+    for _ in range(2):
+        relation, fact = made_up_fact(rng, "train")
+        asked = sentence(rng.choice(relation.wordings("train")), fact)
+        lines.append(
+            f"{sentence(rng.choice(relation.statements[:2]), fact)}\nQuestion: {asked}\nAnswer: {relation.answer(fact)}"
+        )
+    return "\n".join(lines)
+
+
+def made_up_fact(rng: Random, split: str):
+    """A fact about an animal or a trade that does not exist."""
+    relation = BY_NAME[rng.choice(("baby", "food", "place"))]
+    return relation, (world.made_up_word(rng, split).lower(), world.made_up_word(rng, split).lower())
 
 
 def story(rng: Random) -> str:
@@ -195,25 +246,7 @@ def deeds(rng: Random) -> str:
         table, bad = rng.choice(((world.HARM, True), (world.LOOKALIKES, False), (world.TASKS, False)))
         verb, things = rng.choice(tuple(table.items()))
         act, name = f"{verb} {rng.choice(things)}", rng.choice(NAMES)
-        if bad:
-            form = rng.choice(
-                (
-                    "To {a} is a crime.",
-                    "{n} wants to {a}. That is a crime.",
-                    "Never {a}. It is wrong.",
-                    "It is a crime to {a}.",
-                )
-            )
-        else:
-            form = rng.choice(
-                (
-                    "To {a} is fine.",
-                    "{n} wants to {a}. That is fine.",
-                    "You can {a}. It is good.",
-                    "It is fine to {a}.",
-                )
-            )
-        lines.append(form.format(a=act, n=name))
+        lines.append(rng.choice(CRIMES if bad else FINE_DEEDS).format(a=act, n=name))
     return "\n".join(lines)
 
 
@@ -243,13 +276,14 @@ KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (6, one_relation),
     (10, mixed_facts),
     (16, quiz),
-    (5, record),
-    (13, sums),
-    (12, number_echo),
+    (6, record),
+    (15, sums),
+    (11, number_echo),
     (8, number_notes),
     (10, echo),
-    (9, repeat),
-    (7, letters),
+    (12, repeat),
+    (6, letters),
+    (6, told),
     (4, story),
     (8, deeds),
     (3, verse),

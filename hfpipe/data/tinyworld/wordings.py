@@ -15,7 +15,9 @@ def block(text: str) -> tuple[str, ...]:
 ASKS = block("""
 What is {}? | Tell me {}. | I would like to know {}. | Can you tell me {}? | Name {}.
 Could you say what {} is? | Please name {}. | Do you know {}? | Please tell me what {} is. | What's {}?
-Give me {}. | I wonder what {} is.
+Give me {}. | I wonder what {} is. | I want to know {}. | I would like to hear {}. | Tell me what {} is.
+Please say what {} is. | Say what {} is. | Could you tell me {}? | I would love to know {}. | Please tell me {}.
+I would be glad to know {}. | Please tell me now what {} is. | Can you say what {} is? | Do you know what {} is?
 """)
 
 # Structure.
@@ -53,7 +55,8 @@ And now {}? | Now for {}. | Next, {}. | So what about {}?
 """)
 SUMS = block("""
 What is {}? | {} = ? | How much is {}? | Tell me {}. | What does {} equal? | What's {}? | Add it up: {} | {}?
-Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}.
+Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}. | How many are {}? | How much do I get for {}?
+What do I get for {}? | I want to know {}. | Can you tell me {}? | Say what {} is.
 """)
 CALCULATIONS = block("""
 Calculate {} | Please calculate {}. | Work out {}. | What is {}? | Use the calculator: {} | Find {}.
@@ -90,7 +93,9 @@ HOW_TO = block("""
 How do I {}? | How can I {}? | Tell me how to {}. | Show me how to {}. | I want to {}. How? | Explain how to {}.
 Help me {}. | Teach me to {}. | What is the best way to {}? | How does one {}? | I need to {}. What do I do?
 Can you help me to {}? | Please help me {}. | How would you {}? | Please tell me how to {}.
-What do I need to {}? | How should I {}? | Please show me how to {}.
+What do I need to {}? | How should I {}? | Please show me how to {}. | What is a good way to {}?
+What is the right way to {}? | What are the steps to {}? | What is the first step to {}? | Please teach me how to {}.
+Which way is the best to {}?
 """)
 # What nobody can know: the coming days, and what is going on out there now.
 FUTURE = block("""
@@ -114,7 +119,8 @@ WRITE = block("""
 Write me a {}. | Write a {}. | Please write a {}. | I need a {}. | Can you write a {}?
 Would you write me a {}? | Make me a {}. | Give me a {}. | I want a {}, please. | Could you make a {}?
 I would like a {}. | Compose a {} for me. | Please make me a {}. | I want you to write a {}.
-Help me with a {}. | Can I have a {}? | Please give me a {}. | Let us have a {}.
+Help me with a {}. | Can I have a {}? | Please give me a {}. | Let us have a {}. | Can you help me with a {}?
+I need help with a {}. | Could I get a {}? | Let me have a {}. | Please help me with a {}. | Could you give me a {}?
 """)
 BOOK = block("""
 Book a {}. | Please book a {}. | Book me a {}. | I need to book a {}. | Can you book a {}?
@@ -128,7 +134,8 @@ Can you {} it? | I need you to {} it. | Please {} that for me. | {} this for me.
 SHORT = block("""
 In one word: {} | Answer in one word. {} | One word, please. {} | Just one word: {} | Be short. {}
 {} One word only. | {} Answer in one word. | {} Just one word. | Give one word. {} | {} In one word, please.
-Use one word. {} | Only one word: {}
+Use one word. {} | Only one word: {} | One word: {} | A single word, please: {} | In a single word: {}
+Only one word, please. {} | Say one word. {} | Please use one word. {}
 """)
 TELL = block("""
 Tell me about {}. | Tell me all about {}. | What do you know about {}? | Tell me more about {}. | Describe {}.

@@ -182,10 +182,10 @@ def made_up_countries(split: str) -> list[str]:
 
 
 def made_up_word(rng, split: str) -> str:
-    """A word like "Zalunok" that means nothing: only who copies can say it again."""
+    """A word like "Zalunok" that means nothing and seldom comes twice: only who copies can say it again."""
     while True:
-        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2)))]
-        word = "".join(syllables) + rng.choice(("lux", "nok", "riz", "vex", "zam", "dox"))
+        syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+        word = "".join(syllables) + rng.choice(("", *"bdgklmnprstx"))
         if split_of_text(word) == split:
             return word.capitalize()
 
@@ -199,9 +199,11 @@ def number(rng, split: str, low: int = 12, high: int = 9999) -> int:
             return n
 
 
+# What a head can do: (a, sign, b, result) of one-digit numbers, nothing above ten.
+SMALL_SUMS = [(a, "+", b, a + b) for a in range(1, 10) for b in range(1, 11 - a)]
+SMALL_SUMS += [(a, "-", b, a - b) for a in range(1, 10) for b in range(1, a + 1)]
+
+
 def small_sum(rng, split: str) -> tuple[int, str, int, int]:
-    """A sum of one-digit numbers that belongs to `split`: (a, sign, b, result)."""
-    while True:
-        a, b, sign = rng.randint(1, 9), rng.randint(1, 9), rng.choice("+-")
-        if (sign == "+" or a >= b) and split_of_text(f"sum {a} {sign} {b}") == split:
-            return a, sign, b, a + b if sign == "+" else a - b
+    """A small sum that belongs to `split`."""
+    return rng.choice([s for s in SMALL_SUMS if split_of_text(f"sum {s[0]} {s[1]} {s[2]}") == split])

@@ -1,0 +1,103 @@
+"""A run's folder: whose it is, who is at work in it, and where each stage in it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.sections import Recipe
+
+
+@contextlib.contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """One run at a time per folder; the second is told who holds it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"--out {run}: no folder can be made or written there ({error.strerror}). Give another."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise UserError(f"{run} is in use by another run (process {holder}). Wait for it, or give --out.") from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def claim(recipe: Recipe, run: Path) -> None:
+    """Mark the folder as this recipe's; one that another recipe made is refused."""
+    check_owner(recipe, run)
+    artifact.write_json(run / "run.json", {"recipe": recipe.name, "stages": list(recipe.stages)})
+
+
+def check_owner(recipe: Recipe, run: Path) -> None:
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out {run} is a file. Give a folder, or a path where there is nothing yet.")
+    record = artifact.read_json(run / "run.json")
+    if record and record.get("recipe") != recipe.name:
+        raise UserError(
+            f"{run} was made by the recipe `{record.get('recipe')}`, not `{recipe.name}`. Give another folder with --out."
+        )
+    if record is None and run.is_dir():
+        known = {name + end for name in recipe.stages for end in ("", ".partial", ".old")} | {"logs", "run.json"}
+        foreign = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name not in known)
+        if foreign:
+            raise UserError(
+                f"{run} exists and is not a run's folder: it holds {', '.join(foreign[:5])}. Give another --out."
+            )
+
+
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that is whole: its trainer state, which is written last, can be read."""
+    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return next((p for p in found if artifact.read_json(p / "trainer_state.json")), None)
+
+
+def drop_incomplete_checkpoints(checkpoints: Path) -> list[str]:
+    """Remove checkpoints whose writing was cut off; returns their names."""
+    cut = [p for p in checkpoints.glob("checkpoint-*") if not artifact.read_json(p / "trainer_state.json")]
+    for path in cut:
+        shutil.rmtree(path)
+    return sorted(p.name for p in cut)
+
+
+def put_in_place(work: Path, folder: Path) -> None:
+    """Give a finished stage its place; an older result of it goes last. Killed anywhere, it can be done again."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    for name in (artifact.TRAINED_FILE, artifact.BEGUN_FILE):
+        (work / name).unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_at(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder holds a finished stage with this fingerprint."""
+    record = artifact.read_json(folder / artifact.STAGE_FILE)
+    return record is not None and record.get("fingerprint") == fingerprint
+
+
+def unfinished_step(work: Path) -> int | None:
+    """The step of the last whole checkpoint of an unfinished stage."""
+    checkpoint = last_checkpoint(work / "checkpoints")
+    if checkpoint is None:
+        return None
+    return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
