@@ -212,6 +212,10 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
         for key in [k for k in trainer if k in managed]:
             problems.append(f"{where}trainer.{key} is not the recipe's to set: {managed[key]}.")
         given = {k: v for k, v in trainer.items() if k not in managed}
+        if "max_length" in given and given["max_length"] is None:
+            problems.append(
+                f"{where}trainer.max_length is null: give a number of tokens; nothing is cut silently here."
+            )
         problems += upstream.check(given, upstream.fields(owner.split(".")[-1]), owner, f"{where}trainer")
     adapter = raw.get("adapter")
     if adapter is not None:

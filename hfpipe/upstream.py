@@ -26,6 +26,16 @@ _ENUMS = {
     "SaveStrategy": ("transformers", "trainer_utils.py"),
     "OptimizerNames": ("transformers", "training_args.py"),
 }
+# Values below these are accepted by upstream's classes and fail, or train nothing, much later.
+_AT_LEAST = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 2,
+    "logging_steps": 0,
+    "weight_decay": 0,
+}
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
 
 
@@ -150,6 +160,8 @@ def check(section: dict, known: dict[str, Field], owner: str, where: str) -> lis
             )
         elif field.types is not None and not _fits(value, field.types):
             problems.append(f"{where}.{key} = {value!r} is {type(value).__name__}; {owner} expects {field.annotation}.")
+        elif isinstance(value, int | float) and value < _AT_LEAST.get(key, value):
+            problems.append(f"{where}.{key} = {value!r}: expected {_AT_LEAST[key]} or more.")
     return problems
 
 

@@ -125,7 +125,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 def _parse(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip())  # a line cut off is told as that line, not as the next
     except json.JSONDecodeError as error:
         at = f"line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{path}: malformed JSON at {at}: {error.msg}.{_json_hint(text, path)}") from None

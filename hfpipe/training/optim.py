@@ -67,20 +67,25 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_muon(model: torch.nn.Module, section: Optimizer, args: Any) -> torch.optim.Optimizer:
     """`torch.optim.Muon` with the section's options, `torch.optim.AdamW` with the trainer's, joined."""
     hidden, matrices, vectors = split_parameters(model)
-    muon = torch.optim.Muon(
-        hidden,
-        lr=section.lr,
-        momentum=section.momentum,
-        nesterov=section.nesterov,
-        weight_decay=section.weight_decay,
-        ns_steps=section.ns_steps,
-    )
+    parts: list[torch.optim.Optimizer] = []
+    if hidden:
+        muon = torch.optim.Muon(
+            hidden,
+            lr=section.lr,
+            momentum=section.momentum,
+            nesterov=section.nesterov,
+            weight_decay=section.weight_decay,
+            ns_steps=section.ns_steps,
+        )
+        parts.append(muon)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        fused=True,
-    )
-    return MuonWithAdamW([muon, adamw])
+    if matrices or vectors:
+        adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            fused=True,
+        )
+        parts.append(adamw)
+    return MuonWithAdamW(parts)

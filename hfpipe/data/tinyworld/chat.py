@@ -89,7 +89,7 @@ def name(rng: Random, split: str) -> Messages:
 
 
 def small_sum(rng: Random, split: str) -> Messages:
-    a, sign, b, result = world.small_sum(rng, split)
+    a, sign, b, result = rng.choice(world.SMALL_SUMS)
     written = (
         f"{a} {sign} {b}",
         f"{a}{sign}{b}",
