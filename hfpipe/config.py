@@ -132,6 +132,8 @@ def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) ->
     if not equals:
         return [f"--set {text}: expected stage.section.key=value."]
     parts = key.strip().split(".")
+    if parts[0] == "stages":
+        return [f"--set {text}: the stages are the recipe's own; select among them with --from, --to and --only."]
     value = parse_value(right)
     if parts[0] in raws and len(parts) == 1:
         return [

@@ -83,7 +83,7 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("evaluate.max_new_tokens=0", "evaluate.max_new_tokens = 0: expected 1 or more."),
         ("name=a/../b", "it names a folder"),
         ("seed=-1", "seed = -1: expected 0 or more."),
-        ("stages=tokenizer", "expected a list of stage names"),
+        ("stages=[sft]", "select among them with --from, --to and --only"),
         ("sft=3", "`sft` is a whole stage; name a key of it"),
         ("launch.processes=0", "expected 1 or more"),
         ("launch.accelerate_config=fsdp3", "Did you mean `fsdp2`?"),
@@ -97,6 +97,15 @@ def test_one_fault_one_message(recipe, override, expected):
 def test_a_stage_that_starts_from_nothing(recipe):
     folder = recipe({"sft": "stage: sft\nmodel: {}\n"})
     assert "sft.yaml: model.from is missing: a sft stage starts from a model." in problems(folder)
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"), [("sft", "expected a list"), ("[]", "a list"), ("[sft, sft]", "more than once")]
+)
+def test_stages_that_are_no_list_of_names(recipe, stages, expected):
+    folder = recipe()
+    (folder / "pipeline.yaml").write_text(f"name: x\nstages: {stages}\n")
+    assert expected in problems(folder)
 
 
 def test_a_listed_stage_without_a_file(recipe):
