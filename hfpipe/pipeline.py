@@ -12,12 +12,12 @@ from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration
 from hfpipe.run_folder import claim, complete_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
-from hfpipe.training.job import identify, parent_identity
+from hfpipe.training.job import evaluation_identity, identify, parent_identity
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run will do with a stage: `status` is done, new, changed, downstream or interrupted."""
+    """What a run will do with a stage: `status` is done, new, changed, downstream, interrupted or rescore."""
 
     stage: Stage
     fingerprint: str
@@ -27,6 +27,10 @@ class Planned:
     @property
     def runs(self) -> bool:
         return self.status != "done"
+
+    @property
+    def trains(self) -> bool:
+        return self.status not in ("done", "rescore")
 
 
 def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
@@ -46,6 +50,9 @@ def _status(
 ) -> Planned:
     folder, work = run / stage.name, run / f"{stage.name}.partial"
     if complete_at(folder, fingerprint):
+        record = artifact.read_json(folder / artifact.STAGE_FILE) or {}
+        if stage.type.leaves == "model" and record["evaluation"] != evaluation_identity(recipe):
+            return Planned(stage, fingerprint, "rescore", ("the recipe's evaluation changed; the weights stay",))
         return Planned(stage, fingerprint, "done")
     begun = (artifact.read_json(work / artifact.BEGUN_FILE) or {}).get("fingerprint")
     step = unfinished_step(work)
@@ -65,7 +72,7 @@ def _status(
     why += [f"{name} changed" for name in hashes if record["data"].get(name) not in (None, hashes[name])]
     if why:
         return Planned(stage, fingerprint, "changed", (*why, *lost))
-    if parent and parent.runs:
+    if parent and parent.trains:
         return Planned(stage, fingerprint, "downstream", (f"`{parent.stage.name}` runs again", *lost))
     reason = "its parent changed" if record["data"].keys() == hashes.keys() else "its data changed"
     return Planned(stage, fingerprint, "downstream", (reason, *lost))
@@ -82,7 +89,7 @@ def select(planned: list[Planned], start: str | None, end: str | None, only: str
     if last < first:
         raise UserError(f"--from {start} --to {end}: `{end}` comes before `{start}`.")
     chosen = planned[first : last + 1]
-    done = {p.stage.name for p in planned if not p.runs}
+    done = {p.stage.name for p in planned if not p.trains}
     for item in chosen:
         parent = item.stage.model.from_
         missing = parent in names and parent not in done and names.index(parent) < first

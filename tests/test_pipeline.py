@@ -301,6 +301,20 @@ def test_a_template_that_changed_is_noticed(micro_run, tmp_path):
     assert identify(recipe, recipe.stages["midtrain"], None)[0] != before
 
 
+def test_another_evaluation_scores_again_and_trains_nothing(run_copy):
+    setting = ["--set", "evaluate.samples=2"]
+    rows = plan("micro", "--out", run_copy, *setting)
+    assert [rows[name]["status"] for name in STAGES] == ["done", "rescore", "rescore", "rescore", "rescore"]
+    before = {name: stage_json(run_copy / name) for name in MODELS}
+    hfpipe("run", "micro", "--out", run_copy, *setting)
+    for name in MODELS:
+        after = stage_json(run_copy / name)
+        assert after["weights"] == before[name]["weights"]
+        assert after["finished"] == before[name]["finished"]
+        assert len(json.loads((run_copy / name / "eval.json").read_text())["samples"]) == 2
+    assert {row["status"] for row in plan("micro", "--out", run_copy, *setting).values()} == {"done"}
+
+
 def test_numbers_and_nulls_written_otherwise_change_nothing(micro_run):
     settings = ["sft.trainer.num_train_epochs=1.0", "sft.adapter=null", "sft.freeze.layers=0"]
     rows = plan("micro", "--out", micro_run, *(a for s in settings for a in ("--set", s)))

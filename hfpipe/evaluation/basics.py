@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
@@ -31,8 +32,10 @@ def prepare_held_out(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared |
     return prepare_held_out_text(job, tokenizer, TextData(train=sources, max_length=_TEXT_LENGTH))
 
 
-def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], Prepared]) -> dict[str, Any]:
-    """Score the weights on disk, write `eval.json` and `samples.jsonl`, and return the scores.
+def evaluate_model(
+    job: Job, folder: Path, prepare: Callable[[Job, PreTrainedTokenizerBase], Prepared]
+) -> dict[str, Any]:
+    """Score the weights in `folder`, write `eval.json` and `samples.jsonl`, and return the scores.
 
     `prepare` gives the stage's rows for a tokenizer.
 
@@ -46,11 +49,11 @@ def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], P
         torch.cuda.empty_cache()
     section = job.stage.model
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(str(job.work), **options)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(str(job.work), **options).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(str(folder), **options).to(device).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     if prepared.eval is not None:
@@ -59,8 +62,8 @@ def evaluate_model(job: Job, prepare: Callable[[Job, PreTrainedTokenizerBase], P
     if text is not None:
         scores["held_out_text"] = held_out_loss(model, tokenizer, text.train)
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
-    artifact.write_jsonl(job.work / "samples.jsonl", samples)
-    artifact.write_json(job.work / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
+    artifact.write_jsonl(folder / "samples.jsonl", samples)
+    artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
     return scores
 
 

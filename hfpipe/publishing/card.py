@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
 
-def write_card(job: Job, record: dict[str, Any]) -> None:
-    """Write `README.md` beside the weights."""
-    (job.work / "README.md").write_text(build_card(job, record), encoding="utf-8")
+def write_card(job: Job, folder: Path, record: dict[str, Any]) -> None:
+    """Write `README.md` beside the weights in `folder`."""
+    (folder / "README.md").write_text(build_card(job, record), encoding="utf-8")
 
 
 def build_card(job: Job, record: dict[str, Any]) -> str:

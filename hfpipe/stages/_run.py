@@ -25,7 +25,7 @@ from hfpipe.errors import UserError
 from hfpipe.run_folder import claim, complete_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
-from hfpipe.training.job import Job, Progress, make_job
+from hfpipe.training.job import Job, Progress, evaluation_identity, make_job
 
 PARENT_VARIABLE = "HFPIPE_PARENT"  # the pipeline's process id, for the ranks that it launches
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub")
@@ -39,7 +39,8 @@ def run_stage(job: Job, progress: Progress) -> None:
     module = stage_module(job.stage.type.name)
     began = time.time()
     if complete_at(job.folder, job.fingerprint):
-        progress.note("finished already, nothing to do")
+        if is_main_process():
+            score_again(job, progress)
         return
     if is_main_process() and not job.start():
         return
@@ -56,13 +57,30 @@ def run_stage(job: Job, progress: Progress) -> None:
         from hfpipe.evaluation.basics import evaluate_model
 
         progress.tell("doing", text="evaluating")
-        metrics = {**metrics, **evaluate_model(job, module.prepare)}
+        metrics = {**metrics, **evaluate_model(job, job.work, module.prepare)}
     from hfpipe.publishing.card import write_card
 
     record = stage_record(job, metrics, time.time() - began)
-    write_card(job, record)
+    write_card(job, job.work, record)
     job.finish(record)
     progress.tell("finished", metrics=metrics)
+
+
+def score_again(job: Job, progress: Progress) -> None:
+    """A finished stage is scored anew where the recipe's evaluation has changed; its weights stay as they are."""
+    record = artifact.read_json(job.folder / artifact.STAGE_FILE) or {}
+    identity = evaluation_identity(job.recipe)
+    if job.stage.type.leaves != "model" or record["evaluation"] == identity:
+        progress.note("finished already, nothing to do")
+        return
+    from hfpipe.evaluation.basics import evaluate_model
+    from hfpipe.publishing.card import write_card
+
+    progress.note("the recipe's evaluation changed: scoring the weights on disk")
+    scores = evaluate_model(job, job.folder, stage_module(job.stage.type.name).prepare)
+    record = {**record, "metrics": {**record["metrics"], **scores}, "evaluation": identity}
+    write_card(job, job.folder, record)
+    artifact.write_json(job.folder / artifact.STAGE_FILE, record)
 
 
 def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -82,6 +100,7 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
         "config": artifact.hashed_config(job.stage, job.recipe.pipeline.seed),
         "written": job.stage.raw,
         "data": job.data_hashes,
+        "evaluation": evaluation_identity(job.recipe),
         "weights": {p.name: artifact.file_sha256(p) for p in artifact.weight_files(job.work)},
         "versions": versions,
         "machine": {**describe_machine(), "processes": int(os.environ.get("WORLD_SIZE", 1))},

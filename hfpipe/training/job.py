@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.run_folder import complete_at, put_in_place
-from hfpipe.sections import DEFAULT_SPLIT, Recipe, Stage
+from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
 
 
 @dataclass(frozen=True)
@@ -101,21 +102,13 @@ class Job:
 
 def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None) -> tuple[str, dict[str, str]]:
     """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch."""
-    from hfpipe.data.sources import content_hash
     from hfpipe.training.templates import load_chat_template
 
     seed = recipe.pipeline.seed
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
         for number, source in enumerate(getattr(stage.data, role)):
-            hashes[f"{role}[{number}] {source.path}"] = content_hash(
-                source.path,
-                split=source.split or split,
-                seed=seed,
-                size=source.limit,
-                revision=source.revision,
-                name=source.name,
-            )
+            hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
     tokenizer = stage.sections.get("tokenizer")
     if tokenizer and tokenizer.chat_template:
         hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
@@ -137,6 +130,27 @@ def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
     if parent is None and folder.exists():
         raise UserError(f"{stage.file}: model.from = {source!r} is a file. Give the model's folder.")
     return hub_commit(stage) if parent is None else None
+
+
+def hash_source(source: Source, split: str, seed: int) -> str:
+    """Hash of a source's content; `split` where the source names none."""
+    from hfpipe.data.sources import content_hash
+
+    return content_hash(
+        source.path,
+        split=source.split or split,
+        seed=seed,
+        size=source.limit,
+        revision=source.revision,
+        name=source.name,
+    )
+
+
+def evaluation_identity(recipe: Recipe) -> str:
+    """Changes when the recipe's `evaluate` section or the text that it names does."""
+    evaluate = recipe.pipeline.evaluate
+    hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
+    return artifact.digest([dataclasses.asdict(evaluate), hashes])
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
 from hfpipe.training.encode import encode_rows
+from hfpipe.training.job import hash_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -65,16 +66,10 @@ def prepare_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: in
 
 def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
     """Plain text for a loss; `data.train` is read at its validation split unless it names another."""
-    from hfpipe.data.sources import content_hash
-
-    limit = job.recipe.pipeline.evaluate.max_rows
+    limit, seed = job.recipe.pipeline.evaluate.max_rows, job.recipe.pipeline.seed
     sources = tuple(dataclasses.replace(s, split=s.split or "validation", limit=s.limit or limit) for s in data.train)
     data = dataclasses.replace(data, train=sources, max_bad_rows=1.0)
-    seed = job.recipe.pipeline.seed
-    hashes = {
-        s.path: content_hash(s.path, split=s.split, seed=seed, size=s.limit, revision=s.revision, name=s.name)
-        for s in sources
-    }
+    hashes = {s.path: hash_source(s, "validation", seed) for s in sources}
     return _stored(job, tokenizer, data, "text", data.max_length, True, hashes)
 
 

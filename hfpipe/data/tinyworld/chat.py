@@ -13,7 +13,7 @@ from hfpipe.data.tinyworld.facts import (
     draw_question,
     wrong_answers,
 )
-from hfpipe.data.tinyworld.text import NUMBER_WORDS, SIGN_WORDS, find_letter, json_values, made_up_fact, options
+from hfpipe.data.tinyworld.text import LETTERS, NUMBER_WORDS, SIGN_WORDS, json_values, made_up_fact, options
 from hfpipe.data.tinyworld.world import part, phrases
 
 Messages = list[dict]
@@ -115,6 +115,13 @@ def calculation(rng: Random, split: str) -> Messages:
     asked = upper(rng.choice(phrases(wordings.CALCULATIONS, split)).format(written))
     answer = f"{a} {sign.replace('*', '×')} {b} = {result}"
     return [user(asked), call(f"{a} {sign} {b}"), {"role": "tool", "content": str(result)}, assistant(answer)]
+
+
+def find_letter(listed: list[str], answer: str) -> str:
+    """Down the list as far as the answer: its letter is then the last one said."""
+    place = listed.index(answer)
+    passed = [f"{letter}) {word}, no." for letter, word in zip(LETTERS, listed[:place], strict=False)]
+    return " ".join([*passed, f"{LETTERS[place]}) {answer}, yes. The answer is {LETTERS[place]}) {answer}."])
 
 
 def choice(rng: Random, split: str) -> Messages:

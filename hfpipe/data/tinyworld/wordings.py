@@ -55,8 +55,7 @@ And now {}? | Now for {}. | Next, {}. | So what about {}?
 """)
 SUMS = block("""
 What is {}? | {} = ? | How much is {}? | Tell me {}. | What does {} equal? | What's {}? | Add it up: {} | {}?
-Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}. | How many are {}? | How much do I get for {}?
-What do I get for {}? | I want to know {}. | Can you tell me {}? | Say what {} is.
+Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}.
 """)
 CALCULATIONS = block("""
 Calculate {} | Please calculate {}. | Work out {}. | What is {}? | Use the calculator: {} | Find {}.
