@@ -117,22 +117,16 @@ def calculation(rng: Random, split: str) -> Messages:
     return [user(asked), call(f"{a} {sign} {b}"), {"role": "tool", "content": str(result)}, assistant(answer)]
 
 
-def find_letter(listed: list[str], answer: str) -> str:
-    """Down the list as far as the answer: its letter is then the last one said."""
-    place = listed.index(answer)
-    passed = [f"{letter}) {word}, no." for letter, word in zip(LETTERS, listed[:place], strict=False)]
-    return " ".join([*passed, f"{LETTERS[place]}) {answer}, yes. The answer is {LETTERS[place]}) {answer}."])
-
-
 def choice(rng: Random, split: str) -> Messages:
-    """Four lettered answers; the fact is said first, then the list is gone through to it."""
+    """Four lettered answers; the fact is said first, so that the letter can follow from it."""
     relation, fact = draw_fact(rng, split, [r for r in ASKED if r.name != "language"])
     listed = [fact[1], *wrong_answers(rng, split, relation, fact, 3)]
     rng.shuffle(listed)
+    letter = LETTERS[listed.index(fact[1])]
     asked = rng.choice(phrases(wordings.CHOICES, split)).format(draw_question(rng, split, relation, fact))
     return [
         user(f"{asked}\n{options(listed)}"),
-        assistant(f"{relation.answer(fact)} {find_letter(listed, fact[1])}"),
+        assistant(f"{relation.answer(fact)} The answer is {letter}) {fact[1]}."),
     ]
 
 
