@@ -20,6 +20,8 @@ from hfpipe.training.job import Progress, make_job
 
 def job_in(folder: Path, options: argparse.Namespace):
     overrides = [f"{options.stage}.trainer.max_steps={options.steps}", f"{options.stage}.trainer.save_steps=100000"]
+    # What upstream does not have is left out on both sides: Muon and frozen rows.
+    overrides += [f"{options.stage}.optimizer=null", f"{options.stage}.freeze=null"]
     recipe = load_recipe(options.recipe, stage_types(), overrides)
     stage = recipe.stages[options.stage]
     parent = recipe.parent(stage).name
@@ -52,7 +54,8 @@ def bare(folder: Path, options: argparse.Namespace, own_packing: bool = False) -
         job.stage, str(folder / "bare"), seed=0, **extra, **({} if sft else {"remove_unused_columns": False})
     )
     set_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(job.parent_path, dtype="float32")
+    attention = job.stage.model.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(job.parent_path, dtype="float32", attn_implementation=attention)
     collator = None if own_packing else PackedCollator(tokenizer.pad_token_id)
     trainer = (trl.SFTTrainer if sft else Trainer)(
         model, args, data_collator=collator, train_dataset=data.train, processing_class=tokenizer
