@@ -25,6 +25,7 @@ from hfpipe.errors import UserError
 from hfpipe.run_folder import claim, complete_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
+from hfpipe.training.hardware import use_all_cores_alone
 from hfpipe.training.job import Job, Progress, evaluation_identity, make_job
 
 PARENT_VARIABLE = "HFPIPE_PARENT"  # the pipeline's process id, for the ranks that it launches
@@ -126,6 +127,7 @@ def main(stage_type: StageType) -> None:
     options = parser.parse_args()
     quiet_environment()
     _leave_with(os.environ.get(PARENT_VARIABLE))
+    use_all_cores_alone()
     overrides = [*options.set, *(f"{options.file.stem}.{text}" for text in options.overrides)]
     progress = Progress(
         options.progress if is_main_process() else None, echo=is_main_process() and not options.progress

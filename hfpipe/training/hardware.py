@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -19,6 +20,23 @@ def has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
+
+
+def use_all_cores_alone() -> None:
+    """Undo the one thread that `accelerate launch` gives a single process where the user asked for nothing.
+
+    The pipeline's own children have all cores; with another number of threads sums round otherwise.
+    """
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or has_accelerator() or os.environ.get("OMP_NUM_THREADS") != "1":
+        return
+    try:
+        asked = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # the launcher's, as the user started it
+    except OSError:
+        return
+    if b"OMP_NUM_THREADS=" not in asked:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def choose_bf16() -> tuple[bool, str]:
@@ -40,7 +58,6 @@ def choose_bf16() -> tuple[bool, str]:
 
 def describe_machine() -> dict[str, object]:
     """What `stage.json` records of the hardware."""
-    import os
     import platform
 
     import torch
