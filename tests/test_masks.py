@@ -1,6 +1,5 @@
 """The loss mask, token by token: on the guide's diagrams and examples, and on conversations made at random."""
 
-import importlib.util
 import json
 import random
 
@@ -394,7 +393,6 @@ def test_no_row_can_forge_a_turn_in_chatml(chatml):
         assert "<|im_start|>user" not in text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("hfpipe.data.tinyworld") is None, reason="the built-in data is not there")
 def test_the_built_in_conversations_token_by_token(tokenizer):
     from hfpipe.data import tinyworld
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hfpipe.run_folder import last_checkpoint
+
 from .conftest import ROOT, hfpipe, stage_json
 
 STAGES = ["tokenizer", "pretrain", "midtrain", "sft", "dpo"]
@@ -152,19 +154,25 @@ def test_a_stage_alone_gives_the_same_weights(micro_run, tmp_path):
     assert {row["status"] for row in plan("micro", "--out", run).values()} == {"done"}
 
 
-def test_killed_it_goes_on_from_its_checkpoint_to_the_same_weights(micro_run, tmp_path):
+def killed_after_a_checkpoint(micro_run: Path, tmp_path: Path, save_steps: int) -> tuple[Path, list[str]]:
+    """A run killed in pretraining with at least one whole checkpoint, and the arguments it was started with."""
     run = tmp_path / "micro"
     shutil.copytree(micro_run / "tokenizer", run / "tokenizer")
-    arguments = ["run", "micro", "--out", str(run), "--to", "pretrain", "--set", "pretrain.trainer.save_steps=10"]
+    arguments = ["run", "micro", "--out", str(run), "--to", "pretrain"]
+    arguments += ["--set", f"pretrain.trainer.save_steps={save_steps}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "hfpipe", *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
     )
-    checkpoints = run / "pretrain.partial" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+    while last_checkpoint(run / "pretrain.partial" / "checkpoints") is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    return run, arguments
+
+
+def test_killed_it_goes_on_from_its_checkpoint_to_the_same_weights(micro_run, tmp_path):
+    run, arguments = killed_after_a_checkpoint(micro_run, tmp_path, save_steps=10)
     assert not (run / "pretrain").exists()
     assert "goes on from step" in plan("micro", "--out", run)["pretrain"]["why"][0]
     done = hfpipe(*arguments)
@@ -224,20 +232,9 @@ def test_list_and_plan_as_json():
 
 
 def test_a_checkpoint_that_was_cut_off_is_set_aside(micro_run, tmp_path):
-    run = tmp_path / "micro"
-    shutil.copytree(micro_run / "tokenizer", run / "tokenizer")
-    arguments = ["run", "micro", "--out", str(run), "--to", "pretrain", "--set", "pretrain.trainer.save_steps=20"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hfpipe", *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    run, arguments = killed_after_a_checkpoint(micro_run, tmp_path, save_steps=20)
     checkpoints = run / "pretrain.partial" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("checkpoint-[24]0/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    whole = [p for p in checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    newest = max(int(p.name.rpartition("-")[2]) for p in whole)
+    newest = int(last_checkpoint(checkpoints).name.rpartition("-")[2])
     cut = checkpoints / f"checkpoint-{newest + 1}"
     shutil.copytree(checkpoints / f"checkpoint-{newest}", cut, ignore=shutil.ignore_patterns("trainer_state.json"))
     done = hfpipe(*arguments)

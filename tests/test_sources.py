@@ -418,6 +418,7 @@ FILES = {
 
 def real(name):
     if not (REAL / name).is_file():
+        # The slices are other people's data and are not shipped with the project.
         pytest.skip(f"{REAL / name} is absent (HFPIPE_REAL_DATA names the folder)")
     return REAL / name
 
