@@ -24,7 +24,6 @@ _UNHASHED = frozenset(
         "logging_first_step",
         "report_to",
         "run_name",
-        "disable_tqdm",
         "log_level",
         "project",
         "save_steps",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import upstream
+from hfpipe.contradictions import contradictions
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.paths import stage_configs_dir
-from hfpipe.sections import Evaluate, Optimizer, Pipeline, Recipe, Stage, StageType
+from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
 from hfpipe.yaml_files import load_yaml, parse_value
 
@@ -32,6 +33,7 @@ _MANAGED = {
     "remove_unused_columns": "rows are prepared before training",
     "label_names": "rows are prepared before training",
     "seed": "set `seed` in pipeline.yaml",
+    "disable_tqdm": "progress is one line of hfpipe's own",
 }
 ADAPTERS = {"lora": "LoraConfig"}
 
@@ -232,17 +234,9 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
         problems += _model_config(sections["model"].config, f"{where}model.config")
     if "data" in sections and not sections["data"].train:
         problems.append(f"{where}data.train is missing: a list of sources, such as [{{path: rows.jsonl}}].")
-    if "optimizer" in sections:
-        problems += _check_optimizer(sections["optimizer"], raw, trainer, where)
-    return Stage(name, kind, file, sections, trainer, adapter, raw)
-
-
-def _check_optimizer(optimizer: Optimizer, raw: dict, trainer: dict, where: str) -> list[str]:
-    if optimizer.type is None:
-        given = ", ".join(raw.get("optimizer") or {})
-        return [f"{where}optimizer has {given} but no type; the one there is is `muon`."] if given else []
-    ours = [k for k in ("optim", "optim_args", "optim_target_modules") if k in trainer]
-    return [f"{where}trainer.{k} beside optimizer.type = '{optimizer.type}': give one of the two." for k in ours]
+    stage = Stage(name, kind, file, sections, trainer, adapter, raw)
+    problems += contradictions(stage)
+    return stage
 
 
 def _upstream_section(value: Any, where: str, problems: list[str]) -> dict[str, Any]:

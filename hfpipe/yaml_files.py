@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,21 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not readable as YAML: {problem}. Mend that line.") from None
     except YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}.") from None
-    if "\n" in text and re.search(r":\s*[&*]\w", text):
-        raise UserError(f"{path}: YAML anchors and aliases (&name, *name) are not read. Write the section out.")
+    try:
+        value = _unshared(value)
+    except RecursionError:
+        raise UserError(f"{path}: an alias (*name) stands inside what it names. Write the section out.") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a mapping of sections, found {type(value).__name__}.")
+    return value
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what several aliases name stands several times, so that an override changes one place."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item) for item in value]
     return value
 
 

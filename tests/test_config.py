@@ -76,6 +76,14 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.adapter.type=[lora]", "adapter.type = ['lora']: expected one of"),
         ("sft.optimizer.type=muoon", "optimizer.type = 'muoon': expected 'muon'"),
         ("sft.optimizer.lr=0.1", "optimizer has lr but no type"),
+        ("sft.data.eval=[{path: tinyworld/sft, weight: 1}]", "data.eval: weight has no meaning here"),
+        ("tokenizer.data.train=[{path: tinyworld/sft, weight: 1}]", "a tokenizer reads every source whole"),
+        ("sft.data.train=[{path: a, weight: 1}, {path: b}]", "give every source a weight above 0, or none"),
+        ("pretrain.trainer.gradient_accumulation_steps=2", "beside data.batch_tokens, which sets it"),
+        ("sft.trainer.num_train_epochs=0", "trains nothing: give more than 0"),
+        ("dpo.trainer.weight_decay=0.1", "decay would shrink the frozen rows"),
+        ("sft.freeze.layers=1", "freeze.layers = 1 beside adapter"),
+        ("sft.trainer.disable_tqdm=false", "is not the recipe's to set"),
         ("sft.data.train=[]", "data.train is missing"),
         ("sft.data.max_bad_rows=-1", "data.max_bad_rows = -1.0: expected 0 or more."),
         ("sft.model.config={model_type: llama}", "`midtrain` leaves one to go on from"),
@@ -91,7 +99,8 @@ def test_all_errors_of_all_stages_at_once(recipe):
     ],
 )
 def test_one_fault_one_message(recipe, override, expected):
-    assert expected in problems(recipe(), [override])
+    adapter = ["sft.adapter={type: lora}"] if "layers" in override else []
+    assert expected in problems(recipe(), [override, *adapter])
 
 
 def test_a_stage_that_starts_from_nothing(recipe):
@@ -125,6 +134,18 @@ def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
         load_yaml(file)
     file.write_text("a: [1, 2\nb: 3\n")
     with pytest.raises(UserError, match=r"a\.yaml:2:\d+: not readable as YAML"):
+        load_yaml(file)
+
+
+def test_an_alias_is_a_copy(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("base: &b {lr: 1e-4}\none: {<<: *b, steps: 2}\ntwo: *b\n")
+    read = load_yaml(file)
+    assert read["one"] == {"lr": 1e-4, "steps": 2}
+    read["two"]["lr"] = 1
+    assert read["base"] == {"lr": 1e-4}
+    file.write_text("a: &a\n  b: *a\n")
+    with pytest.raises(UserError, match="stands inside what it names"):
         load_yaml(file)
 
 

@@ -207,11 +207,11 @@ def check_trainer(stage: Stage) -> None:
     if stage.type.trainer is None:
         return
     from hfpipe.training.adapters import build_adapter
-    from hfpipe.training.fit import construct_args
+    from hfpipe.training.fit import construct_args, try_optimizer
 
     build_adapter(stage)
     with tempfile.TemporaryDirectory() as folder:
-        construct_args(stage, folder, seed=0)
+        try_optimizer(stage, construct_args(stage, folder, seed=0))
 
 
 def _in_child(events: Path, log: Path, act: Any) -> None:

@@ -23,6 +23,8 @@ MANAGED = {
     "dataset_text_field": _PREPARED,
     "dataset_num_proc": _PREPARED,
     "packing_strategy": _PREPARED,
+    "eval_packing": _PREPARED,
+    "pad_to_multiple_of": _PREPARED,
     "padding_free": _PREPARED,
     "chat_template_path": "set tokenizer.chat_template",
     "eos_token": "the chat template decides what ends a turn",

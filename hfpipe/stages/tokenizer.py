@@ -58,13 +58,14 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 def _texts(job: Job, role: str, progress: Progress) -> Iterator[str]:
     """The text of every row of every source, unweighted: a tokenizer sees what there is."""
     from hfpipe.data.report import SourceReport
-    from hfpipe.training.prepare import read_source
+    from hfpipe.training.prepare import read_source, refuse_bad_rows
 
     for source in getattr(job.stage.data, role):
         report = SourceReport.of(source, role)
         for _, row in read_source(source, report, wanted="text", job=job):
             report.used += 1
             yield row["text"]
+        refuse_bad_rows(report, job, job.stage.data.max_bad_rows)
         progress.tell("data", text=report.line())
 
 

@@ -8,7 +8,9 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Trainer, TrainerCallback
+from transformers.optimization import get_scheduler
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
@@ -55,6 +57,30 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
         return config_class(**{**defaults, **given, **managed, **ours})
     except (ValueError, TypeError) as error:
         raise UserError(f"{stage.file}: trainer is refused by {stage.type.trainer}: {error}") from error
+
+
+def try_optimizer(stage: Stage, args: Any) -> None:
+    """Build the optimizer and the schedule for one small matrix: upstream looks at most of their options only then.
+
+    Raises:
+        UserError: upstream refuses the values, or a package that they need is not installed.
+    """
+    model = torch.nn.Linear(2, 2)
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer = optimizer_class(options.pop("params", model.parameters()), **options)
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        for _ in range(0 if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") else 9):
+            optimizer.step()
+            schedule.step()
+    except (ValueError, TypeError, KeyError, ImportError, AssertionError) as error:
+        raise UserError(f"{stage.file}: trainer's optimizer or schedule is refused upstream: {error}") from error
 
 
 def build_collator(job: Job, model: Any, tokenizer: Any, *, packing: bool) -> Any:

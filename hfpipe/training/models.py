@@ -132,18 +132,14 @@ def _freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if freeze is None:
         return
     if freeze.layers:
-        blocks = [
-            p for n, p in model.named_parameters() if (m := re.search(r"\.(\d+)\.", n)) and int(m[1]) < freeze.layers
-        ]
-        for parameter in blocks:
-            parameter.requires_grad_(False)
+        blocks = model.config.get_text_config().num_hidden_layers
+        if freeze.layers > blocks:
+            raise UserError(f"{job.stage.file}: freeze.layers = {freeze.layers}, but the model has {blocks} blocks.")
+        for name, parameter in model.named_parameters():
+            if (block := re.search(r"\.(\d+)\.", name)) and int(block[1]) < freeze.layers:
+                parameter.requires_grad_(False)
         progress.note(f"frozen: the first {freeze.layers} blocks")
     if freeze.embeddings:
-        if job.stage.trainer.get("weight_decay", 0):
-            raise UserError(
-                f"{job.stage.file}: freeze.embeddings with trainer.weight_decay = {job.stage.trainer['weight_decay']}: "
-                "decay would shrink the frozen rows. Set weight_decay to 0 or freeze.embeddings to false."
-            )
         special = sorted({i for i in tokenizer.added_tokens_decoder if i < len(tokenizer)})
         for module in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
             keep = torch.zeros(module.weight.shape[0], 1)

@@ -89,7 +89,7 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
         options = {"job": job, "tokenizer": tokenizer, "source": source, "max_length": max_length}
         stream = IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
         streams.append(pack_dataset(stream, max_length, "bfd").repeat(None))
-    seed, weights = job.recipe.pipeline.seed, _weights(job.stage.data.train, job)
+    seed, weights = job.recipe.pipeline.seed, _shares(job.stage.data.train)
     mixed = interleave_datasets(streams, probabilities=weights, seed=seed, stopping_strategy="all_exhausted")
     held_out = None
     report: dict[str, Any] = {"sources": [], "samples": []}
@@ -105,7 +105,7 @@ def _stream(job: Job, tokenizer: PreTrainedTokenizerBase, source: Source, max_le
     rows = read_source(source, report, wanted="text", job=job, streaming=True)
     for _, encoded in encode_rows(rows, report, "text", tokenizer, max_length):
         yield {"input_ids": encoded["input_ids"], "labels": encoded["labels"]}
-    _refuse_bad(report, job, job.stage.data.max_bad_rows)
+    refuse_bad_rows(report, job, job.stage.data.max_bad_rows)
 
 
 def read_source(
@@ -227,11 +227,11 @@ def _write(
         for row in encoded:
             writer.write({name: row[name] for name in names})
         writer.finalize()
-    _refuse_bad(report, job, max_bad_rows)
+    refuse_bad_rows(report, job, max_bad_rows)
     return Dataset.from_file(str(path))
 
 
-def _refuse_bad(report: SourceReport, job: Job, max_bad_rows: float) -> None:
+def refuse_bad_rows(report: SourceReport, job: Job, max_bad_rows: float) -> None:
     bad = sum(report.left_out.values())
     where = f"{job.stage.file}: {report.path} [{report.split}]"
     if not report.used:
@@ -264,7 +264,7 @@ def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[Source
 
     Weights are shares of tokens, for preferences of pairs.
     """
-    seed, weights = job.recipe.pipeline.seed, _weights(sources, job)
+    seed, weights = job.recipe.pipeline.seed, _shares(sources)
     if weights:
         pairs = job.stage.type.rows == "preference"
         sizes = [len(part) if pairs else report.tokens for part, report in zip(parts, reports, strict=True)]
@@ -277,11 +277,7 @@ def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[Source
     return _concatenate(parts).shuffle(seed=seed)
 
 
-def _weights(sources: tuple[Source, ...], job: Job) -> list[float] | None:
-    """The sources' weights as shares of 1, or None where none has one."""
-    given = [source.weight for source in sources]
-    if all(weight is None for weight in given):
-        return None
-    if any(weight is None or weight <= 0 for weight in given):
-        raise UserError(f"{job.stage.file}: data.train: give every source a weight above 0, or none of them.")
-    return [weight / sum(given) for weight in given]
+def _shares(sources: tuple[Source, ...]) -> list[float] | None:
+    """The sources' weights as shares of 1, or None where none has one (`contradictions` refuses some of both)."""
+    given = [source.weight for source in sources if source.weight is not None]
+    return [weight / sum(given) for weight in given] or None
