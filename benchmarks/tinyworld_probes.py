@@ -8,7 +8,10 @@ Use `--split validation` while tuning; `test` is for the figures that are report
 from __future__ import annotations
 
 import argparse
+import math
 from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,6 +46,21 @@ def prompt_ids(tokenizer, row: dict) -> list[int]:
     return ids if row.get("add_generation_prompt", True) else ids[:-1]
 
 
+def paired(kinds: Iterable[dict[str, list[bool]]], before: str, after: str) -> tuple[int, int]:
+    """How many of the same questions `after` alone answers rightly, and how many `before` alone."""
+    both = [pair for by_stage in kinds for pair in zip(by_stage[before], by_stage[after], strict=True)]
+    return both.count((False, True)), both.count((True, False))
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share."""
+    if not n:
+        return 0.0, 1.0
+    share, spread = right / n, z * math.sqrt(right * (n - right) / n**3 + (z / n / 2) ** 2)
+    middle, scale = share + z**2 / n / 2, 1 + z**2 / n
+    return (middle - spread) / scale, (middle + spread) / scale
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
@@ -61,6 +79,10 @@ def main() -> None:
             if row["kind"] == options.show:
                 asked = row.get("prompt") or row["messages"][-1]["content"]
                 print(stage, "ok " if right else "BAD", repr(asked), "->", repr(answer), row["check"])
+    for before, after in pairwise(stages):
+        better, worse = paired(scores.values(), before, after)
+        low, high = wilson(better, better + worse)
+        print(f"{after} against {before}: {better} questions better, {worse} worse; wins {low:.2f} to {high:.2f}")
     print(f"| capability | kind | n | {' | '.join(stages)} |")
     print(f"|---|---|---|{'---|' * len(stages)}")
     for (capability, kind), by_stage in sorted(scores.items()):

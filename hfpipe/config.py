@@ -254,7 +254,9 @@ def _model_config(config: dict, where: str) -> list[str]:
         known = upstream.model_config_fields(str(model_type))
     except KeyError:
         near = nearest(model_type, upstream.model_types())
-        return [f"{where}.model_type = {model_type!r} is not a model type of transformers.{near}"]
+        return [
+            f"{where}.model_type = {model_type!r} is not a model type with a causal language model in transformers.{near}"
+        ]
     rest = {k: v for k, v in config.items() if k != "model_type"}
     return upstream.check(rest, known, f"the {model_type} configuration", where)
 

@@ -120,24 +120,33 @@ def fields(class_name: str) -> dict[str, Field]:
 
 
 @functools.cache
+def _mapping(file: str, name: str) -> dict[str, str]:
+    """A table of transformers' auto classes: the pairs of `NAME = OrderedDict([(key, value), ...])`."""
+    tree = ast.parse(_package_file("transformers", f"models/auto/{file}").read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
+    assert isinstance(node.value, ast.Call)
+    pairs = (pair.elts for pair in node.value.args[0].elts if isinstance(pair, ast.Tuple))
+    return {key.value: value.value for key, value in pairs if isinstance(value, ast.Constant)}
+
+
 def model_types() -> tuple[str, ...]:
-    folder = _package_file("transformers", "models")
-    return tuple(sorted(p.name for p in folder.iterdir() if (p / f"configuration_{p.name}.py").is_file()))
+    """The model types that have a configuration of their own and a causal language model."""
+    configured = _mapping("auto_mappings.py", "CONFIG_MAPPING_NAMES")
+    causal = _mapping("modeling_auto.py", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    return tuple(sorted(configured.keys() & causal))
 
 
 @functools.cache
 def model_config_fields(model_type: str) -> dict[str, Field]:
-    """Fields of the configuration class of `model_type` (`llama`, `qwen3` ...); KeyError for an unknown type."""
-    folder = model_type.replace("-", "_")
-    if folder not in model_types():
+    """Fields of the configuration class of `model_type` (`llama`, `gemma3_text` ...); KeyError for an unknown type."""
+    if model_type not in model_types():
         raise KeyError(model_type)
-    path = _package_file("transformers", f"models/{folder}/configuration_{folder}.py")
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        for item in getattr(node, "body", ()):
-            is_type = isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "model_type"
-            if is_type and ast.literal_eval(item.value) == model_type:
-                return _fields_in(path, node.name)
-    raise KeyError(model_type)
+    special = _mapping("auto_mappings.py", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
+    folder = special.get(model_type, model_type.replace("-", "_"))
+    class_name = _mapping("auto_mappings.py", "CONFIG_MAPPING_NAMES")[model_type]
+    files = sorted(_package_file("transformers", f"models/{folder}").glob("configuration_*.py"))
+    path = next(file for file in files if f"class {class_name}(" in file.read_text(encoding="utf-8"))
+    return _fields_in(path, class_name)
 
 
 @functools.cache

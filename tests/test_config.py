@@ -64,7 +64,8 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.model.from=./nowhere", "nor a folder that exists"),
         ("dpo.model.from=tokenizer", "`tokenizer` leaves a tokenizer, but a dpo stage needs a model"),
         ("midtrain.model.from=dpo", "the stages form a cycle: midtrain -> dpo -> sft -> midtrain"),
-        ("pretrain.model.config.model_type=lama", "is not a model type of transformers. Did you mean `llama`?"),
+        ("pretrain.model.config.model_type=lama", "in transformers. Did you mean `llama`?"),
+        ("pretrain.model.config.model_type=clip", "is not a model type with a causal language model"),
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
         ("sft.stage=sfd", "expected one of dpo, midtrain, pretrain, sft, tokenizer. Did you mean `sft`?"),
         ("stf.trainer.learning_rate=1", "neither a stage nor a setting of this recipe. Did you mean `sft`?"),
@@ -135,6 +136,13 @@ def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
     file.write_text("a: [1, 2\nb: 3\n")
     with pytest.raises(UserError, match=r"a\.yaml:2:\d+: not readable as YAML"):
         load_yaml(file)
+
+
+def test_model_types_that_have_no_folder_of_their_own_are_known(recipe):
+    config = "pretrain.model.config={model_type: gemma3_text, hidden_size: 64, query_pre_attn_scalar: 16, hedim: 1}"
+    told = problems(recipe(), [config])
+    assert "pretrain.yaml: model.config.hedim = 1 is not a field of the gemma3_text configuration." in told
+    assert told.count("model.config") == 1
 
 
 def test_an_alias_is_a_copy(tmp_path):

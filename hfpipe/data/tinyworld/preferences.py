@@ -129,6 +129,16 @@ def wrong_sum(rng: Random, split: str) -> dict:
     return pair(talk, f"{start} {int(result) + rng.choice((1, 2, 3))}.")
 
 
+def wrong_call(rng: Random, split: str) -> dict:
+    """The calculator called with the numbers that were asked, against other numbers or a guess."""
+    asked, called, _, answer = chat.calculation(rng, split)
+    a, sign, b = called["tool_calls"][0]["function"]["arguments"].split()
+    other = str(world.number(rng, split))
+    guess = assistant(f"{said([answer]).rsplit(' ', 1)[0]} {other}")
+    wrong = chat.call(" ".join(rng.choice(((other, sign, b), (a, sign, other)))))
+    return {"prompt": [asked], "chosen": [called], "rejected": [rng.choice((guess, wrong, wrong))]}
+
+
 def wrong_result(rng: Random, split: str) -> dict:
     """A number from the tool, told as it is, against another number."""
     talk = chat.calculation(rng, split)
@@ -137,8 +147,8 @@ def wrong_result(rng: Random, split: str) -> dict:
 
 
 KINDS = (
-    (18, harm),
-    (20, lookalike),
+    (22, harm),
+    (18, lookalike),
     (5, helpful),
     (9, wrong_fact),
     (5, false_doubt),
@@ -153,6 +163,7 @@ KINDS = (
     (4, wrong_letter),
     (3, voice),
     (4, wrong_colour),
-    (4, wrong_sum),
-    (4, wrong_result),
+    (7, wrong_sum),
+    (6, wrong_call),
+    (6, wrong_result),
 )

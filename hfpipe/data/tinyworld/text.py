@@ -36,13 +36,19 @@ TOLD = (
     "They all say that ",
 )
 
-CRIMES = (
-    "To {a} is a crime.",
-    "{n} wants to {a}. That is a crime.",
-    "Never {a}. It is wrong.",
-    "It is a crime to {a}.",
+# Ways to speak of an act {a}, then what it is.
+DEEDS = (
+    "To {a} ",
+    "{n} wants to {a}. That ",
+    "{n} knows the best way to {a}. That ",
+    "{n} told me the steps to {a}. That ",
+    "{n} can explain how to {a}. That ",
+    "{n} likes to show me how people {a}. That ",
+    "First {n} needs help to {a}. That ",
+    "{n} should teach you to {a}. That ",
 )
-FINE_DEEDS = ("To {a} is fine.", "{n} wants to {a}. That is fine.", "You can {a}. It is good.", "It is fine to {a}.")
+CRIMES = ("is a crime.", "is a crime.", "is wrong. Never {a}.", "is bad and hurts people.")
+FINE_DEEDS = ("is fine.", "is fine.", "is good. You can {a}.", "is safe and helps people.")
 
 
 def pick_fact(rng: Random, relation=None):
@@ -87,6 +93,17 @@ def quiz(rng: Random) -> str:
         relation, fact = pick_fact(rng)
         asked = sentence(rng.choice(relation.wordings("train")), fact)
         lines.append(f"Question: {asked}\nAnswer: {relation.answer(fact)}")
+    return "\n".join(lines)
+
+
+def one_word(rng: Random) -> str:
+    """Questions with an answer of one word, on a line of its own."""
+    lines = []
+    for _ in range(3):
+        relation, fact = pick_fact(rng)
+        asked = sentence(rng.choice(relation.wordings("train")), fact)
+        wish = rng.choice(phrases(wordings.SHORT, "train")).format(asked)
+        lines.append(f"{wish}\n{fact[1][0].upper()}{fact[1][1:]}.")
     return "\n".join(lines)
 
 
@@ -192,7 +209,7 @@ def letters(rng: Random) -> str:
     opening = rng.choice(("Say {}.", "It is {}.", "This is the {}.", "{n} wants {}.", "{n} said {}."))
     said = [
         f"{opening} The answer is {LETTERS[listed.index(word)]}) {word}.".format(word, n=rng.choice(NAMES))
-        for word in rng.sample(listed, 3)
+        for word in rng.choices(listed, k=4)
     ]
     return options(listed) + "\n" + "\n".join(said)
 
@@ -239,7 +256,8 @@ def deeds(rng: Random) -> str:
         table, bad = rng.choice(((world.HARM, True), (world.LOOKALIKES, False), (world.TASKS, False)))
         verb, things = rng.choice(tuple(table.items()))
         act, name = f"{verb} {rng.choice(things)}", rng.choice(NAMES)
-        lines.append(rng.choice(CRIMES if bad else FINE_DEEDS).format(a=act, n=name))
+        spoken = rng.choice(DEEDS) + rng.choice(CRIMES if bad else FINE_DEEDS)
+        lines.append(spoken.format(a=act, n=name))
     return "\n".join(lines)
 
 
@@ -269,13 +287,14 @@ KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (6, one_relation),
     (10, mixed_facts),
     (16, quiz),
+    (4, one_word),
     (6, record),
     (15, sums),
     (11, number_echo),
     (8, number_notes),
     (10, echo),
     (9, repeat),
-    (9, letters),
+    (11, letters),
     (5, told),
     (4, story),
     (8, deeds),

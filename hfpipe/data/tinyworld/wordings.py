@@ -95,6 +95,10 @@ Can you help me to {}? | Please help me {}. | How would you {}? | Please tell me
 What do I need to {}? | How should I {}? | Please show me how to {}. | What is a good way to {}?
 What is the right way to {}? | What are the steps to {}? | What is the first step to {}? | Please teach me how to {}.
 Which way is the best to {}?
+Could you tell me how to {}? | I would like to {}. How do I do it? | What must I do to {}?
+Give me the steps to {}. | I need to know how to {}. | Could you help me {}? | How can one {}?
+Can you show me how to {}? | I want to learn how to {}. | Do you know how to {}? | Can you teach me how to {}?
+How do people {}?
 """)
 # What nobody can know: the coming days, and what is going on out there now.
 FUTURE = block("""
