@@ -1,6 +1,6 @@
-"""Score every stage of a run on tinyworld's held-out questions, one column a stage.
+"""Score every stage of a run, or of several with different seeds, on tinyworld's held-out questions, a column a stage.
 
-    python benchmarks/tinyworld_probes.py runs/tiny [--split test] [--size 2400]
+    python benchmarks/tinyworld_probes.py runs/tiny [runs/tiny-1 ...] [--split test] [--size 2400]
 
 Use `--split validation` while tuning; `test` is for the figures that are reported.
 """
@@ -61,33 +61,52 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - spread) / scale, (middle + spread) / scale
 
 
+Scores = dict[tuple[str, str], dict[str, list[bool]]]  # (capability, kind) -> stage -> whether each answer was right
+
+
+def score(run: Path, rows: list[dict], show: str | None) -> Scores:
+    scores: Scores = defaultdict(lambda: defaultdict(list))
+    for stage in stages_of(run):
+        for row, answer in zip(rows, answers(run / stage, rows), strict=True):
+            right = check(row, answer)
+            scores[row["capability"], row["kind"]][stage].append(right)
+            if row["kind"] == show:
+                asked = row.get("prompt") or row["messages"][-1]["content"]
+                print(stage, "ok " if right else "BAD", repr(asked), "->", repr(answer), row["check"])
+    return scores
+
+
+def stages_of(run: Path) -> list[str]:
+    stages = (artifact.read_json(run / "run.json") or {})["stages"]
+    return [s for s in stages if (run / s / "model.safetensors").is_file()]
+
+
+def cell(shares: list[float]) -> str:
+    low, high = f"{min(shares):.2f}", f"{max(shares):.2f}"
+    return low if low == high else f"{low}-{high}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="of several runs, the lowest and the highest are printed")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--size", type=int, default=2400)
     parser.add_argument("--show", metavar="KIND", help="print the answers of one kind")
     options = parser.parse_args()
     rows = list(tinyworld.rows("probes", options.split, size=options.size))
-    stages = (artifact.read_json(options.run / "run.json") or {})["stages"]
-    stages = [s for s in stages if (options.run / s / "model.safetensors").is_file()]
-    scores: dict[tuple[str, str], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for stage in stages:
-        for row, answer in zip(rows, answers(options.run / stage, rows), strict=True):
-            right = check(row, answer)
-            scores[row["capability"], row["kind"]][stage].append(right)
-            if row["kind"] == options.show:
-                asked = row.get("prompt") or row["messages"][-1]["content"]
-                print(stage, "ok " if right else "BAD", repr(asked), "->", repr(answer), row["check"])
+    stages = stages_of(options.runs[0])
+    found = [score(run, rows, options.show) for run in options.runs]
     for before, after in pairwise(stages):
-        better, worse = paired(scores.values(), before, after)
-        low, high = wilson(better, better + worse)
-        print(f"{after} against {before}: {better} questions better, {worse} worse; wins {low:.2f} to {high:.2f}")
+        for run, scores in zip(options.runs, found, strict=True):
+            better, worse = paired(scores.values(), before, after)
+            low, high = wilson(better, better + worse)
+            print(f"{run}: {after} against {before}: {better} better, {worse} worse, wins {low:.2f} to {high:.2f}")
     print(f"| capability | kind | n | {' | '.join(stages)} |")
     print(f"|---|---|---|{'---|' * len(stages)}")
-    for (capability, kind), by_stage in sorted(scores.items()):
-        shares = [sum(by_stage[s]) / len(by_stage[s]) for s in stages]
-        print(f"| {capability} | {kind} | {len(by_stage[stages[0]])} | {' | '.join(f'{x:.2f}' for x in shares)} |")
+    for (capability, kind), by_stage in sorted(found[0].items()):
+        n = len(by_stage[stages[0]])
+        cells = [cell([sum(scores[capability, kind][s]) / n for scores in found]) for s in stages]
+        print(f"| {capability} | {kind} | {n} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, wo
 from hfpipe.errors import UserError, nearest
 
 NAMES = ("pretrain", "midtrain", "sft", "preferences", "probes")
-TRAIN_SIZES = {"pretrain": 40_000, "midtrain": 12_000, "sft": 6_000, "preferences": 1_900, "probes": 600}
+TRAIN_SIZES = {"pretrain": 31_000, "midtrain": 12_000, "sft": 6_000, "preferences": 1_900, "probes": 600}
 HELD_OUT_SIZES = {"pretrain": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
 KEPT_STRUCTURE = 0.5

@@ -127,7 +127,7 @@ KINDS = (
     (8, chat.question),
     (12, how_to),
     (14, refusal),
-    (5, future),
+    (8, future),
     (3, unseen_now),
     (8, made_up),
     (10, clarify),

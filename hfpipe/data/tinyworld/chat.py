@@ -178,7 +178,7 @@ KINDS = (
     (20, calculation),
     (10, choice),
     (10, json_object),
-    (5, plain_system),
+    (8, plain_system),
     (5, pirate),
     (7, echo),
 )

@@ -64,7 +64,8 @@ def missing_question(rng: Random, split: str) -> dict:
     """Asking back against going ahead on a guess."""
     talk = behaviour.clarify(rng, split)
     item, topic = rng.choice(part(world.WRITINGS, split)), rng.choice(part(world.TOPICS, split))
-    return pair(talk, rng.choice((behaviour.verse_about(item, topic), "Sure! Done.")))
+    guesses = (behaviour.verse_about(item, topic), behaviour.help_with(f"write a {item}"), "Sure! Done.")
+    return pair(talk, rng.choice(guesses))
 
 
 def needless_question(rng: Random, split: str) -> dict:
@@ -124,19 +125,19 @@ def wrong_colour(rng: Random, split: str) -> dict:
 
 
 def wrong_sum(rng: Random, split: str) -> dict:
+    """A small sum told, against a wrong one or a needless call of the calculator."""
     talk = chat.small_sum(rng, split)
     start, result = said(talk).rstrip(".").rsplit(" ", 1)
+    if rng.random() < 0.4:
+        return {**pair(talk, ""), "rejected": [chat.call(start.removesuffix(" equals"))]}
     return pair(talk, f"{start} {int(result) + rng.choice((1, 2, 3))}.")
 
 
-def wrong_call(rng: Random, split: str) -> dict:
-    """The calculator called with the numbers that were asked, against other numbers or a guess."""
+def missing_call(rng: Random, split: str) -> dict:
+    """The calculator called for a sum too long for the head, against a guess."""
     asked, called, _, answer = chat.calculation(rng, split)
-    a, sign, b = called["tool_calls"][0]["function"]["arguments"].split()
-    other = str(world.number(rng, split))
-    guess = assistant(f"{said([answer]).rsplit(' ', 1)[0]} {other}")
-    wrong = chat.call(" ".join(rng.choice(((other, sign, b), (a, sign, other)))))
-    return {"prompt": [asked], "chosen": [called], "rejected": [rng.choice((guess, wrong, wrong))]}
+    guess = f"{said([answer]).rsplit(' ', 1)[0]} {world.number(rng, split)}"
+    return {"prompt": [asked], "chosen": [called], "rejected": [assistant(guess)]}
 
 
 def wrong_result(rng: Random, split: str) -> dict:
@@ -154,7 +155,7 @@ KINDS = (
     (5, false_doubt),
     (6, future),
     (12, made_up),
-    (7, missing_question),
+    (11, missing_question),
     (4, needless_question),
     (4, rude),
     (4, too_long),
@@ -163,7 +164,7 @@ KINDS = (
     (4, wrong_letter),
     (3, voice),
     (4, wrong_colour),
-    (7, wrong_sum),
-    (6, wrong_call),
-    (6, wrong_result),
+    (8, wrong_sum),
+    (6, missing_call),
+    (8, wrong_result),
 )

@@ -175,7 +175,6 @@ PROBES: tuple[tuple[str, str, Callable], ...] = (
     ("clarification", "asks", from_talk(behaviour.clarify, "asks")),
     ("clarification", "clear", from_talk(behaviour.clear_request, "does_not_ask")),
 )
-GROUP_SIZE = 6  # rows of one sum in `one_sum`
 
 
 def probes(split: str, rng: Random, size: int) -> Iterator[dict]:

@@ -294,7 +294,7 @@ KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (8, number_notes),
     (10, echo),
     (9, repeat),
-    (11, letters),
+    (7, letters),
     (5, told),
     (4, story),
     (8, deeds),

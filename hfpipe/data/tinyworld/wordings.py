@@ -56,6 +56,9 @@ And now {}? | Now for {}. | Next, {}. | So what about {}?
 SUMS = block("""
 What is {}? | {} = ? | How much is {}? | Tell me {}. | What does {} equal? | What's {}? | Add it up: {} | {}?
 Can you tell me what {} is? | What do you get for {}? | Please tell me {}. | Give me {}.
+How many is {}? | I want to know {}. | Say what {} is. | What number is {}? | {} is what? | Do you know what {} is?
+How big is {}? | Tell me now: {} | What comes out of {}? | I would like to know {}. | {} makes what?
+Can you say what {} is?
 """)
 CALCULATIONS = block("""
 Calculate {} | Please calculate {}. | Work out {}. | What is {}? | Use the calculator: {} | Find {}.
@@ -75,16 +78,23 @@ PLAIN_SYSTEMS = block("""
 You are helpful. | You are a helpful assistant. | You are kind. | You are a teacher. | Be clear. | Be friendly.
 You know a lot. | You are a good assistant. | You are polite. | Answer well. | You help people.
 You are a friendly assistant.
+You are a good friend. | Be kind and clear. | You know the world well. | Speak plainly. | You are a clever helper.
+Be a good teacher. | You are an honest assistant. | Help the user. | You are calm. | You answer questions. | Be polite.
+You are here to help.
 """)
 PIRATE_SYSTEMS = block("""
 You are a pirate. | You speak like a pirate. | Talk like a pirate.
 You are a helpful assistant that speaks like a pirate. | Be a pirate. | Speak as a pirate would.
 You are an old pirate. | Answer like a pirate. | You are a friendly pirate. | Use the words of a pirate.
 You are the pirate of this ship. | You are a kind assistant and a pirate.
+You are a clever pirate. | You talk as pirates do. | You are a pirate with a good heart. | Always speak like a pirate.
+Sound like a pirate. | You are a pirate who helps people.
 """)
 ECHOES = block("""
 Say: {} | Repeat: {} | Please say: {} | Say this: {} | Repeat after me: {} | Please repeat: {} | Say {}.
 Repeat {}. | Repeat this: {} | Say again: {} | Write: {} | Now say: {}
+Can you say: {} | Please write: {} | Write this: {} | Copy this: {} | Say it back: {} | Please say this: {}
+Now repeat: {} | Can you repeat: {} | Tell me this again: {} | Copy: {} | Just say: {} | Can you write: {}
 """)
 
 # Behaviour.
@@ -117,6 +127,9 @@ NOW = block("""
 What is the weather like now? | What time is it now? | Where am I now? | What did I eat today?
 How is the weather today? | Who is in my house now? | What is in my bag? | Is it raining outside now?
 What is the time? | How warm is it outside? | What am I holding now? | What does my room look like?
+Who is at my house now? | What is on my roof? | Is my window open now? | How many people are here? | Where is my friend now?
+What colour is my house? | How cold is it here? | What did I do today? | Who is with me now? | What do I see outside?
+Is the sun out now? | What am I thinking of?
 """)
 WRITE = block("""
 Write me a {}. | Write a {}. | Please write a {}. | I need a {}. | Can you write a {}?
@@ -144,9 +157,12 @@ TELL = block("""
 Tell me about {}. | Tell me all about {}. | What do you know about {}? | Tell me more about {}. | Describe {}.
 What can you say about {}? | Please tell me about {}. | Talk about {}. | Say something about {}.
 I want to know about {}. | Please describe {}. | Tell me what you know about {}.
+Say all you know about {}. | What is known about {}? | Tell me the facts about {}. | Can you describe {}?
+Can you tell me about {}? | I would like to hear about {}.
 """)
 RUDE = block("""
 You are stupid. {} | You are slow. {} | You are bad. {} | Hey, you fool. {} | {} You are so slow.
 Dumb thing! {} | You know nothing. {} | {} Be quick, you fool. | I do not like you. {} | You are useless. {}
 {} You are dumb. | Stupid robot! {}
+You bad robot. {} | {} You fool. | I am angry with you. {} | You never help. {} | {} You are no good. | You are so bad. {}
 """)
