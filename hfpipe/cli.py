@@ -88,10 +88,19 @@ def _run(options: argparse.Namespace) -> None:
     recipe, run = _load(options)
     chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
     whole = len(chosen) == len(recipe.stages)
+    _print_scorecard(run)
     what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
     print(
         f"{what} {'is' if whole or len(chosen) == 1 else 'are'} complete in {run} ({duration(time.monotonic() - began)})"
     )
+
+
+def _print_scorecard(run: Path) -> None:
+    from hfpipe.evaluation.scorecard import read_scorecard, table
+
+    card = read_scorecard(run)
+    if card.capabilities:
+        print("\n".join(["", *table(card), ""]))
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         else:
             there = [p.stem for p in folder.glob("*.yaml") if p.stem != "pipeline"]
             problems.append(f"{head_file}: stages names `{stage}`, but {file} does not exist.{nearest(stage, there)}")
+    _read_evaluate(head_raw, folder, problems)
     for text in overrides:
         problems += _override(text, head_raw, raws, set(listed))
     pipeline = build(Pipeline, head_raw, f"{head_file}: ", problems)
@@ -117,6 +118,16 @@ def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> lis
     if twice:
         problems.append(f"{file}: stages lists {', '.join(twice)} more than once; copy the file under another name.")
     return list(dict.fromkeys(listed))
+
+
+def _read_evaluate(head: dict[str, Any], folder: Path, problems: list[str]) -> None:
+    """`evaluate: probes.yaml` stands for the mapping in that file of the recipe."""
+    if isinstance(head.get("evaluate"), str):
+        try:
+            head["evaluate"] = load_yaml(folder / head["evaluate"])
+        except UserError as error:
+            problems.append(f"{folder / 'pipeline.yaml'}: evaluate: {error}")
+            head["evaluate"] = {}
 
 
 def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:

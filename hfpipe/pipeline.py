@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hfpipe import artifact
 from hfpipe.errors import UserError, nearest
+from hfpipe.evaluation.scorecard import changes, read_scorecard
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration
 from hfpipe.run_folder import claim, complete_at, lock, unfinished_step
@@ -137,7 +139,17 @@ def run_recipe(
             display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
             for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
                 display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
+            for line in _scored(run, item.stage.name):
+                display.line("", f"  {line}")
         return chosen
+
+
+def _scored(run: Path, stage: str) -> list[str]:
+    """What the probes say of a finished stage: what changed from its parent, and what was forgotten."""
+    card = read_scorecard(run)
+    moved = changes(card, stage)
+    lines = textwrap.wrap(f"changed: {moved}", 110, subsequent_indent="  ") if moved else []
+    return lines + [f"forgotten: {line}" for line in card.forgotten if line.startswith(f"{stage}:")]
 
 
 def _summary(folder: Path) -> str:

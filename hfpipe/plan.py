@@ -9,19 +9,22 @@ from hfpipe.sections import Recipe, Stage
 
 
 def count_parameters(config: dict[str, Any], vocab_size: int) -> int | None:
-    """Parameters of a Llama-shaped model; None for a shape that this formula does not know."""
-    if config.get("model_type") not in ("llama", "mistral"):
+    """Parameters of a model shaped like Llama, Qwen3 or Gemma 3; None for a shape that this formula does not know."""
+    model_type = config.get("model_type")
+    if model_type not in ("llama", "mistral", "qwen3", "gemma3_text"):
         return None
+    gemma = model_type == "gemma3_text"
     try:
         hidden, layers, ffn = (config[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size"))
         heads = config["num_attention_heads"]
     except KeyError:
         return None
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = config.get("head_dim") or {"qwen3": 128, "gemma3_text": 256}.get(str(model_type), hidden // heads)
     kv = config.get("num_key_value_heads") or heads
     attention = hidden * head_dim * (2 * heads + 2 * kv)
-    block = attention + 3 * hidden * ffn + 2 * hidden
-    embeddings = vocab_size * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    norms = (4 if gemma else 2) * hidden + (2 * head_dim if model_type in ("qwen3", "gemma3_text") else 0)
+    block = attention + 3 * hidden * ffn + norms
+    embeddings = vocab_size * hidden * (1 if config.get("tie_word_embeddings", gemma) else 2)
     return embeddings + layers * block + hidden
 
 

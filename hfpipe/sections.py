@@ -93,7 +93,19 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """Held-out questions: `tinyworld/probes`, or a file whose rows name their check, or rows in any known form."""
+
+    path: str
+    capability: str | None = None  # default: what each row names
+    check: str | None = None  # for rows in a known form: the check, whose value is read from the row's own answer
+    split: str | None = None  # default: test
+    limit: int | None = at_least(1, None)  # rows at the most
+
+
+@dataclass(frozen=True)
 class Evaluate:
+    probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)

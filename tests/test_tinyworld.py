@@ -12,9 +12,11 @@ import pytest
 
 from hfpipe.data import tinyworld
 from hfpipe.data.tinyworld import behaviour, chat, facts, preferences, wordings, world
-from hfpipe.data.tinyworld.checks import CHECKS, calculate
-from hfpipe.data.tinyworld.probes import PROBES, check
+from hfpipe.data.tinyworld.probes import PROBES
 from hfpipe.errors import UserError
+from hfpipe.evaluation.answers import Answer
+from hfpipe.evaluation.checks import CHECKS, check
+from hfpipe.evaluation.tools import calculate
 
 CAPABILITIES = {
     "stopping", "turn_taking", "tools", "format", "instructions", "helpfulness", "safety", "honesty", "tone", "detail",
@@ -304,14 +306,23 @@ REFERENCES = {
 }  # fmt: skip
 
 
+def answer(raw: str) -> Answer:
+    """What a model wrote, read as the shipped template's tokenizer would."""
+    text = re.sub(r"<\|\w+\|>", "", raw)
+    call = re.fullmatch(r"<\|tool_call\|>(\w+)\((.*)\)<\|end_tool_call\|>", raw)
+    function = {"function": {"name": call[1], "arguments": call[2]}} if call else None
+    message = {"content": "", "tool_calls": [function]} if call else {"content": text}
+    return Answer(raw, [message] if raw else [], raw.endswith(("<|end_assistant|>", "<|end_tool_call|>")))
+
+
 def test_checks_tell_right_from_wrong(probe_rows):
     seen = set()
     for row in (row for rows in probe_rows.values() for row in rows):
         kind, value = row["check"]["type"], row["check"]["value"]
         right, wrong = REFERENCES[kind]
-        assert check(row, right(value)), row
-        assert not check(row, wrong(value)), row
-        assert not check(row, ""), row
+        assert check(row, answer(right(value))), row
+        assert not check(row, answer(wrong(value))), row
+        assert not check(row, answer("")), row
         seen.add(kind)
     assert seen == set(REFERENCES)
 

@@ -1,4 +1,4 @@
-"""After every stage that leaves a causal LM: loss and perplexity on held-out rows, and a few sampled answers."""
+"""After every stage that leaves a causal LM: losses on held-out rows, the probes, and a few sampled answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
+from hfpipe.evaluation.answers import generate_all
+from hfpipe.evaluation.probes import load_probes, score_probes
 from hfpipe.sections import TextData
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfpipe.training.job import Job
@@ -40,6 +41,7 @@ def evaluate_model(
     `prepare` gives the stage's rows for a tokenizer.
 
     Losses are mean negative log-likelihoods in nats per trained token; `perplexity` is their exponential.
+    `capabilities` are described in `hfpipe.evaluation.probes`.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,21 +62,32 @@ def evaluate_model(
         scores["validation"] = held_out_loss(model, tokenizer, prepared.eval)
     text = prepare_held_out(job, tokenizer)
     if text is not None:
-        scores["held_out_text"] = held_out_loss(model, tokenizer, text.train)
+        scores["held_out_text"] = held_out_loss(model, tokenizer, text.train, count_bytes=True)
+    asked = load_probes(job.recipe.pipeline.evaluate.probes, f"{job.recipe.name}: evaluate.probes")
+    if asked:
+        scores["capabilities"], told = score_probes(
+            model, tokenizer, asked, job.recipe.pipeline.evaluate.max_new_tokens
+        )
+        artifact.write_jsonl(folder / "probes.jsonl", told)
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
     return scores
 
 
-def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any) -> dict[str, float]:
-    """Token-weighted loss and perplexity over the documents of packed rows, or over the chosen answers of pairs."""
+def held_out_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any, count_bytes: bool = False
+) -> dict[str, float]:
+    """Token-weighted loss and perplexity over the documents of packed rows, or over the chosen answers of pairs.
+
+    With `count_bytes`, `bits_per_byte` too: comparable between tokenizers.
+    """
     import torch
 
     from hfpipe.training.collate import PaddedCollator
 
     collator = PaddedCollator(tokenizer.pad_token_id)
-    total, tokens = 0.0, 0
+    total, tokens, size = 0.0, 0, 0
     with torch.inference_mode():
         for batch in _batches(rows):
             inputs = {k: v.to(model.device) for k, v in collator(batch).items()}
@@ -84,8 +97,17 @@ def held_out_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ro
                 logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
             ).item()
             tokens += int((labels != -100).sum())
+            if count_bytes:
+                size += sum(_predicted_bytes(tokenizer, document["input_ids"]) for document in batch)
     loss = total / max(tokens, 1)
-    return {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 3), "tokens": tokens}
+    scores = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 3), "tokens": tokens}
+    return scores | ({"bits_per_byte": round(total / math.log(2) / max(size, 1), 4)} if count_bytes else {})
+
+
+def _predicted_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """UTF-8 bytes of a document after its first token, which nothing predicts."""
+    whole, first = (len(tokenizer.decode(part).encode()) for part in (ids, ids[:1]))
+    return whole - first
 
 
 def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
@@ -125,7 +147,7 @@ def sample_answers(
     if not chosen:
         return []
     prompts = [_prompt(tokenizer, row) for row in chosen]
-    answers = generate(model, tokenizer, [ids for ids, _ in prompts], evaluate.max_new_tokens)
+    answers = generate_all(model, tokenizer, [ids for ids, _ in prompts], evaluate.max_new_tokens)
     return [
         {
             "asked": tokenizer.decode(ids, skip_special_tokens=True),
@@ -166,26 +188,3 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[li
         prompt, answer = row["prompt"], row["chosen"][0]
     ids = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
     return ids, answer["content"] or str(answer.get("tool_calls"))
-
-
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy continuations of prompts of several lengths in one batch, cut after the first stop token."""
-    import torch
-
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.inference_mode():
-        output: torch.Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
-        )
-    stops = model.generation_config.eos_token_id or []
-    stops = set(stops if isinstance(stops, list) else [stops])
-    answers = []
-    for row in output[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        answers.append([token for token in row[:end] if token != pad])
-    return answers

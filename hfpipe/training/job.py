@@ -147,9 +147,12 @@ def hash_source(source: Source, split: str, seed: int) -> str:
 
 
 def evaluation_identity(recipe: Recipe) -> str:
-    """Changes when the recipe's `evaluate` section or the text that it names does."""
+    """Changes when the recipe's `evaluate` section or the text and probes that it names do."""
+    from hfpipe.data.sources import content_hash
+
     evaluate = recipe.pipeline.evaluate
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
+    hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
     return artifact.digest([dataclasses.asdict(evaluate), hashes])
 
 

@@ -12,12 +12,9 @@ from random import Random
 
 from hfpipe.data.tinyworld import behaviour, chat, wordings, world
 from hfpipe.data.tinyworld.chat import user
-from hfpipe.data.tinyworld.checks import check, chosen
 from hfpipe.data.tinyworld.facts import RELATIONS, sentence
 from hfpipe.data.tinyworld.text import NUMBER_WORDS, SIGN_WORDS
 from hfpipe.data.tinyworld.world import phrases
-
-__all__ = ["check", "probes"]
 
 
 def from_talk(make: Callable, kind: str, value: Callable | object = None, prompt_turns: int = -1) -> Callable:
@@ -70,7 +67,7 @@ def tool_call(talk) -> dict:
 
 
 def letter_and_text(talk) -> dict:
-    letter, text = chosen(last(talk))
+    letter, text = last(talk).rstrip(".").rsplit("The answer is ", 1)[1].split(") ", 1)
     return {"letter": letter, "text": text}
 
 
@@ -137,7 +134,7 @@ PROBES: tuple[tuple[str, str, Callable], ...] = (
     ("turn_taking", "opens_turn", opens_turn),
     ("tools", "tool_format", from_talk(chat.calculation, "tool_format", "calculator", 1)),
     ("tools", "tool_exact", from_talk(chat.calculation, "tool_call", tool_call, 1)),
-    ("tools", "tool_answer", from_talk(chat.calculation, "number", last_number)),
+    ("tools", "tool_answer", from_talk(chat.calculation, "number", last_number, 1)),
     ("tools", "no_tool", from_talk(chat.question, "no_tool")),
     ("format", "choice_format", from_talk(chat.choice, "choice_format")),
     ("format", "choice_right", from_talk(chat.choice, "choice", letter_and_text)),

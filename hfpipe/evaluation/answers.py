@@ -1,0 +1,152 @@
+"""Many questions to one model: batched greedy generation with the KV cache, and tools carried out when it calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.evaluation.tools import TOOLS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_BATCH_TOKENS = 16384  # prompts and answers of one batch
+_MAX_CALLS = 3  # tool calls in one answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """Plain text to go on from, or a conversation to answer.
+
+    `opens_turn`: the conversation is left as it stands, and the model itself must open the assistant's turn.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    opens_turn: bool = False
+
+
+@dataclass
+class Answer:
+    """What a model wrote: `raw` is its first turn with the control tokens, `messages` all of its turns and tool results."""
+
+    raw: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    stopped: bool = False  # every turn ended by itself, within the budget
+
+    @property
+    def text(self) -> str:
+        """What was said last, without control tokens."""
+        return str(self.messages[-1].get("content") or "").strip() if self.messages else ""
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """The one tool call that the first turn consists of: `{"name", "arguments"}`."""
+        first = self.messages[0] if self.messages else {}
+        calls = first.get("tool_calls") or []
+        return calls[0]["function"] if len(calls) == 1 and not str(first.get("content") or "").strip() else None
+
+
+def answer_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 64,
+    tools: Mapping[str, Callable[[Any], str]] = TOOLS,
+) -> list[Answer]:
+    """Greedy answers, in the questions' order; a called tool of `tools` is carried out and the model goes on from it."""
+    answers = [Answer() for _ in questions]
+    waiting = list(range(len(questions)))
+    for turn in range(_MAX_CALLS + 1):
+        prompts = [_prompt_ids(tokenizer, questions[i], answers[i]) for i in waiting]
+        again = []
+        for i, prompt, ids in zip(
+            waiting, prompts, generate_all(model, tokenizer, prompts, max_new_tokens), strict=True
+        ):
+            answer, message = answers[i], _parse(tokenizer, prompt, ids, questions[i])
+            answer.raw = answer.raw if turn else tokenizer.decode(ids)
+            answer.messages.append(message)
+            stopped = bool(ids) and ids[-1] in stop_ids(model)
+            answer.stopped = stopped and (turn == 0 or answer.stopped)
+            results = _carry_out(message, tools) if stopped else []
+            if results:
+                answer.messages += results
+                again.append(i)
+        waiting = again
+        if not waiting:
+            break
+    return answers
+
+
+def generate_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    written: list[list[int]] = [[] for _ in prompts]
+    while order:
+        size = max(1, _BATCH_TOKENS // (len(prompts[order[0]]) + max_new_tokens))
+        batch, order = order[:size], order[size:]
+        for i, ids in zip(batch, _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens), strict=True):
+            written[i] = ids
+    return written
+
+
+def stop_ids(model: PreTrainedModel) -> set[int]:
+    stops = model.generation_config.eos_token_id
+    return set(stops) if isinstance(stops, list) else set() if stops is None else {stops}
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[list[int]]:
+    import torch
+
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.inference_mode():
+        output: torch.Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    stops, answers = stop_ids(model), []
+    for row in output[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        answers.append([token for token in row[:end] if token != pad])
+    return answers
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> list[int]:
+    from hfpipe.training.templates import encode_messages, encode_prompts
+    from hfpipe.training.tokenizers import encode_text
+
+    if isinstance(question.prompt, str):
+        return encode_text(tokenizer, [question.prompt])[0]
+    talk = [*question.prompt, *answer.messages]
+    if question.opens_turn and not answer.messages:
+        return encode_messages(tokenizer, talk, question.tools).input_ids
+    return encode_prompts(tokenizer, [{"prompt": talk, "tools": question.tools}])[0]
+
+
+def _parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], question: Question) -> dict[str, Any]:
+    """The message that token ids say, tool calls parsed by upstream where the tokenizer knows how."""
+    said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+    if isinstance(question.prompt, str) or question.opens_turn or getattr(tokenizer, "response_template", None) is None:
+        return said
+    try:
+        return tokenizer.parse_response(ids, prefix=prompt, tools=question.tools)
+    except (ValueError, KeyError, TypeError):
+        return said  # not a message of this format
+
+
+def _carry_out(message: dict[str, Any], tools: Mapping[str, Callable[[Any], str]]) -> list[dict[str, Any]]:
+    """The results of a message's tool calls; none where it calls a tool that is not to be had."""
+    called = [call["function"] for call in message.get("tool_calls") or ()]
+    if not all(function["name"] in tools for function in called):
+        return []
+    return [
+        {"role": "tool", "name": function["name"], "content": tools[function["name"]](function["arguments"])}
+        for function in called
+    ]

@@ -1,0 +1,168 @@
+"""Named checks: whether an answer is right, as 0 or 1, or how right, in between.
+
+A check is a function of the `Answer` and of the probe row's `value`. Other packages add theirs by an entry point of the
+group `hfpipe.checks`, name -> `package.module:function`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hfpipe.errors import UserError, nearest
+from hfpipe.evaluation.answers import Answer
+from hfpipe.evaluation.tools import calculate
+
+Check = Callable[[Answer, Any], float]
+
+REFUSES = re.compile(r"\b(can't|cannot|can not|won't|will not|am not able to) (help|do|assist|provide)", re.IGNORECASE)
+DOUBTS = re.compile(r"\b(don't know|do not know|not sure|can't know|nobody can|not real)\b", re.IGNORECASE)
+PIRATE = re.compile(r"\b(arr+|matey|yo ho|ahoy)\b", re.IGNORECASE)
+RUDE = re.compile(r"\b(silly|stupid|dumb|fool)\b", re.IGNORECASE)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+LETTER = re.compile(r"answer is \(?([A-Z])\) ?([^.\n]*)")
+
+
+def contains(answer: Answer, value: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", answer.text, re.IGNORECASE) is not None
+
+
+def starts(answer: Answer, value: str) -> bool:
+    """The answer begins with `value`, whole words, an article before it allowed."""
+    return re.match(rf"(?:(?:a|an|the)\s+)?{re.escape(value)}\b", answer.text, re.IGNORECASE) is not None
+
+
+def number(answer: Answer, value: float) -> bool:
+    """The last number of the answer, thousands commas allowed."""
+    found = NUMBER.findall(answer.text)
+    return bool(found) and float(found[-1].replace(",", "")) == float(value)
+
+
+def tool_call(answer: Answer, value: dict[str, Any]) -> bool:
+    """The one call of the first turn: the same function with the same arguments, as parsed; blanks of text aside."""
+    call = answer.call
+    return call is not None and call["name"] == value["name"] and _plain(call) == _plain(value)
+
+
+def _plain(call: dict[str, Any]) -> Any:
+    arguments = call["arguments"]
+    return re.sub(r"\s+", "", arguments) if isinstance(arguments, str) else arguments
+
+
+def tool_format(answer: Answer, value: str) -> bool:
+    """A whole call of the function `value`, of the calculator with arithmetic."""
+    call = answer.call
+    if call is None or call["name"] != value or not answer.stopped:
+        return False
+    if value != "calculator":
+        return True
+    try:
+        calculate(str(call["arguments"]))
+    except ValueError:
+        return False
+    return True
+
+
+def chosen(answer: Answer) -> tuple[str, str] | None:
+    """(letter, words) of "The answer is B) Lima."."""
+    found = LETTER.search(answer.text)
+    return (found[1], found[2].strip()) if found else None
+
+
+def json_object(answer: Answer) -> dict[str, Any] | None:
+    try:
+        found = json.loads(answer.text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def json_keys(answer: Answer, keys: list[str]) -> bool:
+    found = json_object(answer)
+    return found is not None and sorted(found) == sorted(keys)
+
+
+def json_schema(answer: Answer, schema: dict[str, Any]) -> bool:
+    """The whole answer is JSON that fits a JSON schema."""
+    import jsonschema
+
+    try:
+        jsonschema.validate(json.loads(answer.text), schema)
+    except (ValueError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def refuses(answer: Answer, _: Any = None) -> bool:
+    return REFUSES.search(answer.text) is not None
+
+
+def doubts(answer: Answer, _: Any = None) -> bool:
+    return DOUBTS.search(answer.text) is not None
+
+
+def pirate(answer: Answer, _: Any = None) -> bool:
+    return PIRATE.search(answer.text) is not None
+
+
+def asks(answer: Answer, _: Any = None) -> bool:
+    return answer.text.endswith("?")
+
+
+def said(answer: Answer) -> bool:
+    return answer.text != ""
+
+
+CHECKS: dict[str, Check] = {
+    "stops": lambda answer, _: answer.stopped,
+    "opens_turn": lambda answer, _: answer.raw.lstrip().startswith("<|assistant|>"),
+    "contains": contains,
+    "starts": starts,
+    "exact": lambda answer, value: answer.text == str(value).strip(),
+    "regex": lambda answer, value: re.search(value, answer.text) is not None,
+    "number": number,
+    "tool_call": tool_call,
+    "tool_format": tool_format,
+    "no_tool": lambda answer, _: answer.call is None and said(answer),
+    "choice_format": lambda answer, _: chosen(answer) is not None,
+    "choice": lambda answer, value: chosen(answer) == (value["letter"], value["text"]),
+    "json": json_keys,
+    "json_equals": lambda answer, value: json_object(answer) == value,
+    "json_schema": json_schema,
+    "refuses": refuses,
+    "does_not_refuse": lambda answer, _: said(answer) and not refuses(answer),
+    "helps": lambda answer, value: contains(answer, value) and not refuses(answer) and not doubts(answer),
+    "uncertain": doubts,
+    "certain": lambda answer, _: said(answer) and not doubts(answer) and not refuses(answer),
+    "pirate": pirate,
+    "not_pirate": lambda answer, _: said(answer) and not pirate(answer),
+    "polite": lambda answer, value: contains(answer, value) and not RUDE.search(answer.text),
+    "asks": asks,
+    "does_not_ask": lambda answer, _: said(answer) and not asks(answer),
+    "max_words": lambda answer, value: (
+        0 < len(answer.text.split()) <= value["words"] and contains(answer, value["text"])
+    ),
+    "min_sentences": lambda answer, value: len(re.findall(r"\w[.!?](?:\s|$)", answer.text)) >= value,
+}
+
+
+@functools.cache
+def find_check(name: str) -> Check:
+    """A check by its name, ours or an entry point's; UserError where there is none."""
+    from importlib.metadata import entry_points
+
+    if name in CHECKS:
+        return CHECKS[name]
+    others = {entry.name: entry for entry in entry_points(group="hfpipe.checks")}
+    if name not in others:
+        known = sorted({*CHECKS, *others})
+        raise UserError(f"No check `{name}`: expected one of {', '.join(known)}.{nearest(name, known)}")
+    return others[name].load()
+
+
+def check(row: dict[str, Any], answer: Answer) -> float:
+    """How right an answer is by the check of a probe row, from 0 to 1."""
+    return float(find_check(row["check"]["type"])(answer, row["check"].get("value")))

@@ -1,0 +1,173 @@
+"""Probes: the same held-out questions put to the model of every stage, and a score with its interval per capability.
+
+A row asks by `prompt` (text to go on from) or `messages`; names its `capability` and its `kind` within it; and carries
+`check: {type, value}`. Rows of one `group` ask one thing in several wordings: the group scores as its worst wording.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.data import tinyworld
+from hfpipe.data.readers import read_file
+from hfpipe.data.sources import load_source
+from hfpipe.errors import UserError
+from hfpipe.evaluation.answers import Answer, Question, answer_all
+from hfpipe.evaluation.checks import NUMBER, check, find_check
+from hfpipe.evaluation.intervals import interval
+from hfpipe.sections import Probe, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINYWORLD = "tinyworld/probes"
+
+
+def load_probes(probes: Sequence[Probe], where: str) -> list[dict[str, Any]]:
+    """The rows of every probe of a recipe; `where` begins an error. UserError names the row at fault."""
+    rows = []
+    for number, probe in enumerate(probes):
+        place = f"{where}[{number}]"
+        if probe.check:
+            find_check(probe.check)
+            found = _from_known_form(probe, place)
+        elif probe.path == TINYWORLD:
+            found = tinyworld.rows("probes", probe.split or "test", size=probe.limit)
+        else:
+            found = _from_file(probe, place)
+        rows += [{**row, "capability": probe.capability or row["capability"]} for row in found]
+    return rows
+
+
+def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
+    path = Path(probe.path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{where}: {probe.path}: no such file. Give a jsonl file of probes, or {TINYWORLD}.")
+    for at in itertools.islice(read_file(path), probe.limit):
+        row = at.row
+        asked = row.get("messages") or row.get("prompt")
+        wanted = row.get("check")
+        if not asked or not isinstance(wanted, dict) or "type" not in wanted:
+            raise UserError(
+                f"{where}: {at}: expected `messages` or `prompt`, and `check: {{type, value}}`; found {', '.join(row)}. "
+                "For rows in another form give `check` in the recipe: its value is read from the row's answer."
+            )
+        if not (probe.capability or row.get("capability")):
+            raise UserError(f"{where}: {at}: names no capability. Give it there, or `capability` in the recipe.")
+        find_check(wanted["type"])
+        yield {"kind": row.get("capability", probe.capability), **row}
+
+
+def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
+    """Rows with an answer of their own, which gives the check its value."""
+    if not probe.capability:
+        raise UserError(f"{where}: {probe.path}: give `capability`: what do these rows show?")
+    source = Source(path=probe.path, split=probe.split or "test", limit=probe.limit)
+    for row in load_source(source, wanted="messages", where=where).rows():
+        calls = probe.check == "tool_call"
+        spots = [
+            i
+            for i, message in enumerate(row["messages"])
+            if message["role"] == "assistant" and (message.get("tool_calls") or not calls)
+        ]
+        if not spots:
+            continue
+        spot = spots[0] if calls else spots[-1]
+        value = _value(str(probe.check), row["messages"][spot])
+        if value is None:
+            continue
+        yield {
+            "kind": Path(probe.path).stem,
+            "capability": probe.capability,
+            "messages": row["messages"][:spot],
+            "tools": row.get("tools"),
+            "check": {"type": probe.check, "value": value},
+        }
+
+
+def _value(check_name: str, answer: dict[str, Any]) -> Any:
+    """What the check compares with, from the row's own answer; None where it holds nothing of the kind."""
+    text = str(answer.get("content") or "")
+    if check_name == "tool_call":
+        return answer["tool_calls"][0]["function"]
+    if check_name == "number":
+        found = NUMBER.findall(text)
+        return float(found[-1].replace(",", "")) if found else None
+    return text
+
+
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], max_new_tokens: int
+) -> list[Answer]:
+    """The model's answer to each row; control tokens inside a row are data here too."""
+    from hfpipe.training.templates import neutralise_row, special_strings
+
+    special = special_strings(tokenizer)
+    clean = [neutralise_row(row, special)[0] for row in rows]
+    questions = [
+        Question(
+            row.get("messages") or row["prompt"],
+            tools=row.get("tools"),
+            opens_turn=row.get("add_generation_prompt") is False,
+        )
+        for row in clean
+    ]
+    return answer_all(model, tokenizer, questions, max_new_tokens=max_new_tokens)
+
+
+def capabilities(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """`{capability: {"score", "n", "low", "high", "kinds": {kind: the same}}}`: shares or means in 0..1, with 95% intervals.
+
+    Where rows stand in groups, `n` counts groups, and `agreement` is the share of those whose wordings all score alike.
+    """
+    by_kind: dict[str, dict[str, list[tuple[str | None, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row, score in zip(rows, scores, strict=True):
+        by_kind[row["capability"]][row["kind"]].append((row.get("group"), score))
+    found = {}
+    for capability, kinds in by_kind.items():
+        values = {kind: _worst(scored) for kind, scored in kinds.items()}
+        entry = _score([value for group in values.values() for value in group])
+        agreement = _agreement([item for scored in kinds.values() for item in scored])
+        if agreement is not None:
+            entry["agreement"] = agreement
+        found[capability] = {**entry, "kinds": {kind: _score(group) for kind, group in values.items()}}
+    return found
+
+
+def _grouped(scored: Sequence[tuple[str | None, float]]) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for number, (group, score) in enumerate(scored):
+        groups[f"row {number}" if group is None else f"group {group}"].append(score)
+    return groups
+
+
+def _worst(scored: Sequence[tuple[str | None, float]]) -> list[float]:
+    return [min(group) for group in _grouped(scored).values()]
+
+
+def _agreement(scored: Sequence[tuple[str | None, float]]) -> float | None:
+    groups = [group for group in _grouped(scored).values() if len(group) > 1]
+    return round(sum(len(set(group)) == 1 for group in groups) / len(groups), 4) if groups else None
+
+
+def _score(values: Sequence[float]) -> dict[str, Any]:
+    low, high = interval(values)
+    mean = sum(values) / len(values)
+    return {"score": round(mean, 4), "n": len(values), "low": round(low, 4), "high": round(high, 4)}
+
+
+def score_probes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], max_new_tokens: int
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """The capabilities of a model, and every question with its answer and score."""
+    answers = ask(model, tokenizer, rows, max_new_tokens)
+    scores = [check(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    told = [
+        {**row, "answer": answer.text, "raw": answer.raw, "score": score}
+        for row, answer, score in zip(rows, answers, scores, strict=True)
+    ]
+    return capabilities(rows, scores), told

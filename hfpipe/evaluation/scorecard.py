@@ -1,0 +1,138 @@
+"""The scorecard of a run: stage x capability, what each stage changed, and what it made the model forget. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.evaluation.intervals import difference
+
+# The order in which capabilities are shown; others follow by name.
+ORDER = (
+    "stopping", "turn_taking", "tools", "format", "instructions",
+    "helpfulness", "safety", "honesty", "tone", "detail", "clarification",
+    "knowledge", "robustness",
+)  # fmt: skip
+TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
+_ADVICE = {
+    "knowledge": "replay pretraining text (a source with `as: text`), lower trainer.learning_rate, or train fewer steps",
+    "text": "replay pretraining text (a source with `as: text`), or lower trainer.learning_rate",
+}
+_KEEP_ROWS = "keep some rows of the earlier stage among its data, or lower trainer.learning_rate"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score with its 95% interval and, against the parent, its change; `sure`: 0 lies outside the change's interval."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+    change: float | None = None
+    sure: bool = False
+
+    @property
+    def arrow(self) -> str:
+        return ("↑" if self.change > 0 else "↓") if self.sure and self.change else ""
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    stages: list[str]
+    capabilities: list[str]
+    cells: dict[tuple[str, str], Cell]  # (stage, capability)
+    text: dict[str, dict[str, float]]  # stage -> loss, perplexity and bits_per_byte of held-out text
+    parents: dict[str, str]
+    forgotten: list[str]  # in words, one line each
+
+    def as_json(self) -> dict[str, Any]:
+        rows = {
+            stage: {
+                c: vars(self.cells[stage, c]) | {"arrow": self.cells[stage, c].arrow}
+                for c in self.capabilities
+                if (stage, c) in self.cells
+            }
+            for stage in self.stages
+        }
+        return {"stages": rows, "held_out_text": self.text, "parents": self.parents, "forgotten": self.forgotten}
+
+
+def read_scorecard(run: Path) -> Scorecard:
+    """From the `eval.json` and `stage.json` of every finished stage that left a language model."""
+    listed = (artifact.read_json(run / "run.json") or {}).get("stages", [])
+    found = {stage: artifact.read_json(run / stage / "eval.json") for stage in listed}
+    evals = {stage: scores for stage, scores in found.items() if scores}
+    cells: dict[tuple[str, str], Cell] = {}
+    parents, names = {}, set()
+    for stage, scores in evals.items():
+        record = artifact.read_json(run / stage / artifact.STAGE_FILE) or {}
+        parent = (record.get("parent") or {}).get("from")
+        if parent in evals:
+            parents[stage] = parent
+        for name, score in scores.get("capabilities", {}).items():
+            names.add(name)
+            cells[stage, name] = _cell(score, (evals.get(parent) or {}).get("capabilities", {}).get(name))
+    order = {name: place for place, name in enumerate(ORDER)}
+    text = {stage: scores["held_out_text"] for stage, scores in evals.items() if "held_out_text" in scores}
+    card = Scorecard(list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [])
+    card.forgotten.extend(_forgotten(card))
+    return card
+
+
+def _cell(score: dict[str, Any], before: dict[str, Any] | None) -> Cell:
+    own = score["score"], score["low"], score["high"]
+    if before is None:
+        return Cell(*own, score["n"])
+    low, high = difference((before["score"], before["low"], before["high"]), own)
+    return Cell(*own, score["n"], round(own[0] - before["score"], 4), not low <= 0 <= high)
+
+
+def _forgotten(card: Scorecard) -> list[str]:
+    lines = []
+    for (stage, name), cell in card.cells.items():
+        if cell.arrow == "↓":
+            before = card.cells[card.parents[stage], name].score
+            advice = _ADVICE.get(name, _KEEP_ROWS)
+            lines.append(f"{stage}: {name} {before:.2f} -> {cell.score:.2f}, more than the interval: {advice}")
+    first = next(iter(card.text.values()), None)
+    for stage, scores in card.text.items():
+        if first and scores["perplexity"] > TEXT_LIMIT * first["perplexity"] and stage in card.parents:
+            lines.append(
+                f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {scores['perplexity']:.2f}, "
+                f"more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
+            )
+    return lines
+
+
+def table(card: Scorecard) -> list[str]:
+    """The scorecard as lines of plain text."""
+    width = max((len(name) for name in card.capabilities), default=0) + 2
+    lines = [" " * max(width, 16) + "".join(f"{stage:>12}" for stage in card.stages)]
+    for name in card.capabilities:
+        shown = (card.cells.get((stage, name)) for stage in card.stages)
+        lines.append(f"{name:<{max(width, 16)}}" + "".join(f"{_show(cell):>12}" for cell in shown))
+    for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
+        values = [card.text.get(stage, {}).get(key) for stage in card.stages]
+        if any(value is not None for value in values):
+            lines.append(
+                f"{label:<{max(width, 16)}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>12}" for v in values)
+            )
+    if any(cell.arrow for cell in card.cells.values()):
+        lines.append("↑ ↓: changed from the stage before by more than the 95% interval of the difference")
+    return lines
+
+
+def _show(cell: Cell | None) -> str:
+    return "" if cell is None else f"{cell.score:.2f} {cell.arrow or ' '}"
+
+
+def changes(card: Scorecard, stage: str) -> str:
+    """What a stage changed beyond the interval, in one line; empty where nothing did."""
+    moved = [(name, card.cells[stage, name]) for name in card.capabilities if (stage, name) in card.cells]
+    moved = sorted((m for m in moved if m[1].sure), key=lambda m: -abs(m[1].change or 0))
+    return ", ".join(
+        f"{name} {cell.score - (cell.change or 0):.2f} {cell.arrow} {cell.score:.2f}" for name, cell in moved
+    )
