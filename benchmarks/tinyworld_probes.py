@@ -8,42 +8,17 @@ Use `--split validation` while tuning; `test` is for the figures that are report
 from __future__ import annotations
 
 import argparse
-import math
 from collections import defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfpipe import artifact
 from hfpipe.data import tinyworld
-from hfpipe.data.tinyworld.checks import check
-from hfpipe.evaluation.basics import generate
-from hfpipe.training.templates import encode_prompts
-from hfpipe.training.tokenizers import encode_text
-
-
-def answers(folder: Path, rows: list[dict]) -> list[str]:
-    """The model's greedy answer to each probe, special tokens kept."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    prompts = [prompt_ids(tokenizer, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    found: dict[int, str] = {}
-    for start in range(0, len(order), 128):
-        batch = order[start : start + 128]
-        for i, ids in zip(batch, generate(model, tokenizer, [prompts[i] for i in batch], 64), strict=True):
-            found[i] = tokenizer.decode(ids)
-    return [found[i] for i in range(len(rows))]
-
-
-def prompt_ids(tokenizer, row: dict) -> list[int]:
-    if "prompt" in row:
-        return encode_text(tokenizer, [row["prompt"]])[0]
-    ids = encode_prompts(tokenizer, [{"prompt": row["messages"]}])[0]
-    return ids if row.get("add_generation_prompt", True) else ids[:-1]
+from hfpipe.evaluation.intervals import wilson
+from hfpipe.evaluation.probes import score_probes
 
 
 def paired(kinds: Iterable[dict[str, list[bool]]], before: str, after: str) -> tuple[int, int]:
@@ -52,32 +27,25 @@ def paired(kinds: Iterable[dict[str, list[bool]]], before: str, after: str) -> t
     return both.count((False, True)), both.count((True, False))
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share."""
-    if not n:
-        return 0.0, 1.0
-    share, spread = right / n, z * math.sqrt(right * (n - right) / n**3 + (z / n / 2) ** 2)
-    middle, scale = share + z**2 / n / 2, 1 + z**2 / n
-    return (middle - spread) / scale, (middle + spread) / scale
-
-
 Scores = dict[tuple[str, str], dict[str, list[bool]]]  # (capability, kind) -> stage -> whether each answer was right
 
 
 def score(run: Path, rows: list[dict], show: str | None) -> Scores:
     scores: Scores = defaultdict(lambda: defaultdict(list))
     for stage in stages_of(run):
-        for row, answer in zip(rows, answers(run / stage, rows), strict=True):
-            right = check(row, answer)
-            scores[row["capability"], row["kind"]][stage].append(right)
+        folder = run / stage
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        _, told = score_probes(model, AutoTokenizer.from_pretrained(folder), rows, max_new_tokens=64)
+        for row in told:
+            scores[row["capability"], row["kind"]][stage].append(row["score"] == 1)
             if row["kind"] == show:
                 asked = row.get("prompt") or row["messages"][-1]["content"]
-                print(stage, "ok " if right else "BAD", repr(asked), "->", repr(answer), row["check"])
+                print(stage, "ok " if row["score"] else "BAD", repr(asked), "->", repr(row["raw"]), row["check"])
     return scores
 
 
 def stages_of(run: Path) -> list[str]:
-    stages = (artifact.read_json(run / "run.json") or {})["stages"]
+    stages = (artifact.read_json(run / "run.json") or {}).get("stages", [])
     return [s for s in stages if (run / s / "model.safetensors").is_file()]
 
 
@@ -95,6 +63,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = list(tinyworld.rows("probes", options.split, size=options.size))
     stages = stages_of(options.runs[0])
+    if not stages:
+        raise SystemExit(f"{options.runs[0]} holds no finished stage that left a model.")
     found = [score(run, rows, options.show) for run in options.runs]
     for before, after in pairwise(stages):
         for run, scores in zip(options.runs, found, strict=True):

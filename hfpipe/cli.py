@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hfpipe: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nhfpipe: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print("\nhfpipe: interrupted; the same command goes on from what is on disk.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1
@@ -132,9 +132,9 @@ def _list(options: argparse.Namespace) -> None:
     recipes = {name: load_yaml(stage_configs_dir() / name / "pipeline.yaml")["stages"] for name in shipped_recipes()}
     stages = {name: kind.teaches for name, kind in stage_types().items()}
     if options.json:
-        print(json.dumps({"recipes": recipes, "stages": stages}, indent=2))
+        print(json.dumps({"recipes": recipes, "stages": stages, "folder": str(stage_configs_dir())}, indent=2))
         return
-    print("Recipes (hfpipe run NAME):")
+    print(f"Recipes (hfpipe run NAME), in {stage_configs_dir()}:")
     for name, listed in recipes.items():
         print(f"  {name:<12} {' -> '.join(listed)}")
     print("Stages:")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import upstream
-from hfpipe.contradictions import contradictions
+from hfpipe.contradictions import contradictions, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.paths import stage_configs_dir
 from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
@@ -46,6 +46,8 @@ def recipe_folder(name: str) -> Path:
         if (folder / "pipeline.yaml").is_file():
             return folder
     known = shipped_recipes()
+    if Path(name).suffix == ".yaml" and (Path(name).parent / "pipeline.yaml").is_file():
+        raise UserError(f"{name} is a file of the recipe {Path(name).parent}: give that folder.")
     if Path(name).is_dir():
         raise UserError(f"{name} has no pipeline.yaml, so it is not a recipe. See `hfpipe list` for the shipped ones.")
     raise UserError(f"No recipe `{name}`: neither a folder nor one of {', '.join(known)}.{nearest(name, known)}")
@@ -101,6 +103,8 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
         pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
         problems += _check_launch(pipeline, head_file)
+        for stage in stages.values():
+            problems += split_batch(stage, pipeline.launch.processes or 1)
     _check_graph(listed, stages, problems)
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))

@@ -7,6 +7,17 @@ from collections.abc import Iterator
 from hfpipe.sections import Stage
 
 
+def split_batch(stage: Stage, processes: int) -> list[str]:
+    """A batch in tokens that the processes of the recipe cannot share."""
+    tokens, length = getattr(stage.data, "batch_tokens", None), getattr(stage.data, "max_length", 1)
+    if tokens is None or tokens % (length * processes) == 0:
+        return []
+    return [
+        f"{stage.file}: data.batch_tokens = {tokens} is not a multiple of {length * processes} tokens: one row of "
+        f"data.max_length {length} in each of {processes} processes."
+    ]
+
+
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     checks = (_optimizer, _batch, _length, _freeze, _weights)

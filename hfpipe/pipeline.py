@@ -82,6 +82,8 @@ def _status(
 
 def select(planned: list[Planned], start: str | None, end: str | None, only: str | None) -> list[Planned]:
     """The stages from `start` to `end`, or `only` one; UserError where a name is unknown."""
+    if only and (start or end):
+        raise UserError("--only stands instead of --from and --to: give one or the other.")
     names = [p.stage.name for p in planned]
     for option, name in (("--from", start), ("--to", end), ("--only", only)):
         if name is not None and name not in names:
@@ -96,9 +98,10 @@ def select(planned: list[Planned], start: str | None, end: str | None, only: str
         parent = item.stage.model.from_
         missing = parent in names and parent not in done and names.index(parent) < first
         if item.runs and missing:
+            needed = next(p.stage.name for p in planned if p.trains)
             raise UserError(
                 f"`{item.stage.name}` starts from `{parent}`, which is not finished or has changed. "
-                f"Run it too: --from {parent}, or leave the selection out."
+                f"Run what comes before it too: --from {needed} --to {names[last]}."
             )
     return chosen
 

@@ -134,7 +134,7 @@ def _follow(process: Any, name: str, events: Path, log: Path, display: Display) 
     if code != 0:
         reason = error["text"] if error else f"its process ended with exit code {code}"
         raise StageFailed(
-            f"{name} failed: {reason}\nIts whole output is in {log}. The same command goes on from there."
+            f"{name} failed: {reason}\nIts whole output is in {log}. Once the cause is mended, the same command goes on."
         )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-def at_least(minimum: float, default: Any) -> Any:
-    """A field whose value may not lie below `minimum`."""
-    return field(default=default, metadata={"at_least": minimum})
+def at_least(minimum: float, default: Any, at_most: float | None = None) -> Any:
+    """A field whose value may not lie below `minimum` or above `at_most`."""
+    return field(default=default, metadata={"at_least": minimum, "at_most": at_most})
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
 class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
-    max_bad_rows: float = at_least(
-        0, 0.0
-    )  # share of a source's rows that may be left out for a fault before the stage refuses
+    max_bad_rows: float = at_least(0, 0.0, at_most=1)  # share of a source's rows that may be left out for a fault
 
 
 @dataclass(frozen=True)

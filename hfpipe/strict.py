@@ -27,6 +27,9 @@ def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> An
         minimum = names[key].metadata.get("at_least")
         if minimum is not None and isinstance(value, int | float) and value < minimum:
             problems.append(f"{where}{key} = {value!r}: expected {minimum} or more.")
+        maximum = names[key].metadata.get("at_most")
+        if maximum is not None and isinstance(value, int | float) and value > maximum:
+            problems.append(f"{where}{key} = {value!r}: expected at most {maximum}; it is a share.")
         values[names[key].name] = value
         fine = fine and len(problems) == before
     for key, item in names.items():

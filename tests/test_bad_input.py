@@ -71,7 +71,8 @@ def test_faulty_rows_above_the_limit_are_shown(sft_on):
     assert "3 of 4 rows cannot be used, more than data.max_bad_rows = 0 allows" in told
     for reason in ("empty assistant turn", "longer than max_length 256", "starts with assistant"):
         assert reason in told
-    assert "raise data.max_bad_rows" in told
+    assert "1 x longer than max_length 256: rows.jsonl line 3\n" in told
+    assert "raise data.max_bad_rows, a share from 0 to 1, to leave them out: 0.75 would do here" in told
 
 
 def test_a_row_without_a_prompt_or_an_answer_is_not_trained_on(sft_on):

@@ -267,9 +267,10 @@ def test_rows_not_used_are_counted_with_their_place_and_reason(tmp_path):
     )
     loaded, rows = load(path)
     assert [row["messages"][0]["content"] for row in rows] == ["Hi", "Hi!"]
-    assert list(loaded.numbered_rows()) == [(1, rows[0]), (5, rows[1])]
+    assert list(loaded.located_rows()) == [("a.jsonl line 1", rows[0]), ("a.jsonl line 5", rows[1])]
     assert loaded.counts.faults == {"empty assistant turn": 3, "no `completion`": 1}
     assert loaded.counts.duplicates == 1
+    assert loaded.counts.places["empty assistant turn"] == ["a.jsonl line 2", "a.jsonl line 6", "a.jsonl line 7"]
     assert loaded.counts.examples == [
         "a.jsonl line 2: empty assistant turn",
         "a.jsonl line 3: no `completion`",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfpipe.data.sources import is_hub_id, load_source
+from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.sections import DEFAULT_SPLIT, Recipe
 
@@ -24,8 +24,10 @@ def check_sources(recipe: Recipe) -> None:
     listed += [(head, "evaluate.text", source, "text", "validation") for source in recipe.pipeline.evaluate.text]
     for file, section, source, wanted, split in listed:
         try:
-            if not is_hub_id(source.path):  # a Hub set's commit is looked up for the fingerprint
-                load_source(source, wanted=wanted, split=split, where=f"{file}: {section}")
+            with named(f"{file}: {section}"):
+                if is_hub_id(source.path):  # its commit is looked up for the fingerprint
+                    continue
+                load_source(source, wanted=wanted, split=split)
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from hfpipe.sections import DEFAULT_SPLIT, Source
 
+PLACES = 10  # rows named for each reason
+
 
 @dataclass
 class SourceReport:
@@ -24,17 +26,18 @@ class SourceReport:
     other_splits: int = 0
     duplicates: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    places: dict[str, list[str]] = field(default_factory=dict)  # where the rows left out for each reason are
+    examples: list[str] = field(default_factory=list)  # the first of them with what was found there
     taken: float = 1.0  # share of it that its weight admits
 
     @classmethod
     def of(cls, source: Source, role: str) -> SourceReport:
         return cls(source.path, role, source.split or DEFAULT_SPLIT[role])
 
-    def leave_out(self, number: int, reason: str) -> None:
+    def leave_out(self, place: str, reason: str) -> None:
         self.left_out[reason] += 1
-        if len(self.examples) < 3:
-            self.examples.append(f"row {number}: {reason}")
+        if len(places := self.places.setdefault(reason, [])) < PLACES:
+            places.append(place)
 
     def line(self) -> str:
         """One line for a person: the form seen, rows used and not used, and why."""
@@ -57,7 +60,21 @@ class SourceReport:
         return ", ".join(parts)
 
     def reasons(self) -> str:
-        """Why rows were left out, with the first examples."""
-        counts = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
-        examples = "\n  ".join(["", *self.examples])
-        return f"{counts or 'None had a fault'}; {self.other_splits} are in other splits.{examples}"
+        """Why rows were left out and where they are, a line for each reason, and what the first ones hold."""
+        lines = [
+            f"{count} x {reason}: {_listed(self.places[reason], count)}"
+            for reason, count in self.left_out.most_common()
+        ]
+        lines += [f"for instance {example}" for example in self.examples]
+        others = f"{self.other_splits} are in other splits" if self.other_splits else ""
+        return "\n  ".join([others if lines else f"None had a fault; {others}", *lines])
+
+
+def _listed(places: list[str], count: int) -> str:
+    """`rows.jsonl line 3, 7, 12`: a file is named once."""
+    shown, last = [], ""
+    for place in places[:PLACES]:
+        start, _, number = place.rpartition(" ")
+        shown.append(number if start == last else place)
+        last = start
+    return ", ".join(shown) + (f" and {count - PLACES} more" if count > PLACES else "")

@@ -16,6 +16,7 @@ from typing import Any
 from hfpipe.data.forms import Form, recognise_source
 from hfpipe.data.messages import RowProblem
 from hfpipe.data.readers import DOCUMENT_UNITS, Located, files_of, kind_of_file, read_file
+from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_form, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
 from hfpipe.errors import UserError, nearest
@@ -37,10 +38,13 @@ class Counts:
     used: int = 0
     duplicates: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)  # where the rows of each fault are
     examples: list[str] = field(default_factory=list)
 
     def add_fault(self, at: Located, reason: str, detail: str) -> None:
         self.faults[reason] = self.faults.get(reason, 0) + 1
+        if len(places := self.places.setdefault(reason, [])) < PLACES:
+            places.append(str(at))
         if len(self.examples) < _EXAMPLES:
             self.examples.append(f"{at}: {detail}")
 
@@ -61,12 +65,12 @@ class Loaded:
 
     def rows(self) -> Iterator[Row]:
         """Canonical rows of the split in the form wanted, lazily; raises UserError where none can be used."""
-        return (row for _, row in self.numbered_rows())
+        return (row for _, row in self.located_rows())
 
-    def numbered_rows(self) -> Iterator[tuple[int, Row]]:
-        """As `rows`, each with its number in its file."""
+    def located_rows(self) -> Iterator[tuple[str, Row]]:
+        """As `rows`, each with its place, such as `rows.jsonl line 31`."""
         counts = self.counts = Counts()
-        with _named(self.where):
+        with named(self.where):
             own_splits, located = _open(self.source, self.split, self.seed, self.streaming)
             splitting = not own_splits and self.split != "all"
             seen: set[bytes] = set()
@@ -81,7 +85,7 @@ class Loaded:
                     counts.duplicates += 1
                 else:
                     counts.used += 1
-                    yield at.number, as_form(row, self.wanted)
+                    yield str(at), as_form(row, self.wanted)
                     if counts.used == self.source.limit:
                         return
             if not counts.used:
@@ -133,14 +137,14 @@ def load_source(source, *, wanted=None, split="train", seed=0, where="", streami
         UserError: nothing there, malformed, in no known form, or not usable as what is wanted.
     """
     split = source.split or split
-    with _named(where):
+    with named(where):
         if source.limit is not None and source.limit < 1:
             raise UserError(f"limit is {source.limit}, expected 1 or more rows.")
         _, located = _open(source, split, seed, streaming)
         head = list(itertools.islice(located, _ROWS_RECOGNISED))
         form = recognise_source([at.row for at in head], source.path)
         wanted = source.as_ or wanted or form.gives
-        with _named(source.path):
+        with named(source.path):
             check_usable(form.gives, wanted)
     return Loaded(source, form, wanted, split, seed, where, streaming, head[0].unit)
 
@@ -295,7 +299,7 @@ def _add(seen: set[bytes], item: bytes) -> bool:
 
 
 @contextmanager
-def _named(where: str) -> Iterator[None]:
+def named(where: str) -> Iterator[None]:
     """Begin the message of a UserError with `where`."""
     try:
         yield

@@ -140,22 +140,22 @@ def sample_answers(
 ) -> list[dict[str, Any]]:
     """Greedy answers to a few held-out prompts: `{"asked", "prompt", "answer", "reference"}`.
 
-    `prompt` and `answer` show the special tokens, `asked` is the prompt without them.
+    `prompt` and `answer` show the special tokens, `asked` is the prompt without them, its turns parted by ` / `.
     """
     evaluate = job.recipe.pipeline.evaluate
     chosen = _spread(rows, evaluate.samples)
     if not chosen:
         return []
     prompts = [_prompt(tokenizer, row) for row in chosen]
-    answers = generate_all(model, tokenizer, [ids for ids, _ in prompts], evaluate.max_new_tokens)
+    answers = generate_all(model, tokenizer, [ids for _, ids, _ in prompts], evaluate.max_new_tokens)
     return [
         {
-            "asked": tokenizer.decode(ids, skip_special_tokens=True),
+            "asked": asked,
             "prompt": tokenizer.decode(ids),
             "answer": tokenizer.decode(answer),
             "reference": reference,
         }
-        for (ids, reference), answer in zip(prompts, answers, strict=True)
+        for (asked, ids, reference), answer in zip(prompts, answers, strict=True)
     ]
 
 
@@ -173,18 +173,26 @@ def _padded(groups: list[list[Any]]) -> list[list[Any]]:
     return [[*group, *[None] * (longest - len(group))] for group in groups]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[list[int], str]:
-    """What a sample starts from, as ids, and what the data goes on with."""
+def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[str, list[int], str]:
+    """What a sample starts from, in words and as ids, and what the data goes on with."""
     from hfpipe.training.templates import encode_prompts
     from hfpipe.training.tokenizers import encode_text
 
     if "text" in row:
         words = row["text"].split(" ")
-        return encode_text(tokenizer, [" ".join(words[:8])])[0], " ".join(words[8:40])
+        start = " ".join(words[:8])
+        return start, encode_text(tokenizer, [start])[0], " ".join(words[8:40])
     if "messages" in row:
         last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
         prompt, answer = row["messages"][:last], row["messages"][last]
     else:
         prompt, answer = row["prompt"], row["chosen"][0]
     ids = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
-    return ids, answer["content"] or str(answer.get("tool_calls"))
+    asked = " / ".join(str(m.get("content") or "") or _called(m) for m in prompt)
+    return asked, ids, answer["content"] or _called(answer)
+
+
+def _called(message: dict[str, Any]) -> str:
+    """`calculator(2 * 3)` for a message that is a tool call."""
+    calls = (call["function"] for call in message.get("tool_calls") or ())
+    return ", ".join(f"{call['name']}({call['arguments']})" for call in calls)

@@ -46,8 +46,12 @@ def build_card(job: Job, record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
 def _rows(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows = []
     for name, value in metrics.items():
-        rows += _rows(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+        rows += _rows(value, f"{prefix}{name} ") if isinstance(value, dict) else [(f"{prefix}{name}", _short(value))]
     return rows

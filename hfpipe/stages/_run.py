@@ -146,11 +146,18 @@ def main(stage_type: StageType) -> None:
             if is_main_process() and not pipeline_holds_it:
                 check_sources(recipe)
                 claim(recipe, run)
-            run_stage(make_job(recipe, stage, run), progress)
+            job = make_job(recipe, stage, run)
+            job.check_parents()
+            run_stage(job, progress)
+            if is_main_process() and not pipeline_holds_it:
+                print(f"{stage.name} is complete in {job.folder}")
     except UserError as error:
         progress.tell("error", text=str(error), user=True)
         print(f"hfpipe: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception as error:
+        progress.tell("error", text=f"{type(error).__name__}: {error}", user=False)
+        raise
 
 
 def is_main_process() -> bool:

@@ -68,20 +68,24 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _set_batch(job: Job, args: Any, progress: Progress) -> None:
-    """`data.batch_tokens` as gradient accumulation steps."""
-    data = job.stage.data
+    """`data.batch_tokens`, of all processes together, as rows of a pass and gradient accumulation steps."""
+    data, given = job.stage.data, args.per_device_train_batch_size
     if data.batch_tokens is None:
         return
-    per_pass = data.max_length * args.per_device_train_batch_size * args.world_size
-    steps, rest = divmod(data.batch_tokens, per_pass)
-    if rest or not steps:
+    rows, rest = divmod(data.batch_tokens, data.max_length * args.world_size)
+    if rest or not rows:
+        unit = data.max_length * args.world_size
         raise UserError(
-            f"{job.stage.file}: data.batch_tokens = {data.batch_tokens} is not a multiple of the {per_pass} tokens of one "
-            f"pass (data.max_length {data.max_length} x trainer.per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} x {args.world_size} processes). Take {max(steps, 1) * per_pass}."
+            f"{job.stage.file}: data.batch_tokens = {data.batch_tokens} is not a multiple of {unit} tokens: one row of "
+            f"data.max_length {data.max_length} in each of {args.world_size} processes. Take {max(rows, 1) * unit}."
         )
-    args.gradient_accumulation_steps = steps
-    progress.note(f"batch: {data.batch_tokens:,} tokens = {steps} x {per_pass:,}")
+    size = next(n for n in range(min(given, rows), 0, -1) if rows % n == 0)
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = size, rows // size
+    lowered = f", per_device_train_batch_size lowered from {given}" if size < given else ""
+    progress.note(
+        f"batch: {data.batch_tokens:,} tokens = {args.world_size} x {size} rows of {data.max_length} x {rows // size} "
+        f"accumulated{lowered}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _CHUNK = 1000
 
 
 def encode_rows(
-    rows: Iterable[tuple[int, dict]],
+    rows: Iterable[tuple[str, dict]],
     report: SourceReport,
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -38,10 +38,10 @@ def encode_rows(
             report.neutralised += changed
             clean.append(row)
         ids = _one_by_one_on_error(encode, tokenizer, clean)
-        for (number, _), row, encoded in zip(chunk, clean, ids, strict=True):
+        for (place, _), row, encoded in zip(chunk, clean, ids, strict=True):
             problem = encoded if isinstance(encoded, str) else _problem(encoded, kind, max_length)
             if problem:
-                report.leave_out(number, problem)
+                report.leave_out(place, problem)
                 continue
             report.used += 1
             report.tokens += _length(encoded)

@@ -108,7 +108,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(job.checkpoints)
     _set_optimizer(job, trainer)
-    trainer.add_callback(_Watch(progress, data.tokens_per_row))
+    trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if checkpoint:
         progress.note(f"resumed from {checkpoint.name}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -128,7 +128,12 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         "resumed_from_step": resumed,
     }
     if trainer.is_world_process_zero():
-        history = [line for line in trainer.state.log_history if "train_runtime" not in line]
+        # Of packed rows TRL counts what its own collator would give; `tokens` is ours.
+        history = [
+            {name: value for name, value in line.items() if name != "num_tokens"}
+            for line in trainer.state.log_history
+            if "train_runtime" not in line
+        ]
         artifact.write_jsonl(job.work / "metrics.jsonl", history)
     return metrics
 
@@ -170,8 +175,8 @@ def _set_optimizer(job: Job, trainer: Trainer) -> None:
 class _Watch(TrainerCallback):
     """Reports steps, loss, speed and time left; stops on a loss or gradient that is not a number."""
 
-    def __init__(self, progress: Progress, tokens_per_row: float):
-        self.progress, self.tokens_per_row = progress, tokens_per_row
+    def __init__(self, job: Job, progress: Progress, tokens_per_row: float):
+        self.file, self.progress, self.tokens_per_row = job.stage.file, progress, tokens_per_row
         self.loss: float | None = None
         self.began = self.told = time.monotonic()
         self.first_step = 0
@@ -179,6 +184,12 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.monotonic()
         self.first_step = state.global_step
+        warmup = args.get_warmup_steps(state.max_steps)
+        if warmup >= state.max_steps:
+            raise UserError(
+                f"{self.file}: trainer.warmup_steps takes {warmup} of {state.max_steps} steps, so the learning rate would "
+                "never leave 0 or reach its height. Give more rows or epochs, a smaller batch, or warmup_steps: 0."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = time.monotonic()

@@ -55,6 +55,20 @@ class Job:
         source = str(self.stage.model.from_)
         return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source.partition("@")[0]
 
+    def check_parents(self) -> None:
+        """UserError where the parent is not finished; names the first stage that must run."""
+        missing, stage = None, self.stage
+        while parent := self.recipe.parent(stage):
+            if (self.run / parent.name / artifact.STAGE_FILE).is_file():
+                break
+            missing = stage = parent
+        if missing:
+            raise UserError(
+                f"{self.stage.name} starts from `{self.stage.model.from_}`, but {self.run} holds no finished "
+                f"`{missing.name}`. Run what comes before it: "
+                f"hfpipe run {self.recipe.folder} --out {self.run} --to {self.stage.model.from_}"
+            )
+
     @property
     def parent_revision(self) -> str | None:
         """The commit of a Hub model; None for a folder."""
@@ -102,13 +116,15 @@ class Job:
 
 def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None) -> tuple[str, dict[str, str]]:
     """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch."""
+    from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
 
     seed = recipe.pipeline.seed
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
         for number, source in enumerate(getattr(stage.data, role)):
-            hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+            with named(f"{stage.file}: data.{role}"):
+                hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
     tokenizer = stage.sections.get("tokenizer")
     if tokenizer and tokenizer.chat_template:
         hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(

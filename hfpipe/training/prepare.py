@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -110,20 +111,22 @@ def _stream(job: Job, tokenizer: PreTrainedTokenizerBase, source: Source, max_le
 
 def read_source(
     source: Source, report: SourceReport, *, wanted: str, job: Job, streaming: bool = False
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Canonical rows of one source with their numbers; the report counts what was seen and left out."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Canonical rows of one source with their places; the report counts what was seen and left out."""
     from hfpipe.data.sources import load_source
 
     where = f"{job.stage.file}: data.{report.role}"
     loaded = load_source(
         source, wanted=wanted, split=report.split, seed=job.recipe.pipeline.seed, where=where, streaming=streaming
     )
-    yield from loaded.numbered_rows()
+    yield from loaded.located_rows()
     counts = loaded.counts
     report.form, report.read = loaded.form_seen, counts.read
     report.other_splits, report.duplicates = counts.other_splits, counts.duplicates
     report.left_out.update(counts.faults)
-    report.examples[:0] = counts.examples
+    for reason, places in counts.places.items():
+        report.places.setdefault(reason, []).extend(places)
+    report.examples += counts.examples
 
 
 # --- the store ---
@@ -239,7 +242,8 @@ def refuse_bad_rows(report: SourceReport, job: Job, max_bad_rows: float) -> None
     if bad > max_bad_rows * (report.used + bad):
         raise UserError(
             f"{where}: {bad} of {report.used + bad} rows cannot be used, more than data.max_bad_rows = {max_bad_rows:g} "
-            f"allows. {report.reasons()}\nMend the rows, or raise data.max_bad_rows to leave them out."
+            f"allows. {report.reasons()}\nMend the rows, or raise data.max_bad_rows, a share from 0 to 1, to leave them "
+            f"out: {math.ceil(bad / (report.used + bad) * 100) / 100:g} would do here."
         )
 
 
