@@ -29,7 +29,7 @@ def main() -> None:
     process, peak = psutil.Process(command.pid), 0
     while command.poll() is None:
         peak = max(peak, held(process))
-        time.sleep(0.25)
+        time.sleep(1)
     print(f"peak {peak / 2**30:.2f} GiB, {time.monotonic() - began:.0f} s, exit code {command.returncode}")
     raise SystemExit(command.returncode)
 
