@@ -47,6 +47,27 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_plan)
 
+    command = commands.add_parser("report", help="write a run's report.html and print its scorecard")
+    command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_report)
+
+    command = commands.add_parser("inspect", help="rows of a stage as the model will see them, trained tokens marked")
+    command.add_argument("file", type=Path, help="a stage's YAML file, such as stage_configs/tiny/sft.yaml")
+    command.add_argument("--row", type=int, metavar="N", help="this row, from 1; default: the first five")
+    command.add_argument("--out", type=Path, help="the run with the tokenizer; default: runs/RECIPE")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run")
+    command.add_argument("--json", action="store_true", help="one JSON object a row")
+    command.set_defaults(command=_inspect)
+
+    command = commands.add_parser("chat", help="talk to a model in the terminal; it may use the calculator")
+    command.add_argument("model", help="a model's folder, such as runs/tiny/dpo, or org/model@revision")
+    command.add_argument("--prompt", metavar="TEXT", help="one turn, then end")
+    command.add_argument("--system", metavar="TEXT", help="a system message")
+    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer at the most")
+    command.add_argument("--json", action="store_true", help="one JSON object a turn")
+    command.set_defaults(command=_chat)
+
     command = commands.add_parser("list", help="the shipped recipes and the stages there are")
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_list)
@@ -87,8 +108,9 @@ def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     recipe, run = _load(options)
     chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
+    if any(item.runs for item in chosen):
+        _print_scorecard(run)
     whole = len(chosen) == len(recipe.stages)
-    _print_scorecard(run)
     what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
     print(
         f"{what} {'is' if whole or len(chosen) == 1 else 'are'} complete in {run} ({duration(time.monotonic() - began)})"
@@ -97,10 +119,56 @@ def _run(options: argparse.Namespace) -> None:
 
 def _print_scorecard(run: Path) -> None:
     from hfpipe.evaluation.scorecard import read_scorecard, table
+    from hfpipe.publishing.report import write_report
 
     card = read_scorecard(run)
     if card.capabilities:
         print("\n".join(["", *table(card), ""]))
+    if card.stages:
+        print(f"report: {write_report(run)}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hfpipe.evaluation.scorecard import read_scorecard, table
+    from hfpipe.publishing.report import write_report
+
+    if not (options.run / "run.json").is_file():
+        raise UserError(f"{options.run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
+    card = read_scorecard(options.run)
+    if not card.stages:
+        raise UserError(f"{options.run} holds no finished stage that left a language model.")
+    path = write_report(options.run)
+    if options.json:
+        print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
+        return
+    lines = [*table(card), *(f"forgotten: {line}" for line in card.forgotten)] if card.capabilities else []
+    print("\n".join([*lines, f"report: {path}"]))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    if options.row is not None and options.row < 1:
+        raise UserError(f"--row {options.row}: rows are counted from 1.")
+    quiet_environment()
+    from hfpipe.apps.inspect import inspect_stage
+
+    inspect_stage(options.file, options.set, options.out, options.row, options.json)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.chat import chat
+
+    chat(
+        options.model,
+        prompt=options.prompt,
+        system=options.system,
+        as_json=options.json,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:

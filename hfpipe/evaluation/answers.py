@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH_TOKENS = 16384  # prompts and answers of one batch
-_MAX_CALLS = 3  # tool calls in one answer
+MAX_CALLS = 3  # tool calls in one answer
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ def answer_all(
     """Greedy answers, in the questions' order; a called tool of `tools` is carried out and the model goes on from it."""
     answers = [Answer() for _ in questions]
     waiting = list(range(len(questions)))
-    for turn in range(_MAX_CALLS + 1):
-        prompts = [_prompt_ids(tokenizer, questions[i], answers[i]) for i in waiting]
+    for turn in range(MAX_CALLS + 1):
+        prompts = [prompt_ids(tokenizer, questions[i], answers[i]) for i in waiting]
         again = []
         for i, prompt, ids in zip(
             waiting, prompts, generate_all(model, tokenizer, prompts, max_new_tokens), strict=True
         ):
-            answer, message = answers[i], _parse(tokenizer, prompt, ids, questions[i])
+            answer, message = answers[i], parse(tokenizer, prompt, ids, questions[i])
             answer.raw = answer.raw if turn else tokenizer.decode(ids)
             answer.messages.append(message)
             stopped = bool(ids) and ids[-1] in stop_ids(model)
             answer.stopped = stopped and (turn == 0 or answer.stopped)
-            results = _carry_out(message, tools) if stopped else []
+            results = carry_out(message, tools) if stopped else []
             if results:
                 answer.messages += results
                 again.append(i)
@@ -118,7 +118,8 @@ def _generate(
     return answers
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> list[int]:
+    """The question, what has been answered so far, and the opening of the assistant's turn."""
     from hfpipe.training.templates import encode_messages, encode_prompts
     from hfpipe.training.tokenizers import encode_text
 
@@ -130,7 +131,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: 
     return encode_prompts(tokenizer, [{"prompt": talk, "tools": question.tools}])[0]
 
 
-def _parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], question: Question) -> dict[str, Any]:
+def parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], question: Question) -> dict[str, Any]:
     """The message that token ids say, tool calls parsed by upstream where the tokenizer knows how."""
     said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
     if isinstance(question.prompt, str) or question.opens_turn or getattr(tokenizer, "response_template", None) is None:
@@ -141,7 +142,7 @@ def _parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int]
         return said  # not a message of this format
 
 
-def _carry_out(message: dict[str, Any], tools: Mapping[str, Callable[[Any], str]]) -> list[dict[str, Any]]:
+def carry_out(message: dict[str, Any], tools: Mapping[str, Callable[[Any], str]]) -> list[dict[str, Any]]:
     """The results of a message's tool calls; none where it calls a tool that is not to be had."""
     called = [call["function"] for call in message.get("tool_calls") or ()]
     if not all(function["name"] in tools for function in called):

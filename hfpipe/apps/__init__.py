@@ -1,0 +1,1 @@
+"""Programs around a model: a chat in the terminal."""

@@ -1,0 +1,132 @@
+"""A chat in the terminal: answers appear as they are written, and the calculator works when the model calls it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.errors import UserError
+from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, prompt_ids, stop_ids
+from hfpipe.evaluation.tools import TOOLS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder or from `org/model@revision`; UserError where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, revision = source, None
+    if not Path(source).expanduser().exists():
+        path, _, named = source.partition("@")
+        revision = named or None
+    elif not (Path(source).expanduser() / "config.json").is_file():
+        inside = sorted(p.parent.name for p in Path(source).expanduser().glob("*/config.json"))
+        hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
+        raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{source}: no model to chat with, neither a folder nor to be had from the Hub: {reason}"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"{source} has no chat template: it takes no turns yet. A midtrain or sft stage gives it one.")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+class Session:
+    """One conversation. What the user types can't forge a turn: control tokens in it are made harmless."""
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None = None, max_new_tokens: int = 256):
+        from hfpipe.training.templates import special_strings
+
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self._special = special_strings(tokenizer)
+        self.messages: list[dict[str, Any]] = []
+        if system:
+            self.messages.append({"role": "system", "content": self._clean(system)})
+
+    def say(self, text: str, write: Callable[[str], object]) -> Answer:
+        """The answer to what the user says, piece by piece to `write`; tool calls are carried out on the way."""
+        self.messages.append({"role": "user", "content": self._clean(text)})
+        question, answer = Question(list(self.messages)), Answer()
+        for _ in range(MAX_CALLS + 1):
+            prompt = prompt_ids(self.tokenizer, question, answer)
+            ids = self._generate(prompt, write)
+            message = parse(self.tokenizer, prompt, ids, question)
+            answer.messages.append(message)
+            answer.stopped = bool(ids) and ids[-1] in stop_ids(self.model)
+            results = carry_out(message, TOOLS) if answer.stopped else []
+            for result in results:
+                write(f" -> {result['content']}\n")
+            answer.messages += results
+            if not results:
+                break
+        self.messages += answer.messages
+        return answer
+
+    def _generate(self, prompt: list[int], write: Callable[[str], object]) -> list[int]:
+        import torch
+        from transformers import TextStreamer
+
+        class Streamer(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                write(text)
+
+        ids = torch.tensor([prompt], device=self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )
+        return output[0, len(prompt) :].tolist()
+
+    def _clean(self, text: str) -> str:
+        from hfpipe.training.templates import neutralise
+
+        return neutralise(text, self._special)[0]
+
+
+def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, max_new_tokens: int) -> None:
+    """One turn with `prompt`, else a conversation until the input ends; with `as_json` one JSON object a turn."""
+    model, tokenizer = load(source)
+    session = Session(model, tokenizer, system, max_new_tokens)
+
+    def turn(text: str) -> None:
+        before = len(session.messages)
+        answer = session.say(text, (lambda piece: None) if as_json else _write)
+        if as_json:
+            print(json.dumps({"answer": answer.text, "stopped": answer.stopped, "messages": session.messages[before:]}))
+        else:
+            print("" if answer.stopped else f" [cut at {max_new_tokens} tokens]")
+
+    if prompt is not None:
+        return turn(prompt)
+    asks = sys.stdin.isatty() and not as_json
+    if asks:
+        print(f"{source}: an empty line or Ctrl-D ends the chat.")
+    while True:
+        try:
+            text = input("> " if asks else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if not text and asks:
+            break
+        if text:
+            turn(text)
+
+
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)

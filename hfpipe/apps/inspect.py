@@ -1,0 +1,143 @@
+"""A row as the model will see it: its source, its roles, every token trained or not, what was neutralised, what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job
+
+_TRAINED, _CONTEXT, _END = "\033[1;32m", "\033[2m", "\033[0m"
+
+
+@dataclass
+class Inspected:
+    """One row: `sides` holds its tokens as (text, id, trained), a list for a row and two for a pair."""
+
+    number: int
+    source: str
+    place: str
+    form: str
+    roles: list[str]
+    sides: dict[str, list[tuple[str, int, bool]]]
+    neutralised: int
+    problem: str | None = None
+    length: int = field(init=False)
+    trained: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.length = max(map(len, self.sides.values()), default=0)
+        self.trained = sum(token[2] for tokens in self.sides.values() for token in tokens)
+
+
+def inspect_rows(job: Job) -> Iterator[Inspected]:
+    """The rows of a stage's training sources, one source after the other, before they are packed and mixed."""
+    from hfpipe.data.report import SourceReport
+    from hfpipe.training.models import load_tokenizer
+    from hfpipe.training.prepare import read_source
+
+    stage = job.stage
+    tokenizer = load_tokenizer(job)
+    max_length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+    number = itertools.count(1)
+    for source in stage.data.train:
+        wanted = source.as_ or stage.type.rows or "text"
+        report = SourceReport.of(source, "train")
+        for place, row in read_source(source, report, wanted=wanted, job=job):
+            yield _inspect(next(number), source.path, place, wanted, row, tokenizer, max_length)
+
+
+def _inspect(
+    number: int, source: str, place: str, wanted: str, row: dict, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Inspected:
+    from hfpipe.data.report import SourceReport
+    from hfpipe.training.encode import encode_rows
+
+    report = SourceReport(source, "train", "train")
+    # A longer limit than the stage's, so that a row that is too long is shown all the same.
+    encoded = list(encode_rows([(place, row)], report, wanted, tokenizer, sys.maxsize))
+    sides = _sides(encoded[0][1], tokenizer) if encoded else {}
+    problem = next(iter(report.left_out), None)
+    longest = max(map(len, sides.values()), default=0)
+    if longest > max_length:
+        cut = wanted == "text"
+        problem = f"{longest} tokens, longer than max_length {max_length}: {'cut into rows' if cut else 'left out'}"
+    messages = row.get("messages") or [*row.get("prompt", []), *row.get("chosen", [])]
+    roles = [message["role"] for message in messages] if isinstance(messages, list) else []
+    return Inspected(number, source, place, wanted, roles, sides, report.neutralised, problem)
+
+
+def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[tuple[str, int, bool]]]:
+    if "prompt_ids" not in encoded:
+        labels = encoded["labels"]
+        return {"row": _tokens(tokenizer, encoded["input_ids"], [label != -100 for label in labels])}
+    prompt = encoded["prompt_ids"]
+    return {
+        side: _tokens(tokenizer, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        for side, answer in (("chosen", encoded["chosen_ids"]), ("rejected", encoded["rejected_ids"]))
+    }
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> list[tuple[str, int, bool]]:
+    return [(tokenizer.decode([token]), token, is_trained) for token, is_trained in zip(ids, trained, strict=True)]
+
+
+def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
+    """The tokens' text: trained ones bold green and others dim, or without colours between ⟦ and ⟧."""
+    parts = []
+    for is_trained, group in itertools.groupby(tokens, key=lambda token: token[2]):
+        text = "".join(token[0] for token in group)
+        if colours:
+            parts.append(f"{_TRAINED if is_trained else _CONTEXT}{text}{_END}")
+        else:
+            parts.append(f"⟦{text}⟧" if is_trained else text)
+    return "".join(parts)
+
+
+def inspect_stage(file: Path, overrides: list[str], run: Path | None, row: int | None, as_json: bool) -> None:
+    """Print one row of a stage, or the first five."""
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+    from hfpipe.training.job import make_job
+
+    if not file.is_file() or file.name == "pipeline.yaml":
+        raise UserError(f"{file} is not a stage's file. Give one, such as stage_configs/tiny/sft.yaml.")
+    recipe = load_recipe(file.parent, stage_types(), overrides)
+    stage = recipe.stages.get(file.stem)
+    if stage is None or not stage.type.trainer:
+        raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
+    job = make_job(recipe, stage, run or Path("runs") / recipe.name, parent_fingerprint="")
+    first, last = (row, row) if row else (1, 5)
+    found = list(itertools.islice(inspect_rows(job), first - 1, last))
+    if not found:
+        raise UserError(f"{file}: there is no row {first} in its training data.")
+    for item in found:
+        print(json.dumps(asdict(item), ensure_ascii=False) if as_json else _shown(item, sys.stdout.isatty()))
+
+
+def _shown(item: Inspected, colours: bool) -> str:
+    head: list[Any] = [
+        f"row {item.number}",
+        item.place if item.source in item.place else f"{item.source}, {item.place}",
+    ]
+    head += [item.form, f"{item.length} tokens, {item.trained} trained"]
+    if item.roles:
+        head.append(" ".join(item.roles))
+    if item.neutralised:
+        head.append(f"{item.neutralised} control tokens neutralised")
+    lines = [" · ".join(map(str, head))]
+    if item.problem:
+        lines.append(f"  ! {item.problem}")
+    for name, tokens in item.sides.items():
+        lines.append(coloured(tokens, colours) if name == "row" else f"{name}: {coloured(tokens, colours)}")
+    return "\n".join([*lines, ""])

@@ -1,0 +1,163 @@
+"""The report of a run: one HTML file that needs nothing else, made from what the stages left on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.evaluation.scorecard import Cell, Scorecard, read_scorecard
+from hfpipe.progress import duration, quantity
+
+REPORT_FILE = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# One question of each of these kinds is followed through the stages, where the probes have them.
+_STORY = (
+    "cloze", "question", "small_sum", "tool_answer", "json", "harm", "lookalike", "future", "made_up", "asks", "pirate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageStory:
+    """What the report says of one stage."""
+
+    name: str
+    record: dict[str, Any]
+    curve: list[tuple[int, float]]  # (step, training loss)
+    held_out: list[tuple[int, float]]  # (step, loss on the stage's own validation rows, while it trained)
+    samples: list[dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.record["metrics"]
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a run's folder; an older one is replaced whole."""
+    path = run / REPORT_FILE
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(build_report(run), encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def build_report(run: Path) -> str:
+    """The report as HTML. Everything that came from a model or from data is escaped by the template."""
+    from jinja2 import Environment, select_autoescape
+
+    stages, card = read_stages(run), read_scorecard(run)
+    environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True)
+    environment.filters |= {"duration": duration, "quantity": quantity, "shade": _shade}
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    record = artifact.read_json(run / "run.json") or {}
+    return template.render(
+        name=record.get("recipe", run.name),
+        stages=stages,
+        card=card,
+        story=story(card, stages),
+        curves=_curves(stages),
+        total_s=sum(stage.record.get("wall_s", 0) for stage in stages),
+        last=stages[-1].record if stages else {},
+    )
+
+
+def read_stages(run: Path) -> list[StageStory]:
+    """The finished stages of a run in the recipe's order."""
+    stages = []
+    for name in (artifact.read_json(run / "run.json") or {}).get("stages", []):
+        folder = run / name
+        record = artifact.read_json(folder / artifact.STAGE_FILE)
+        if record is None:
+            continue
+        history = _lines(folder / "metrics.jsonl")
+        curve = [(line["step"], line["loss"]) for line in history if "loss" in line]
+        held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
+        samples = (artifact.read_json(folder / "eval.json") or {}).get("samples", [])
+        stages.append(StageStory(name, record, curve, held_out, samples, _lines(folder / "probes.jsonl")))
+    return stages
+
+
+def story(card: Scorecard, stages: list[StageStory]) -> list[dict[str, Any]]:
+    """The same questions, one a kind, with every stage's answer: those that the last stage answers best come first."""
+    scored = [stage for stage in stages if stage.probes]
+    if not scored:
+        return []
+    followed = []
+    for kind in _STORY:
+        spots = [i for i, row in enumerate(scored[0].probes) if row["kind"] == kind]
+        if not spots:
+            continue
+        # The question whose answers tell most apart: right in as few of the early stages and as many of the late.
+        weights = [2**place for place in range(len(scored))]
+        spot = max(
+            spots,
+            key=lambda i: (
+                sum(w * s.probes[i]["score"] for w, s in zip(weights, scored, strict=True))
+                / (1 + scored[0].probes[i]["score"])
+            ),
+        )
+        row = scored[0].probes[spot]
+        answers = [
+            {"stage": s.name, "text": s.probes[spot]["answer"] or s.probes[spot]["raw"], "right": s.probes[spot]["score"] == 1}
+            for s in scored
+        ]  # fmt: skip
+        followed.append({"asked": _asked(row), "capability": row["capability"], "answers": answers})
+    return followed
+
+
+def _asked(row: dict[str, Any]) -> str:
+    if "prompt" in row:
+        return f"{row['prompt']} ..."
+    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in row["messages"])
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _shade(cell: Cell) -> str:
+    """The heat map's colour: from a pale sand at 0 to a full teal at 1."""
+    low, high = (247, 240, 228), (92, 184, 170)
+    return "rgb({}, {}, {})".format(*(round(a + (b - a) * cell.score) for a, b in zip(low, high, strict=True)))
+
+
+def _curves(stages: list[StageStory]) -> str:
+    """All stages' losses on one time line, as SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    trained = [stage for stage in stages if stage.curve]
+    if not trained:
+        return ""
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text
+    mpl.rcParams["svg.hashsalt"] = "hfpipe"  # the same run gives the same file
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots()
+    start = 0
+    for number, stage in enumerate(trained):
+        colour = f"C{number}"
+        steps = [start + step for step, _ in stage.curve]
+        axes.plot(steps, [loss for _, loss in stage.curve], color=colour, linewidth=1.4, label=stage.name)
+        if stage.held_out:
+            axes.plot(
+                *zip(*((start + s, loss) for s, loss in stage.held_out), strict=True), "o", color=colour, markersize=3
+            )
+        after = stage.metrics.get("validation", {}).get("loss")
+        start += stage.metrics.get("steps", stage.curve[-1][0])
+        if after is not None and math.isfinite(after):
+            axes.plot([start], [after], "D", color=colour, markersize=5, markeredgecolor="white")
+        axes.axvline(start, color="#cccccc", linewidth=0.8, zorder=0)
+    axes.set(xlabel="step, all stages one after the other", ylabel="loss (nats per token)", yscale="log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=len(trained), loc="upper right")
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
+    text = picture.getvalue()
+    return text[text.index("<svg") :]
