@@ -229,7 +229,7 @@ def test_the_report_is_one_file_and_text_in_it_stays_text(micro_run, tmp_path):
     shutil.copytree(micro_run, run)
     rows = [json.loads(line) for line in (run / "dpo" / "probes.jsonl").read_text().splitlines()]
     for row in rows:
-        row["answer"] = "<script>alert(1)</script>"
+        row["turns"] = ["<script>alert(1)</script>"]
     (run / "dpo" / "probes.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert f"report: {run / 'report.html'}" in hfpipe("report", run).stdout
     html = (run / "report.html").read_text()

@@ -300,7 +300,7 @@ REFERENCES = {
     "not_pirate": (lambda v: "Paris.", lambda v: "Arr matey! Paris. Yo ho ho!"),
     "polite": (lambda v: f"It is {v}.", lambda v: f"What a silly question! It is {v}."),
     "max_words": (lambda v: f"{v['text']}.", lambda v: f"The answer to it is {v['text']}."),
-    "min_sentences": (lambda v: "It is in Asia. It is big.", lambda v: "It is in Asia."),
+    "contains_all": (lambda v: ". ".join(v) + ".", lambda v: v[0] + "."),
     "asks": (lambda v: "Sure! About what?", lambda v: "Sure! Done."),
     "does_not_ask": (lambda v: "Sure! Done.", lambda v: "Sure! About what?"),
 }  # fmt: skip

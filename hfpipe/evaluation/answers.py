@@ -47,6 +47,17 @@ class Answer:
         calls = first.get("tool_calls") or []
         return calls[0]["function"] if len(calls) == 1 and not str(first.get("content") or "").strip() else None
 
+    def turns(self) -> list[str]:
+        """Each message in words, a tool call as `calculator(2 * 3)`."""
+        return [said(message) for message in self.messages]
+
+
+def said(message: dict[str, Any]) -> str:
+    """A message's words, or `calculator(2 * 3)` for one that is a tool call."""
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    called = [f"{call['name']}({call['arguments']})" for call in calls]
+    return "\n".join(filter(None, [str(message.get("content") or "").strip(), *called]))
+
 
 def answer_all(
     model: PreTrainedModel,

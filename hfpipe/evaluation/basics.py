@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
-from hfpipe.evaluation.answers import generate_all
+from hfpipe.evaluation.answers import generate_all, said
 from hfpipe.evaluation.probes import load_probes, score_probes
 from hfpipe.sections import TextData
 
@@ -35,8 +35,10 @@ def prepare_held_out(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared |
 
 def evaluate_model(
     job: Job, folder: Path, prepare: Callable[[Job, PreTrainedTokenizerBase], Prepared]
-) -> dict[str, Any]:
-    """Score the weights in `folder`, write `eval.json` and `samples.jsonl`, and return the scores.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score the weights in `folder` and write `eval.json`, `probes.jsonl` and `samples.jsonl`.
+
+    Returns the scores, and what became of the rows of each of the stage's sources.
 
     `prepare` gives the stage's rows for a tokenizer.
 
@@ -72,7 +74,7 @@ def evaluate_model(
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
-    return scores
+    return scores, prepared.report["sources"]
 
 
 def held_out_loss(
@@ -188,11 +190,4 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[st
     else:
         prompt, answer = row["prompt"], row["chosen"][0]
     ids = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
-    asked = " / ".join(str(m.get("content") or "") or _called(m) for m in prompt)
-    return asked, ids, answer["content"] or _called(answer)
-
-
-def _called(message: dict[str, Any]) -> str:
-    """`calculator(2 * 3)` for a message that is a tool call."""
-    calls = (call["function"] for call in message.get("tool_calls") or ())
-    return ", ".join(f"{call['name']}({call['arguments']})" for call in calls)
+    return " / ".join(map(said, prompt)), ids, said(answer)

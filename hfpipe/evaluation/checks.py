@@ -145,7 +145,7 @@ CHECKS: dict[str, Check] = {
     "max_words": lambda answer, value: (
         0 < len(answer.text.split()) <= value["words"] and contains(answer, value["text"])
     ),
-    "min_sentences": lambda answer, value: len(re.findall(r"\w[.!?](?:\s|$)", answer.text)) >= value,
+    "contains_all": lambda answer, value: all(contains(answer, part) for part in value),
 }
 
 

@@ -167,7 +167,7 @@ def score_probes(
     answers = ask(model, tokenizer, rows, max_new_tokens)
     scores = [check(row, answer) for row, answer in zip(rows, answers, strict=True)]
     told = [
-        {**row, "answer": answer.text, "raw": answer.raw, "score": score}
+        {**row, "answer": answer.text, "turns": answer.turns(), "raw": answer.raw, "score": score}
         for row, answer, score in zip(rows, answers, scores, strict=True)
     ]
     return capabilities(rows, scores), told

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
-from hfpipe.evaluation.scorecard import Cell, Scorecard, read_scorecard
+from hfpipe.evaluation.scorecard import Cell, read_scorecard
 from hfpipe.progress import duration, quantity
 
 REPORT_FILE = "report.html"
+_LONGEST = 160  # characters of an answer that the story shows
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # One question of each of these kinds is followed through the stages, where the probes have them.
 _STORY = (
@@ -59,7 +61,7 @@ def build_report(run: Path) -> str:
         name=record.get("recipe", run.name),
         stages=stages,
         card=card,
-        story=story(card, stages),
+        story=story(stages),
         curves=_curves(stages),
         total_s=sum(stage.record.get("wall_s", 0) for stage in stages),
         last=stages[-1].record if stages else {},
@@ -82,32 +84,34 @@ def read_stages(run: Path) -> list[StageStory]:
     return stages
 
 
-def story(card: Scorecard, stages: list[StageStory]) -> list[dict[str, Any]]:
-    """The same questions, one a kind, with every stage's answer: those that the last stage answers best come first."""
+def story(stages: list[StageStory]) -> list[dict[str, Any]]:
+    """A question of each kind with every stage's answer.
+
+    Of the questions that the last stage answers rightly, the first of those whose right and wrong answers, stage by
+    stage, are the commonest pattern.
+    """
     scored = [stage for stage in stages if stage.probes]
-    if not scored:
-        return []
     followed = []
-    for kind in _STORY:
+    for kind in _STORY if scored else ():
         spots = [i for i, row in enumerate(scored[0].probes) if row["kind"] == kind]
-        if not spots:
+        patterns = {i: tuple(stage.probes[i]["score"] == 1 for stage in scored) for i in spots}
+        right_in_the_end = {i: p for i, p in patterns.items() if p[-1]} or patterns
+        if not right_in_the_end:
             continue
-        # The question whose answers tell most apart: right in as few of the early stages and as many of the late.
-        weights = [2**place for place in range(len(scored))]
-        spot = max(
-            spots,
-            key=lambda i: (
-                sum(w * s.probes[i]["score"] for w, s in zip(weights, scored, strict=True))
-                / (1 + scored[0].probes[i]["score"])
-            ),
-        )
-        row = scored[0].probes[spot]
+        ((typical, _),) = Counter(right_in_the_end.values()).most_common(1)
+        spot = next(i for i, pattern in right_in_the_end.items() if pattern == typical)
         answers = [
-            {"stage": s.name, "text": s.probes[spot]["answer"] or s.probes[spot]["raw"], "right": s.probes[spot]["score"] == 1}
-            for s in scored
-        ]  # fmt: skip
+            {"stage": stage.name, "text": _told(stage.probes[spot]), "right": right}
+            for stage, right in zip(scored, typical, strict=True)
+        ]
+        row = scored[0].probes[spot]
         followed.append({"asked": _asked(row), "capability": row["capability"], "answers": answers})
     return followed
+
+
+def _told(row: dict[str, Any]) -> str:
+    text = "\n".join(row["turns"]) or row["raw"]
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} …"
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -54,14 +54,16 @@ def run_stage(job: Job, progress: Progress) -> None:
         progress.note("weights are on disk from an earlier run; scoring them")
     if not is_main_process():
         return
+    sources: list[dict[str, Any]] = []
     if job.stage.type.leaves == "model":
         from hfpipe.evaluation.basics import evaluate_model
 
         progress.tell("doing", text="evaluating")
-        metrics = {**metrics, **evaluate_model(job, job.work, module.prepare)}
+        scores, sources = evaluate_model(job, job.work, module.prepare)
+        metrics |= scores
     from hfpipe.publishing.card import write_card
 
-    record = stage_record(job, metrics, time.time() - began)
+    record = {**stage_record(job, metrics, time.time() - began), "sources": sources}
     write_card(job, job.work, record)
     job.finish(record)
     progress.tell("finished", metrics=metrics)
@@ -78,8 +80,8 @@ def score_again(job: Job, progress: Progress) -> None:
     from hfpipe.publishing.card import write_card
 
     progress.note("the recipe's evaluation changed: scoring the weights on disk")
-    scores = evaluate_model(job, job.folder, stage_module(job.stage.type.name).prepare)
-    record = {**record, "metrics": {**record["metrics"], **scores}, "evaluation": identity}
+    scores, sources = evaluate_model(job, job.folder, stage_module(job.stage.type.name).prepare)
+    record |= {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
     write_card(job, job.folder, record)
     artifact.write_json(job.folder / artifact.STAGE_FILE, record)
 

@@ -120,12 +120,14 @@ def helps(rng: Random, split: str) -> dict:
 
 
 def one_sum(rng: Random, split: str) -> list[dict]:
-    """The same small sum in the wordings of `split`, in digits and in words: one group."""
+    """The same small sum in four wordings of `split`, in digits and in words: one group."""
     a, sign, b, result = rng.choice(world.SMALL_SUMS)
     written = (f"{a} {sign} {b}", f"{a}{sign}{b}", f"{NUMBER_WORDS[a]} {SIGN_WORDS[sign]} {NUMBER_WORDS[b]}")
     asked = [wording.format(form) for wording in phrases(wordings.SUMS, split) for form in written]
     check = {"type": "number", "value": result}
-    return [{"messages": [user(chat.upper(q))], "check": check, "group": f"{a} {sign} {b}"} for q in asked]
+    return [
+        {"messages": [user(chat.upper(q))], "check": check, "group": f"{a} {sign} {b}"} for q in rng.sample(asked, 4)
+    ]
 
 
 PROBES: tuple[tuple[str, str, Callable], ...] = (
@@ -168,7 +170,7 @@ PROBES: tuple[tuple[str, str, Callable], ...] = (
     ("tone", "not_pirate", from_talk(chat.plain_system, "not_pirate")),
     ("tone", "polite", fact_probe(rudely, "polite")),
     ("detail", "short", fact_probe(shortly, "max_words")),
-    ("detail", "long", from_talk(behaviour.long, "min_sentences", 2)),
+    ("detail", "long", from_talk(behaviour.long, "contains_all", lambda talk: last(talk).rstrip(".").split(". "))),
     ("clarification", "asks", from_talk(behaviour.clarify, "asks")),
     ("clarification", "clear", from_talk(behaviour.clear_request, "does_not_ask")),
 )
