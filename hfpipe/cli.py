@@ -52,6 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_report)
 
+    command = commands.add_parser("eval", help="put probes to any model: a score with its interval for each capability")
+    command.add_argument("model", help="a model's folder, or org/model@revision")
+    _probe_options(command)
+    command.set_defaults(command=_eval)
+
+    command = commands.add_parser("compare", help="the same questions to two models: wins, ties and losses, paired")
+    command.add_argument("first", help="a model's folder, or org/model@revision")
+    command.add_argument("second", help="the one that is held against it")
+    _probe_options(command)
+    command.add_argument("--show", type=int, default=5, metavar="N", help="questions that only one of them got right")
+    command.set_defaults(command=_compare)
+
     command = commands.add_parser("inspect", help="rows of a stage as the model will see them, trained tokens marked")
     command.add_argument("file", type=Path, help="a stage's YAML file, such as stage_configs/tiny/sft.yaml")
     command.add_argument("--row", type=int, metavar="N", help="this row, from 1; default: the first five")
@@ -72,6 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_list)
     return parser
+
+
+def _probe_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--probes", metavar="FILE", help="a jsonl file of probes or a probes.yaml; default: tinyworld's"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def _recipe_options(command: argparse.ArgumentParser) -> None:
@@ -143,6 +162,24 @@ def _report(options: argparse.Namespace) -> None:
         return
     lines = [*table(card), *(f"forgotten: {line}" for line in card.forgotten)] if card.capabilities else []
     print("\n".join([*lines, f"report: {path}"]))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.compare import evaluate
+
+    evaluate(options.model, options.probes, options.json)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.compare import compare
+
+    compare(options.first, options.second, options.probes, options.json, options.show)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all, generate_all
 from hfpipe.evaluation.checks import check
+from hfpipe.evaluation.compare import paired, sign_test
 from hfpipe.evaluation.intervals import bootstrap, difference, interval, wilson
 from hfpipe.evaluation.probes import capabilities, load_probes
 from hfpipe.evaluation.scorecard import read_scorecard, table
@@ -241,6 +242,32 @@ def test_the_report_is_one_file_and_text_in_it_stays_text(micro_run, tmp_path):
     assert "<svg" in html
 
 
+# --- two models ---
+
+
+def test_a_sign_test_by_hand():
+    assert sign_test(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert sign_test(0, 0) == 1
+    found = paired([0, 0, 1, 1], [1, 1, 0, 1])
+    assert (found["win"], found["tie"], found["loss"], found["difference"]) == (2, 1, 1, 0.25)
+
+
+def test_two_models_are_asked_the_same(learned, micro_run, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [
+        {"capability": "greeting", "messages": TALKS[1][:1], "check": {"type": "contains", "value": "How can I help"}}
+    ]
+    rows += [{"capability": "tools", "messages": TALKS[0][:1], "check": {"type": "number", "value": 408}}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = json.loads(hfpipe("eval", learned[0], "--probes", file, "--json").stdout)
+    assert {name: entry["score"] for name, entry in scored["capabilities"].items()} == {"greeting": 1, "tools": 1}
+    told = json.loads(hfpipe("compare", micro_run / "sft", learned[0], "--probes", file, "--json").stdout)
+    assert (told["overall"]["win"], told["overall"]["loss"]) == (2, 0)
+    assert told["overall"]["p"] == 0.5
+    shown = hfpipe("compare", micro_run / "sft", learned[0], "--probes", file).stdout
+    assert "calculator(12 * 34)" in shown
+
+
 # --- chat ---
 
 
@@ -261,7 +288,7 @@ def test_nobody_forges_a_turn_in_a_chat(learned):
 @pytest.mark.parametrize("model", ["no/where", "pretrain.yaml"])
 def test_a_chat_with_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "no model to chat with" in hfpipe("chat", model, cwd=tmp_path, check=2).stderr
+    assert "no model there" in hfpipe("chat", model, cwd=tmp_path, check=2).stderr
 
 
 def test_a_runs_folder_is_not_a_model(micro_run):

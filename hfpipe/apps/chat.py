@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer from a folder or from `org/model@revision`; UserError where there is none."""
+def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer from a folder or from `org/model@revision`; UserError where there is none.
+
+    With `takes_turns`, one without a chat template is refused.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,10 +37,8 @@ def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{source}: no model to chat with, neither a folder nor to be had from the Hub: {reason}"
-        ) from None
-    if tokenizer.chat_template is None:
+        raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
+    if takes_turns and tokenizer.chat_template is None:
         raise UserError(f"{source} has no chat template: it takes no turns yet. A midtrain or sft stage gives it one.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
@@ -101,7 +102,7 @@ class Session:
 
 def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, max_new_tokens: int) -> None:
     """One turn with `prompt`, else a conversation until the input ends; with `as_json` one JSON object a turn."""
-    model, tokenizer = load(source)
+    model, tokenizer = load(source, takes_turns=True)
     session = Session(model, tokenizer, system, max_new_tokens)
 
     def turn(text: str) -> None:
