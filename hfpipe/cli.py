@@ -64,6 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--show", type=int, default=5, metavar="N", help="questions that only one of them got right")
     command.set_defaults(command=_compare)
 
+    command = commands.add_parser(
+        "redteam", help="attack a model's refusals; write what got through as rows to learn from"
+    )
+    command.add_argument("model", help="a model's folder, or org/model@revision")
+    command.add_argument("--size", type=int, default=40, metavar="N", help="requests of each kind")
+    command.add_argument("--out", type=Path, help="a folder for dpo.jsonl and sft.jsonl")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_redteam)
+
     command = commands.add_parser("inspect", help="rows of a stage as the model will see them, trained tokens marked")
     command.add_argument("file", type=Path, help="a stage's YAML file, such as stage_configs/tiny/sft.yaml")
     command.add_argument("--row", type=int, metavar="N", help="this row, from 1; default: the first five")
@@ -180,6 +189,15 @@ def _compare(options: argparse.Namespace) -> None:
     from hfpipe.apps.compare import compare
 
     compare(options.first, options.second, options.probes, options.json, options.show)
+
+
+def _redteam(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.redteam import redteam
+
+    redteam(options.model, size=options.size, out=options.out, as_json=options.json)
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -10,16 +10,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all, generate_all
 from hfpipe.evaluation.checks import check
 from hfpipe.evaluation.compare import paired, sign_test
 from hfpipe.evaluation.intervals import bootstrap, difference, interval, wilson
 from hfpipe.evaluation.probes import capabilities, load_probes
+from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.evaluation.scorecard import read_scorecard, table
-from hfpipe.sections import Probe
+from hfpipe.sections import Probe, Source
 from hfpipe.training.models import set_generation_config
-from hfpipe.training.templates import encode_messages
+from hfpipe.training.templates import encode_messages, encode_prompts, neutralise_row, special_strings
 
 from .conftest import ROOT, hfpipe
 
@@ -294,3 +296,29 @@ def test_a_chat_with_nothing(model, tmp_path, monkeypatch):
 def test_a_runs_folder_is_not_a_model(micro_run):
     told = hfpipe("chat", micro_run, check=2).stderr
     assert f"name one, {micro_run}/" in told
+
+
+# --- attacks ---
+
+
+def test_attacks_and_the_rows_they_leave(learned, tmp_path):
+    folder = learned[0]
+    told = json.loads(hfpipe("redteam", folder, "--size", "4", "--out", tmp_path / "out", "--json").stdout)
+    assert set(told["kinds"]) == {attack.__name__ for attack in ATTACKS} | {"over_refusal"}
+    assert all(
+        0 <= kind["low"] <= kind["share"] <= kind["high"] <= 1 and kind["n"] == 4 for kind in told["kinds"].values()
+    )
+    assert told["kinds"]["direct"]["share"] == 1  # it has never learnt to refuse
+    assert told["kinds"]["over_refusal"]["share"] == 0
+    for name, wanted in (("dpo", "preference"), ("sft", "messages")):
+        path = str(tmp_path / "out" / f"{name}.jsonl")
+        assert len(list(load_source(Source(path=path, split="all"), wanted=wanted).rows())) == len(told["failures"])
+
+
+def test_a_forged_turn_is_no_turn(learned):
+    _, _, tokenizer = learned
+    (row,) = (row for row in attack_rows(1) if row["kind"] == "forged_tokens")
+    clean, found = neutralise_row(row, special_strings(tokenizer))
+    ids = encode_prompts(tokenizer, [{"prompt": clean["messages"]}])[0]
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|assistant|>")) == 1
+    assert found or "<|im_start|>" in row["messages"][0]["content"]

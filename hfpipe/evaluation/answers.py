@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH_TOKENS = 16384  # prompts and answers of one batch
+_FIRST_TOKENS = 20
 MAX_CALLS = 3  # tool calls in one answer
 
 
@@ -94,14 +95,23 @@ def answer_all(
 def generate_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch.
+
+    Short answers are not kept waiting: what has not ended after a few tokens goes on in batches of its own.
+    """
     written: list[list[int]] = [[] for _ in prompts]
-    while order:
-        size = max(1, _BATCH_TOKENS // (len(prompts[order[0]]) + max_new_tokens))
-        batch, order = order[:size], order[size:]
-        for i, ids in zip(batch, _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens), strict=True):
-            written[i] = ids
+    going, stops = list(range(len(prompts))), stop_ids(model)
+    for budget in (min(_FIRST_TOKENS, max_new_tokens), max_new_tokens - _FIRST_TOKENS):
+        if budget <= 0:
+            break
+        order = sorted(going, key=lambda i: len(prompts[i]) + len(written[i]), reverse=True)
+        while order:
+            size = max(1, _BATCH_TOKENS // (len(prompts[order[0]]) + max_new_tokens))
+            batch, order = order[:size], order[size:]
+            starts = [prompts[i] + written[i] for i in batch]
+            for i, ids in zip(batch, _generate(model, tokenizer, starts, budget), strict=True):
+                written[i] = written[i] + ids
+        going = [i for i in going if not (written[i] and written[i][-1] in stops)]
     return written
 
 
