@@ -44,6 +44,8 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         )
         rows = batch * (recipe.pipeline.launch.processes or 1)
         length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+        if tokens := getattr(stage.data, "batch_tokens", None):
+            rows = tokens // length
         rate = stage.trainer.get("learning_rate")
         described |= {"batch_rows": rows, "batch_tokens": rows * length, "learning_rate": rate}
         notes.append(f"batch: {rows} rows of at most {length} tokens; learning_rate {rate if rate else 'of upstream'}")

@@ -166,8 +166,17 @@ def test_two_processes(after, micro_run):
 def test_batch_in_tokens_that_does_not_fit_is_told(after):
     run = after("tokenizer")
     done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", "--set", "pretrain.data.batch_tokens=3000", check=2)
-    assert "data.batch_tokens = 3000 is not a multiple of the 2048 tokens of one pass" in done.stderr
+    assert "data.batch_tokens = 3000 is not a multiple of 128 tokens: one row of data.max_length 128" in done.stderr
     assert not (run / "pretrain").exists()
+
+
+def test_processes_share_a_batch_in_tokens(after, micro_run):
+    run = after("tokenizer")
+    done = hfpipe("run", "micro", "--out", run, "--only", "pretrain", "--set", "launch.processes=2")
+    assert "2,048 tokens = 2 x 8 rows of 128 x 1 accumulated, per_device_train_batch_size lowered from 16" in done.stdout
+    alone, shared = (stage_json(folder / "pretrain")["metrics"] for folder in (micro_run, run))
+    assert shared["steps"] == alone["steps"]
+    assert shared["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], abs=0.1)
 
 
 def test_values_that_upstream_refuses_are_told_before_training(after):
