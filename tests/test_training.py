@@ -173,7 +173,9 @@ def test_batch_in_tokens_that_does_not_fit_is_told(after):
 def test_processes_share_a_batch_in_tokens(after, micro_run):
     run = after("tokenizer")
     done = hfpipe("run", "micro", "--out", run, "--only", "pretrain", "--set", "launch.processes=2")
-    assert "2,048 tokens = 2 x 8 rows of 128 x 1 accumulated, per_device_train_batch_size lowered from 16" in done.stdout
+    assert (
+        "2,048 tokens = 2 x 8 rows of 128 x 1 accumulated, per_device_train_batch_size lowered from 16" in done.stdout
+    )
     alone, shared = (stage_json(folder / "pretrain")["metrics"] for folder in (micro_run, run))
     assert shared["steps"] == alone["steps"]
     assert shared["validation"]["loss"] == pytest.approx(alone["validation"]["loss"], abs=0.1)
