@@ -105,6 +105,7 @@ class Probe:
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
+    metrics: tuple[Literal["bleu", "rouge", "exact_match", "accuracy", "f1"], ...] = ()  # on held-out conversations
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)
     max_rows: int = at_least(1, 400)  # rows read for each loss

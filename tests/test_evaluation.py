@@ -19,6 +19,7 @@ from hfpipe.evaluation.intervals import bootstrap, difference, interval, wilson
 from hfpipe.evaluation.probes import capabilities, load_probes
 from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.evaluation.scorecard import read_scorecard, table
+from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import Probe, Source
 from hfpipe.training.models import set_generation_config
 from hfpipe.training.templates import encode_messages, encode_prompts, neutralise_row, special_strings
@@ -242,6 +243,42 @@ def test_the_report_is_one_file_and_text_in_it_stays_text(micro_run, tmp_path):
     for stage in ("tokenizer", "pretrain", "midtrain", "sft", "dpo"):
         assert html.count(stage) > 2
     assert "<svg" in html
+
+
+# --- text metrics ---
+
+
+def test_text_metrics_come_through_evaluate_offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = text_metrics(
+        ["bleu", "rouge", "exact_match", "accuracy", "f1"],
+        ["the cat sat on the mat", "no", "yes"],
+        ["the cat sat on the mat", "no", "no"],
+    )
+    assert found["n"] == 3
+    assert found["exact_match"] == found["accuracy"] == pytest.approx(2 / 3, abs=1e-4)
+    assert found["rougeL"] == pytest.approx(2 / 3, abs=1e-4)
+    assert 0 < found["bleu"] < 1
+    same = text_metrics(["bleu", "rouge"], ["a b c d e"], ["a b c d e"])
+    assert same["bleu"] == same["rouge1"] == 1
+
+
+def test_metrics_asked_for_later_only_score_again(micro_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    weights = (run / "sft" / "model.safetensors").read_bytes()
+    hfpipe("run", "micro", "--out", run, "--only", "sft", "--set", "evaluate.metrics=[exact_match, rouge]")
+    told = json.loads((run / "sft" / "eval.json").read_text())["text_metrics"]
+    assert told["n"] > 10
+    assert all(0 <= told[name] <= 1 for name in ("exact_match", "rouge1", "rouge2", "rougeL"))
+    assert (run / "sft" / "model.safetensors").read_bytes() == weights
+    told = hfpipe("plan", "micro", "--set", "evaluate.metrics=[blue]", check=2).stderr
+    assert "Did you mean `bleu`?" in told
+
+
+def test_a_probe_file_that_is_not_there_is_told_by_plan():
+    told = hfpipe("plan", "micro", "--set", "evaluate.probes=[{path: nowhere.jsonl}]", check=2).stderr
+    assert "evaluate.probes[0]: nowhere.jsonl: no such file" in told
 
 
 # --- two models ---

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
-from hfpipe.evaluation.answers import generate_all, said
+from hfpipe.evaluation.answers import Question, generate_all, parse, said
 from hfpipe.evaluation.probes import load_probes, score_probes
+from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import TextData
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def evaluate_model(
             model, tokenizer, asked, job.recipe.pipeline.evaluate.max_new_tokens
         )
         artifact.write_jsonl(folder / "probes.jsonl", told)
+    wanted = job.recipe.pipeline.evaluate.metrics
+    if wanted and (told := _held_out_answers(model, tokenizer, prepared.report["samples"], job)):
+        scores["text_metrics"] = text_metrics(wanted, *zip(*told, strict=True))
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
@@ -158,6 +162,20 @@ def sample_answers(
             "reference": reference,
         }
         for (asked, ids, reference), answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _held_out_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], job: Job
+) -> list[tuple[str, str]]:
+    """(answer, reference) of every kept held-out row that is no plain text, as `said` puts them."""
+    prompts = [_prompt(tokenizer, row) for row in rows if "text" not in row]
+    budget = job.recipe.pipeline.evaluate.max_new_tokens
+    answers = generate_all(model, tokenizer, [ids for _, ids, _ in prompts], budget)
+    questions = Question([])
+    return [
+        (said(parse(tokenizer, ids, answer, questions)), reference)
+        for (_, ids, reference), answer in zip(prompts, answers, strict=True)
     ]
 
 

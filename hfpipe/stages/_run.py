@@ -194,8 +194,12 @@ def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, lo
 
 def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
     from hfpipe.evaluation.basics import prepare_held_out
+    from hfpipe.evaluation.probes import load_probes
+    from hfpipe.evaluation.text_metrics import load_metrics
     from hfpipe.training.models import load_tokenizer
 
+    load_metrics(recipe.pipeline.evaluate.metrics)
+    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.name}: evaluate.probes")
     for name in stages:
         stage = recipe.stages[name]
         module = stage_module(stage.type.name)
