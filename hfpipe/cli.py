@@ -55,6 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("eval", help="put probes to any model: a score with its interval for each capability")
     command.add_argument("model", help="a model's folder, or org/model@revision")
     _probe_options(command)
+    command.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, such as gsm8k,ifeval")
+    command.add_argument("--include-path", metavar="DIR", help="task files of your own, for --harness")
+    command.add_argument("--limit", type=int, metavar="N", help="questions of each task at the most, for --harness")
+    command.add_argument("--apply-chat-template", action="store_true", help="ask as a user's turn, for --harness")
     command.set_defaults(command=_eval)
 
     command = commands.add_parser("compare", help="the same questions to two models: wins, ties and losses, paired")
@@ -181,7 +185,15 @@ def _eval(options: argparse.Namespace) -> None:
     quiet_environment()
     from hfpipe.apps.compare import evaluate
 
-    evaluate(options.model, options.probes, options.json)
+    evaluate(
+        options.model,
+        options.probes,
+        options.json,
+        [task for task in (options.harness or "").split(",") if task],
+        include_path=options.include_path,
+        limit=options.limit,
+        apply_chat_template=options.apply_chat_template,
+    )
 
 
 def _compare(options: argparse.Namespace) -> None:

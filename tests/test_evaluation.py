@@ -281,6 +281,36 @@ def test_a_probe_file_that_is_not_there_is_told_by_plan():
     assert "evaluate.probes[0]: nowhere.jsonl: no such file" in told
 
 
+# --- lm-evaluation-harness ---
+
+
+def test_a_task_of_the_harness_stands_in_the_scorecard(micro_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = [
+        {"country": c, "choices": ["Paris", "Rome"], "answer": n % 2} for n, c in enumerate(["France", "Italy"] * 4)
+    ]
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "two_capitals.yaml").write_text(
+        "task: two_capitals\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tasks / 'rows.jsonl'}}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: 'The capital of {{country}} is'\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    options = ["--harness", "two_capitals", "--include-path", tasks]
+    told = json.loads(hfpipe("eval", run / "sft", *options, "--json").stdout)["capabilities"]
+    score = told["harness/two_capitals"]
+    assert score["n"] == 8
+    assert score["metric"] == "acc,none"
+    assert 0 <= score["low"] <= score["score"] <= score["high"]
+    assert "harness/two_capitals" in hfpipe("report", run).stdout
+    told = hfpipe("eval", run / "sft", "--harness", "two_capitols", "--include-path", tasks, check=2).stderr
+    assert "Did you mean `two_capitals`?" in told
+
+
 # --- two models ---
 
 

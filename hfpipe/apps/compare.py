@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hfpipe import artifact
 from hfpipe.apps.chat import load
 from hfpipe.errors import UserError
 from hfpipe.evaluation.compare import compare_answers, table
+from hfpipe.evaluation.harness import HARNESS_FILE, run_harness
 from hfpipe.evaluation.probes import TINYWORLD, load_probes, score_probes
 from hfpipe.sections import Evaluate, Probe
 from hfpipe.strict import build
@@ -30,16 +32,28 @@ def read_probes(file: str | None) -> tuple[list[dict[str, Any]], int]:
     return load_probes(section.probes, f"{file}: probes"), section.max_new_tokens
 
 
-def evaluate(source: str, probes: str | None, as_json: bool) -> None:
-    """Print the capabilities of one model."""
-    rows, max_new_tokens = read_probes(probes)
-    found, _ = score_probes(*load(source), rows, max_new_tokens)
+def evaluate(source: str, probes: str | None, as_json: bool, tasks: list[str], **harness: Any) -> None:
+    """Print the capabilities of one model, by probes or by tasks of lm-evaluation-harness.
+
+    Of a stage's folder the harness's scores are kept, and stand in its run's scorecard from then on.
+    """
+    model, tokenizer = load(source)
+    found: dict[str, Any] = {}
+    if probes or not tasks:
+        rows, max_new_tokens = read_probes(probes)
+        found, _ = score_probes(model, tokenizer, rows, max_new_tokens)
+    if tasks:
+        scores = run_harness(model, tokenizer, tasks, **harness)
+        found |= scores
+        kept = Path(source).expanduser() / HARNESS_FILE
+        if (kept.parent / artifact.STAGE_FILE).is_file():
+            artifact.write_json(kept, {**(artifact.read_json(kept) or {}), **scores})
     if as_json:
         print(json.dumps({"model": source, "capabilities": found}, indent=2))
         return
     for name, score in found.items():
         kinds = ", ".join(f"{kind} {one['score']:.2f}" for kind, one in score["kinds"].items())
-        print(f"{name:<16}{score['score']:.2f}  {score['low']:.2f} to {score['high']:.2f}  n {score['n']:<5} {kinds}")
+        print(f"{name:<18}{score['score']:.2f}  {score['low']:.2f} to {score['high']:.2f}  n {score['n']:<5} {kinds}")
 
 
 def compare(first: str, second: str, probes: str | None, as_json: bool, shown: int) -> None:

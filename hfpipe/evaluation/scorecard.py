@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
+from hfpipe.evaluation.harness import HARNESS_FILE
 from hfpipe.evaluation.intervals import difference
 
 # The order in which capabilities are shown; others follow by name.
@@ -65,6 +66,11 @@ def read_scorecard(run: Path) -> Scorecard:
     listed = (artifact.read_json(run / "run.json") or {}).get("stages", [])
     found = {stage: artifact.read_json(run / stage / "eval.json") for stage in listed}
     evals = {stage: scores for stage, scores in found.items() if scores}
+    for stage, scores in evals.items():
+        scores["capabilities"] = {
+            **scores.get("capabilities", {}),
+            **(artifact.read_json(run / stage / HARNESS_FILE) or {}),
+        }
     cells: dict[tuple[str, str], Cell] = {}
     parents, names = {}, set()
     for stage, scores in evals.items():
@@ -72,7 +78,7 @@ def read_scorecard(run: Path) -> Scorecard:
         parent = (record.get("parent") or {}).get("from")
         if parent in evals:
             parents[stage] = parent
-        for name, score in scores.get("capabilities", {}).items():
+        for name, score in scores["capabilities"].items():
             names.add(name)
             cells[stage, name] = _cell(score, (evals.get(parent) or {}).get("capabilities", {}).get(name))
     order = {name: place for place, name in enumerate(ORDER)}

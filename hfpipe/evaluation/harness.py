@@ -1,0 +1,74 @@
+"""Standard benchmarks through lm-evaluation-harness: its tasks, its prompts, its metrics; our scorecard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HARNESS_FILE = "harness.json"  # in a stage's folder, beside eval.json
+PREFIX = "harness/"
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """`{"harness/TASK": {"score", "n", "low", "high", "metric", "kinds": {}}}`: each task's first metric, +- 1.96 of its errors.
+
+    `include_path` is a folder with task files of one's own; the rest are arguments of `lm_eval.simple_evaluate`.
+
+    Raises:
+        UserError: the extra is not installed, or a task is unknown.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(
+            f'--harness needs lm-evaluation-harness ({error}): pip install -c constraints.txt "hfpipe[harness]".'
+        ) from None
+    manager = TaskManager(include_path=include_path)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"--harness: lm-evaluation-harness has no task `{unknown[0]}`.{nearest(unknown[0], manager.all_tasks)}"
+        )
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
+        tasks=list(tasks),
+        task_manager=manager,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        random_seed=0,
+        bootstrap_iters=1000,
+    )
+    return {
+        f"{PREFIX}{task}": _score(scores, found.get("n-samples", {}).get(task, {}).get("effective", 0))
+        for task, scores in found["results"].items()
+        if task in tasks
+    }
+
+
+def _score(scores: dict[str, Any], n: int) -> dict[str, Any]:
+    metric = next(name for name, value in scores.items() if "," in name and "_stderr" not in name and _number(value))
+    name, _, which = metric.partition(",")
+    error = scores.get(f"{name}_stderr,{which}")
+    spread = 1.96 * error if _number(error) else 0.0
+    score = float(scores[metric])
+    low, high = round(score - spread, 4), round(score + spread, 4)
+    return {"score": round(score, 4), "n": n, "low": max(low, 0.0), "high": high, "metric": metric, "kinds": {}}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
