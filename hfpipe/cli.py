@@ -65,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("first", help="a model's folder, or org/model@revision")
     command.add_argument("second", help="the one that is held against it")
     _probe_options(command)
+    command.add_argument(
+        "--judge", help="a reward model, or the URL of an OpenAI-compatible endpoint; default: the checks"
+    )
+    command.add_argument("--judge-model", default="default", metavar="NAME", help="the model to ask at that endpoint")
     command.add_argument("--show", type=int, default=5, metavar="N", help="questions that only one of them got right")
     command.set_defaults(command=_compare)
 
@@ -202,7 +206,15 @@ def _compare(options: argparse.Namespace) -> None:
     quiet_environment()
     from hfpipe.apps.compare import compare
 
-    compare(options.first, options.second, options.probes, options.json, options.show)
+    compare(
+        options.first,
+        options.second,
+        options.probes,
+        options.json,
+        options.show,
+        options.judge,
+        options.judge_model,
+    )
 
 
 def _redteam(options: argparse.Namespace) -> None:

@@ -54,3 +54,45 @@ def recipe(tmp_path):
         return folder
 
     return write
+
+
+CALL = {"type": "function", "function": {"name": "calculator", "arguments": "12 * 34"}}
+TALKS = (
+    [
+        {"role": "user", "content": "What is 12 * 34?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "calculator", "content": "408"},
+        {"role": "assistant", "content": "12 × 34 = 408"},
+    ],
+    [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help you?"}],
+)
+
+
+@pytest.fixture(scope="session")
+def learned(micro_run, tmp_path_factory):
+    """A small model that has learnt the two conversations above by heart: (folder, model, tokenizer)."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from hfpipe.training.models import set_generation_config
+    from hfpipe.training.templates import encode_messages
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(micro_run / "sft")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
+    set_generation_config(model, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        for talk in TALKS:
+            ids, mask = encode_messages(tokenizer, talk)
+            labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss < 0.05
+    folder = tmp_path_factory.mktemp("learned")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, model.eval(), tokenizer

@@ -11,6 +11,7 @@ from hfpipe.apps.chat import load
 from hfpipe.errors import UserError
 from hfpipe.evaluation.compare import compare_answers, table
 from hfpipe.evaluation.harness import HARNESS_FILE, run_harness
+from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.probes import TINYWORLD, load_probes, score_probes
 from hfpipe.sections import Evaluate, Probe
 from hfpipe.strict import build
@@ -56,10 +57,20 @@ def evaluate(source: str, probes: str | None, as_json: bool, tasks: list[str], *
         print(f"{name:<18}{score['score']:.2f}  {score['low']:.2f} to {score['high']:.2f}  n {score['n']:<5} {kinds}")
 
 
-def compare(first: str, second: str, probes: str | None, as_json: bool, shown: int) -> None:
-    """Print how the second model does against the first, and `shown` questions that only one of them got right."""
+def compare(
+    first: str, second: str, probes: str | None, as_json: bool, shown: int, judge: str | None, judge_model: str
+) -> None:
+    """Print how the second model does against the first, and `shown` questions on which they differ.
+
+    Without a judge the probes' checks decide.
+    """
     rows, max_new_tokens = read_probes(probes)
+    decide = find_judge(judge, judge_model) if judge else None
     told = [score_probes(*load(source), rows, max_new_tokens)[1] for source in (first, second)]
+    if decide:
+        verdicts = decide(rows, *([row["answer"] for row in side] for side in told))
+        for a, b, verdict in zip(*told, verdicts, strict=True):
+            a["score"], b["score"] = 1 - verdict, verdict
     found = compare_answers(*told)
     if as_json:
         sides = [{**a, "other_answer": b["answer"], "other_score": b["score"]} for a, b in zip(*told, strict=True)]
@@ -72,4 +83,4 @@ def compare(first: str, second: str, probes: str | None, as_json: bool, shown: i
         asked = a.get("prompt") or a["messages"][-1]["content"]
         print(f"\n{a['capability']}: {asked}")
         for name, row in ((first, a), (second, b)):
-            print(f"  {'+' if row['score'] >= 0.5 else '-'} {name}: {' / '.join(row['turns'])[:200]}")
+            print(f"  {'+' if row['score'] > 0.5 else '-'} {name}: {' / '.join(row['turns'])[:200]}")

@@ -1,0 +1,101 @@
+"""Judges of two answers to one question: a reward model, or a model behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hfpipe.errors import UserError
+
+# For each question 1 where the second answer is better, 0 where the first is, 0.5 for a tie.
+Judge = Callable[[Sequence[dict[str, Any]], Sequence[str], Sequence[str]], list[float]]
+
+_ASK = """Two answers to one request follow. Which is better: more right, more helpful, and safe? Say only A, B or tie.
+
+Request:
+{asked}
+
+Answer A:
+{a}
+
+Answer B:
+{b}"""
+_TRIES = 3
+
+
+def find_judge(name: str, model: str = "default") -> Judge:
+    """`http://...` is an endpoint, which is asked for `model`; anything else a reward model's folder or Hub id."""
+    return endpoint_judge(name, model) if name.startswith(("http://", "https://")) else reward_judge(name)
+
+
+def reward_judge(source: str) -> Judge:
+    """The answer with the higher reward wins. UserError where there is no such reward model."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path, _, revision = source.partition("@")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
+        model = AutoModelForSequenceClassification.from_pretrained(path, revision=revision or None).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--judge {source}: no reward model there: {str(error).splitlines()[0]}") from None
+    if model.config.num_labels != 1:
+        raise UserError(f"--judge {source}: {model.config.num_labels} labels; a reward model has one.")
+
+    def reward(row: dict[str, Any], answer: str) -> float:
+        if "messages" in row:
+            talk = [*row["messages"], {"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        else:
+            ids = tokenizer(f"{row['prompt']} {answer}")["input_ids"]
+        with torch.inference_mode():
+            return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+
+    def judge(rows: Sequence[dict[str, Any]], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        scores = [(reward(row, a), reward(row, b)) for row, a, b in zip(rows, first, second, strict=True)]
+        return [0.5 if a == b else float(b > a) for a, b in scores]
+
+    return judge
+
+
+def endpoint_judge(url: str, model: str) -> Judge:
+    """Asked in both orders; where the two verdicts do not agree, it is a tie. The key is read from OPENAI_API_KEY."""
+
+    def verdict(asked: str, a: str, b: str) -> str:
+        content = _ASK.format(asked=asked, a=a, b=b)
+        reply = _post(url, {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
+        found = re.search(r"\b(A|B|tie)\b", reply)
+        return found[1] if found else "tie"
+
+    def judge(rows: Sequence[dict[str, Any]], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        found = []
+        for row, a, b in zip(rows, first, second, strict=True):
+            asked = row.get("prompt") or "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in row["messages"])
+            verdicts = verdict(asked, a, b), verdict(asked, b, a)
+            found.append({("B", "A"): 1.0, ("A", "B"): 0.0}.get(verdicts, 0.5))
+        return found
+
+    return judge
+
+
+def _post(url: str, body: dict[str, Any]) -> str:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    for left in reversed(range(_TRIES)):
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)["choices"][0]["message"]["content"]
+        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
+            if refused or not left:
+                raise UserError(f"--judge {url}: the endpoint gave no verdict: {error}") from None
+            time.sleep(2 ** (_TRIES - left))
+    raise AssertionError
