@@ -11,7 +11,7 @@ from hfpipe import artifact
 from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.scorecard import changes, read_scorecard
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
-from hfpipe.progress import Display, duration
+from hfpipe.progress import Display, duration, printable
 from hfpipe.run_folder import claim, complete_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
 from hfpipe.training.job import evaluation_identity, identify, parent_identity
@@ -175,7 +175,7 @@ def _summary(folder: Path) -> str:
 
 def _cut(text: str, width: int, keep_end: bool = False) -> str:
     """One line of at most `width` characters."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if len(text) <= width:
         return text
     return f"...{text[3 - width :]}" if keep_end else f"{text[: width - 3]}..."

@@ -60,6 +60,16 @@ def test_what_is_wrong_with_a_row_is_shown_beside_it(micro_run, recipe, tmp_path
     assert "⟦<|assistant|>Hello<|end_assistant|>⟧" in shown
 
 
+def test_a_row_cannot_command_the_terminal(micro_run, recipe, tmp_path):
+    row = [{"role": "user", "content": "Hi \x1b[2J"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    source = f"{{path: {tmp_path / 'mine.jsonl'}, split: all}}"
+    folder = recipe({"sft": f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{source}]}}\n"})
+    shown = hfpipe("inspect", folder / "sft.yaml", "--out", micro_run).stdout
+    assert "\x1b" not in shown
+    assert "Hi \\x1b[2J" in shown
+
+
 def test_what_cannot_be_inspected(micro_run, tmp_path):
     assert "is not a stage's file" in hfpipe("inspect", STAGES / "pipeline.yaml", check=2).stderr
     assert "no stage of micro that trains on rows" in hfpipe("inspect", STAGES / "tokenizer.yaml", check=2).stderr

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
+from hfpipe.progress import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,4 +131,4 @@ def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, 
 
 
 def _write(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print(printable(piece), end="", flush=True)

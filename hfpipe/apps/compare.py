@@ -13,6 +13,7 @@ from hfpipe.evaluation.compare import compare_answers, table
 from hfpipe.evaluation.harness import HARNESS_FILE, run_harness
 from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.probes import TINYWORLD, load_probes, score_probes
+from hfpipe.progress import printable
 from hfpipe.sections import Evaluate, Probe
 from hfpipe.strict import build
 from hfpipe.yaml_files import load_yaml
@@ -81,6 +82,6 @@ def compare(
     apart = [(a, b) for a, b in zip(*told, strict=True) if a["score"] != b["score"]]
     for a, b in apart[:shown]:
         asked = a.get("prompt") or a["messages"][-1]["content"]
-        print(f"\n{a['capability']}: {asked}")
+        print(f"\n{a['capability']}: {printable(asked)}")
         for name, row in ((first, a), (second, b)):
-            print(f"  {'+' if row['score'] > 0.5 else '-'} {name}: {' / '.join(row['turns'])[:200]}")
+            print(f"  {'+' if row['score'] > 0.5 else '-'} {name}: {printable(' / '.join(row['turns'])[:200])}")

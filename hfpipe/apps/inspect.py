@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
+from hfpipe.progress import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
     """The tokens' text: trained ones bold green and others dim, or without colours between ⟦ and ⟧."""
     parts = []
     for is_trained, group in itertools.groupby(tokens, key=lambda token: token[2]):
-        text = "".join(token[0] for token in group)
+        text = printable("".join(token[0] for token in group))
         if colours:
             parts.append(f"{_TRAINED if is_trained else _CONTEXT}{text}{_END}")
         else:
