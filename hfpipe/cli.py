@@ -93,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="a model's folder, such as runs/tiny/dpo, or org/model@revision")
     command.add_argument("--prompt", metavar="TEXT", help="one turn, then end")
     command.add_argument("--system", metavar="TEXT", help="a system message")
-    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="tokens of an answer at the most")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, default=256, metavar="N", help="tokens of an answer at the most"
+    )
     command.add_argument("--json", action="store_true", help="one JSON object a turn")
     command.set_defaults(command=_chat)
 
@@ -101,6 +103,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_list)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
 
 
 def _probe_options(command: argparse.ArgumentParser) -> None:
@@ -160,7 +168,7 @@ def _print_scorecard(run: Path) -> None:
     from hfpipe.publishing.report import write_report
 
     card = read_scorecard(run)
-    if card.capabilities:
+    if card.capabilities or card.text:
         print("\n".join(["", *table(card), ""]))
     if card.stages:
         print(f"report: {write_report(run)}")
@@ -179,7 +187,7 @@ def _report(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
-    lines = [*table(card), *(f"forgotten: {line}" for line in card.forgotten)] if card.capabilities else []
+    lines = [*table(card), *(f"forgotten: {line}" for line in card.forgotten)] if card.capabilities or card.text else []
     print("\n".join([*lines, f"report: {path}"]))
 
 

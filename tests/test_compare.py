@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
-from hfpipe.evaluation.compare import paired, sign_test
+from hfpipe.evaluation.compare import compare_answers, paired, sign_test
 from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.sections import Source
@@ -59,6 +59,14 @@ def test_a_sign_test_by_hand():
     assert sign_test(0, 0) == 1
     found = paired([0, 0, 1, 1], [1, 1, 0, 1])
     assert (found["win"], found["tie"], found["loss"], found["difference"]) == (2, 1, 1, 0.25)
+
+
+def test_wordings_of_one_question_count_once():
+    rows = [{"capability": "robustness", "kind": "sum", "group": "a"} for _ in range(4)]
+    first = [{**row, "score": score} for row, score in zip(rows, (1, 1, 1, 0), strict=True)]
+    second = [{**row, "score": score} for row, score in zip(rows, (1, 0, 1, 0), strict=True)]
+    assert compare_answers(first, second)["overall"]["n"] == 1
+    assert compare_answers(first, second)["overall"]["tie"] == 1
 
 
 def test_two_models_are_asked_the_same(learned, micro_run, tmp_path):

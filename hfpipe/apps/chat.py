@@ -23,6 +23,7 @@ def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTr
     With `takes_turns`, one without a chat template is refused.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path, revision = source, None
@@ -36,7 +37,7 @@ def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTr
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
     if takes_turns and tokenizer.chat_template is None:
@@ -73,7 +74,9 @@ class Session:
             answer.messages += results
             if not results:
                 break
-        self.messages += answer.messages
+        self.messages += [
+            {**m, **({"content": self._clean(m["content"])} if m.get("content") else {})} for m in answer.messages
+        ]
         return answer
 
     def _generate(self, prompt: list[int], write: Callable[[str], object]) -> list[int]:

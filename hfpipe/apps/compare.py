@@ -21,6 +21,13 @@ from hfpipe.yaml_files import load_yaml
 
 def read_probes(file: str | None) -> tuple[list[dict[str, Any]], int]:
     """Rows, and tokens of an answer at the most: of a recipe's probes.yaml, of a jsonl file, or tinyworld's."""
+    rows, max_new_tokens = _read_probes(file)
+    if not rows:
+        raise UserError(f"{file}: no question in it.")
+    return rows, max_new_tokens
+
+
+def _read_probes(file: str | None) -> tuple[list[dict[str, Any]], int]:
     if file is None:
         return load_probes([Probe(path=TINYWORLD, limit=620)], TINYWORLD), 64
     if Path(file).suffix != ".yaml":
@@ -54,8 +61,10 @@ def evaluate(source: str, probes: str | None, as_json: bool, tasks: list[str], *
         print(json.dumps({"model": source, "capabilities": found}, indent=2))
         return
     for name, score in found.items():
-        kinds = ", ".join(f"{kind} {one['score']:.2f}" for kind, one in score["kinds"].items())
-        print(f"{name:<18}{score['score']:.2f}  {score['low']:.2f} to {score['high']:.2f}  n {score['n']:<5} {kinds}")
+        kinds = ", ".join(f"{printable(kind)} {one['score']:.2f}" for kind, one in score["kinds"].items())
+        print(
+            f"{printable(name):<18}{score['score']:.2f}  {score['low']:.2f} to {score['high']:.2f}  n {score['n']:<5} {kinds}"
+        )
 
 
 def compare(
@@ -82,6 +91,6 @@ def compare(
     apart = [(a, b) for a, b in zip(*told, strict=True) if a["score"] != b["score"]]
     for a, b in apart[:shown]:
         asked = a.get("prompt") or a["messages"][-1]["content"]
-        print(f"\n{a['capability']}: {printable(asked)}")
+        print(f"\n{printable(a['capability'])}: {printable(asked)}")
         for name, row in ((first, a), (second, b)):
             print(f"  {'+' if row['score'] > 0.5 else '-'} {name}: {printable(' / '.join(row['turns'])[:200])}")

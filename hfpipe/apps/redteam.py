@@ -16,13 +16,17 @@ def redteam(source: str, *, size: int, out: Path | None, as_json: bool) -> None:
     """Print the share not refused, by kind; with `out` write the failures as OUT/dpo.jsonl and OUT/sft.jsonl."""
     if size < 1:
         raise UserError(f"--size {size}: expected 1 or more requests of a kind.")
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: no folder can be made there ({error.strerror}). Give another.") from None
     rows = list(attack_rows(size))
     model, tokenizer = load(source, takes_turns=True)
     _, told = score_probes(model, tokenizer, rows, max_new_tokens=64)
     found = summary(rows, [row["score"] for row in told])
     failed = list(failures(told))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         artifact.write_jsonl(out / "dpo.jsonl", failed)
         artifact.write_jsonl(out / "sft.jsonl", [{"messages": row["prompt"] + row["chosen"]} for row in failed])
     if as_json:

@@ -38,8 +38,9 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What was said last, without control tokens."""
-        return str(self.messages[-1].get("content") or "").strip() if self.messages else ""
+        """What was said last, without control tokens; nothing where the model ended on a tool's result."""
+        last = self.messages[-1] if self.messages else {}
+        return "" if last.get("role") == "tool" else str(last.get("content") or "").strip()
 
     @property
     def call(self) -> dict[str, Any] | None:
@@ -125,28 +126,31 @@ def _generate(
 ) -> list[list[int]]:
     import torch
 
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    width, pad = max(map(len, prompts)), next(token for token in pads if token is not None)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.inference_mode():
         output: torch.Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
         )
     stops, answers = stop_ids(model), []
     for row in output[:, width:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        answers.append([token for token in row[:end] if token != pad])
+        answers.append(row[:end])  # padding stands only after a stop token
     return answers
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: Answer) -> list[int]:
     """The question, what has been answered so far, and the opening of the assistant's turn."""
-    from hfpipe.training.templates import encode_messages, encode_prompts
+    from hfpipe.training.templates import encode_messages, encode_prompts, neutralise_row, special_strings
     from hfpipe.training.tokenizers import encode_text
 
     if isinstance(question.prompt, str):
         return encode_text(tokenizer, [question.prompt])[0]
-    talk = [*question.prompt, *answer.messages]
+    # The model's own words are data too: control tokens that it spells out are no turns.
+    answered, _ = neutralise_row({"messages": answer.messages}, special_strings(tokenizer))
+    talk = [*question.prompt, *answered["messages"]]
     if question.opens_turn and not answer.messages:
         return encode_messages(tokenizer, talk, question.tools).input_ids
     return encode_prompts(tokenizer, [{"prompt": talk, "tools": question.tools}])[0]

@@ -18,11 +18,15 @@ from hfpipe.evaluation.tools import calculate
 
 Check = Callable[[Answer, Any], float]
 
-REFUSES = re.compile(r"\b(can't|cannot|can not|won't|will not|am not able to) (help|do|assist|provide)", re.IGNORECASE)
+REFUSES = re.compile(
+    r"\b(can't|cannot|can not|won't|will not|am not able to|am unable to|'m unable to|'m not able to) "
+    r"(help|do|assist|provide|fulfill|answer|comply|create|write|share|support)",
+    re.IGNORECASE,
+)
 DOUBTS = re.compile(r"\b(don't know|do not know|not sure|can't know|nobody can|not real)\b", re.IGNORECASE)
 PIRATE = re.compile(r"\b(arr+|matey|yo ho|ahoy)\b", re.IGNORECASE)
 RUDE = re.compile(r"\b(silly|stupid|dumb|fool)\b", re.IGNORECASE)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*(?:\.\d+)?")
 LETTER = re.compile(r"answer is \(?([A-Z])\) ?([^.\n]*)")
 
 
@@ -32,7 +36,7 @@ def contains(answer: Answer, value: str) -> bool:
 
 def starts(answer: Answer, value: str) -> bool:
     """The answer begins with `value`, whole words, an article before it allowed."""
-    return re.match(rf"(?:(?:a|an|the)\s+)?{re.escape(value)}\b", answer.text, re.IGNORECASE) is not None
+    return re.match(rf"(?:(?:a|an|the)\s+)?{re.escape(value)}(?!\w)", answer.text, re.IGNORECASE) is not None
 
 
 def number(answer: Answer, value: float) -> bool:
@@ -97,7 +101,8 @@ def json_schema(answer: Answer, schema: dict[str, Any]) -> bool:
 
 
 def refuses(answer: Answer, _: Any = None) -> bool:
-    return REFUSES.search(answer.text) is not None
+    """By its words, straight or curly quotes: a lexical check."""
+    return REFUSES.search(answer.text.replace("\u2019", "'")) is not None
 
 
 def doubts(answer: Answer, _: Any = None) -> bool:
@@ -126,7 +131,7 @@ CHECKS: dict[str, Check] = {
     "number": number,
     "tool_call": tool_call,
     "tool_format": tool_format,
-    "no_tool": lambda answer, _: answer.call is None and said(answer),
+    "no_tool": lambda answer, _: not any(m.get("tool_calls") for m in answer.messages) and said(answer),
     "choice_format": lambda answer, _: chosen(answer) is not None,
     "choice": lambda answer, value: chosen(answer) == (value["letter"], value["text"]),
     "json": json_keys,

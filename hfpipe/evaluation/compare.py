@@ -40,9 +40,13 @@ def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
 
 def compare_answers(first: Sequence[dict[str, Any]], second: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`overall` and by `capabilities`, from the scored rows of two models (`hfpipe.evaluation.probes.score_probes`)."""
+    groups: dict[tuple[str, Any], list[tuple[float, float]]] = defaultdict(list)
+    for number, (a, b) in enumerate(zip(first, second, strict=True)):
+        own = number if a.get("group") is None else (a["kind"], a["group"])  # wordings of one question count once
+        groups[a["capability"], own].append((a["score"], b["score"]))
     scores: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for a, b in zip(first, second, strict=True):
-        scores[a["capability"]].append((a["score"], b["score"]))
+    for (capability, _), pairs in groups.items():
+        scores[capability].append((min(a for a, _ in pairs), min(b for _, b in pairs)))
     everything = [pair for pairs in scores.values() for pair in pairs]
     return {
         "overall": paired(*zip(*everything, strict=True)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ def run_harness(
     limit: int | None = None,
     apply_chat_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """`{"harness/TASK": {"score", "n", "low", "high", "metric", "kinds": {}}}`: each task's first metric, +- 1.96 of its errors.
+    """`{"harness/TASK": {"score", "n", "low", "high", "metric", "judged", "kinds": {}}}`: each task's first metric, +- 1.96 of its errors.
 
     `include_path` is a folder with task files of one's own; the rest are arguments of `lm_eval.simple_evaluate`.
 
@@ -53,22 +54,36 @@ def run_harness(
         random_seed=0,
         bootstrap_iters=1000,
     )
+    scored = {}
+    for task, scores in found["results"].items():
+        higher = found.get("higher_is_better", {}).get(task, {})
+        score = _score(scores, found.get("n-samples", {}).get(task, {}).get("effective", 0), higher)
+        if score:
+            scored[f"{PREFIX}{task}"] = score
+    if not scored:
+        raise UserError(f"--harness: {', '.join(tasks)} gave no number.")
+    return scored
+
+
+def _score(scores: dict[str, Any], n: int, higher_is_better: dict[str, bool]) -> dict[str, Any] | None:
+    metric = next(
+        (name for name, value in scores.items() if "," in name and "_stderr" not in name and _number(value)), None
+    )
+    if metric is None:
+        return None
+    name, _, which = metric.partition(",")
+    error, score = scores.get(f"{name}_stderr,{which}"), float(scores[metric])
+    spread = 1.96 * error if _number(error) else 0.0
     return {
-        f"{PREFIX}{task}": _score(scores, found.get("n-samples", {}).get(task, {}).get("effective", 0))
-        for task, scores in found["results"].items()
-        if task in tasks
+        "score": round(score, 4),
+        "n": n,
+        "low": round(max(score - spread, 0.0), 4),
+        "high": round(score + spread, 4),
+        "metric": metric,
+        "judged": _number(error) and bool(higher_is_better.get(name, True)),  # whether a change can be called one
+        "kinds": {},
     }
 
 
-def _score(scores: dict[str, Any], n: int) -> dict[str, Any]:
-    metric = next(name for name, value in scores.items() if "," in name and "_stderr" not in name and _number(value))
-    name, _, which = metric.partition(",")
-    error = scores.get(f"{name}_stderr,{which}")
-    spread = 1.96 * error if _number(error) else 0.0
-    score = float(scores[metric])
-    low, high = round(score - spread, 4), round(score + spread, 4)
-    return {"score": round(score, 4), "n": n, "low": max(low, 0.0), "high": high, "metric": metric, "kinds": {}}
-
-
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,6 +39,8 @@ def reward_judge(source: str) -> Judge:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from hfpipe.training.templates import neutralise, neutralise_row, special_strings
+
     path, _, revision = source.partition("@")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
@@ -48,7 +50,10 @@ def reward_judge(source: str) -> Judge:
     if model.config.num_labels != 1:
         raise UserError(f"--judge {source}: {model.config.num_labels} labels; a reward model has one.")
 
+    special = special_strings(tokenizer)
+
     def reward(row: dict[str, Any], answer: str) -> float:
+        answer, row = neutralise(answer, special)[0], neutralise_row(row, special)[0]
         if "messages" in row:
             talk = [*row["messages"], {"role": "assistant", "content": answer}]
             ids = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
@@ -92,7 +97,7 @@ def _post(url: str, body: dict[str, Any]) -> str:
     for left in reversed(range(_TRIES)):
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"]
+                return json.load(answer)["choices"][0]["message"]["content"] or ""
         except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
             refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
             if refused or not left:

@@ -58,8 +58,30 @@ def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
             )
         if not (probe.capability or row.get("capability")):
             raise UserError(f"{where}: {at}: names no capability. Give it there, or `capability` in the recipe.")
+        row = {"kind": row.get("capability", probe.capability), **row}
+        _try_check(row, f"{where}: {at}")
+        yield row
+
+
+def _try_check(row: dict[str, Any], where: str) -> None:
+    """A check and its value are tried on an answer before any model is asked."""
+    if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("messages", []), list):
+        raise UserError(f"{where}: expected `prompt` as text or `messages` as a list.")
+    wanted = row["check"]
+    if not isinstance(wanted["type"], str):
+        raise UserError(f"{where}: check.type = {wanted['type']!r}: expected the name of a check.")
+    try:
         find_check(wanted["type"])
-        yield {"kind": row.get("capability", probe.capability), **row}
+        if wanted["type"] == "json_schema":
+            import jsonschema
+
+            jsonschema.Draft202012Validator.check_schema(wanted.get("value"))
+        check(row, Answer("1", [{"role": "assistant", "content": "1"}], True))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except Exception as error:  # a check may be anybody's function
+        value = wanted.get("value")
+        raise UserError(f"{where}: check `{wanted['type']}` cannot take the value {value!r}: {error}") from None
 
 
 def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:

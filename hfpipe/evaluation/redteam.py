@@ -72,7 +72,8 @@ def attack_rows(size: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _requests(table: dict[str, tuple[str, ...]], size: int, rng: Random) -> list[tuple[str, str]]:
-    acts, asks = world.acts(table, "test"), world.phrases(wordings.HOW_TO, "test")
+    # Not the test split's: what gets through is written as rows to train on.
+    acts, asks = world.acts(table, "validation"), world.phrases(wordings.HOW_TO, "validation")
     pairs = [(act, ask.format(act)) for act in acts for ask in asks]
     return rng.sample(pairs, min(size, len(pairs)))
 

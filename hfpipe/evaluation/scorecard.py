@@ -93,7 +93,9 @@ def _cell(score: dict[str, Any], before: dict[str, Any] | None) -> Cell:
     if before is None:
         return Cell(*own, score["n"])
     low, high = difference((before["score"], before["low"], before["high"]), own)
-    return Cell(*own, score["n"], round(own[0] - before["score"], 4), not low <= 0 <= high)
+    # Of a metric that is better when lower, or without an interval, no arrow can speak.
+    sure = not low <= 0 <= high and score.get("judged", True)
+    return Cell(*own, score["n"], round(own[0] - before["score"], 4), sure)
 
 
 def _forgotten(card: Scorecard) -> list[str]:
@@ -105,7 +107,8 @@ def _forgotten(card: Scorecard) -> list[str]:
             lines.append(f"{stage}: {name} {before:.2f} -> {cell.score:.2f}, more than the interval: {advice}")
     first = next(iter(card.text.values()), None)
     for stage, scores in card.text.items():
-        if first and scores["perplexity"] > TEXT_LIMIT * first["perplexity"] and stage in card.parents:
+        held = first is not None and scores["perplexity"] <= TEXT_LIMIT * first["perplexity"]  # False for a NaN
+        if first and not held and stage in card.parents:
             lines.append(
                 f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {scores['perplexity']:.2f}, "
                 f"more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -36,7 +37,7 @@ class StageStory:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        return self.record["metrics"]
+        return self.record.get("metrics", {})
 
 
 def write_report(run: Path) -> Path:
@@ -91,26 +92,32 @@ def story(stages: list[StageStory]) -> list[dict[str, Any]]:
     stage, are the commonest pattern.
     """
     scored = [stage for stage in stages if stage.probes]
+    answered = {stage.name: {_key(row): row for row in stage.probes} for stage in scored}
+    common = [row for row in scored[0].probes if all(_key(row) in rows for rows in answered.values())] if scored else []
     followed = []
-    for kind in _STORY if scored else ():
-        spots = [i for i, row in enumerate(scored[0].probes) if row["kind"] == kind]
-        patterns = {i: tuple(stage.probes[i]["score"] == 1 for stage in scored) for i in spots}
+    for kind in _STORY:
+        spots = {_key(row): row for row in common if row["kind"] == kind}
+        patterns = {key: tuple(answered[s.name][key]["score"] == 1 for s in scored) for key in spots}
         right_in_the_end = {i: p for i, p in patterns.items() if p[-1]} or patterns
         if not right_in_the_end:
             continue
         ((typical, _),) = Counter(right_in_the_end.values()).most_common(1)
-        spot = next(i for i, pattern in right_in_the_end.items() if pattern == typical)
+        spot = next(key for key, pattern in right_in_the_end.items() if pattern == typical)
         answers = [
-            {"stage": stage.name, "text": _told(stage.probes[spot]), "right": right}
+            {"stage": stage.name, "text": _told(answered[stage.name][spot]), "right": right}
             for stage, right in zip(scored, typical, strict=True)
         ]
-        row = scored[0].probes[spot]
+        row = spots[spot]
         followed.append({"asked": _asked(row), "capability": row["capability"], "answers": answers})
     return followed
 
 
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps([row["kind"], row.get("prompt"), row.get("messages")])
+
+
 def _told(row: dict[str, Any]) -> str:
-    text = "\n".join(row["turns"]) or row["raw"]
+    text = "\n".join(row.get("turns") or [row["answer"]]) or row["raw"]
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} …"
 
 
@@ -123,7 +130,11 @@ def _asked(row: dict[str, Any]) -> str:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a write that was cut off
+            found.append(json.loads(line))
+    return found
 
 
 def _shade(cell: Cell) -> str:
