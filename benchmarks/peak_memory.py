@@ -1,6 +1,6 @@
 """The most memory that a command and all its children held at once, shared pages counted once (Linux, PSS).
 
-python benchmarks/peak_memory.py hfpipe run tiny --out /tmp/run
+python benchmarks/peak_memory.py hfpipe run tiny
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Slices of public data: other people's, so not shipped; tests that need them skip where the folder is absent.
+REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,9 +17,8 @@ from hfpipe.evaluation.scorecard import read_scorecard, table
 from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import Probe
 
-from .conftest import CALL, ROOT, TALKS, hfpipe
+from .conftest import CALL, REAL, ROOT, TALKS, hfpipe
 
-REAL = ROOT.parent / "shared" / "data" / "real"
 # --- intervals ---
 
 
@@ -106,7 +105,8 @@ def test_a_faulty_probe_is_told_with_its_line(tmp_path, row, said):
     assert said in str(error.value)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")
+# Other people's data, not shipped with the project.
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent (HFPIPE_REAL_DATA names the folder)")
 def test_probes_from_rows_in_a_known_form():
     sums = Probe(path=str(REAL / "gsm8k_train.jsonl"), capability="instructions", check="number", limit=20)
     calls = Probe(path=str(REAL / "glaive_toolcall_en_demo.json"), capability="tools", check="tool_call", limit=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from hfpipe.data.sources import load_source
 from hfpipe.data.splits import split_key
 from hfpipe.sections import Source
 
-from .conftest import ROOT, hfpipe, stage_json
+from .conftest import REAL, hfpipe, stage_json
 
-REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))
 pytestmark = pytest.mark.skipif(
     not REAL.is_dir(), reason=f"the public data slices are not in {REAL} (HFPIPE_REAL_DATA)"
 )

@@ -17,7 +17,7 @@ from hfpipe.data.splits import SPLITS, normalise, split_key, split_of
 from hfpipe.errors import UserError
 from hfpipe.sections import Source
 
-REAL = Path(os.environ.get("HFPIPE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data" / "real"))
+from .conftest import REAL
 
 
 @pytest.fixture(autouse=True)

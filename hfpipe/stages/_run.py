@@ -22,6 +22,7 @@ from hfpipe import __version__, artifact
 from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
+from hfpipe.evaluation.probes import load_probes
 from hfpipe.run_folder import claim, complete_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
@@ -147,6 +148,7 @@ def main(stage_type: StageType) -> None:
         with contextlib.nullcontext() if pipeline_holds_it or not is_main_process() else lock(run):
             if is_main_process() and not pipeline_holds_it:
                 check_sources(recipe)
+                load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
                 claim(recipe, run)
             job = make_job(recipe, stage, run)
             job.check_parents()
@@ -194,12 +196,10 @@ def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, lo
 
 def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
     from hfpipe.evaluation.basics import prepare_held_out
-    from hfpipe.evaluation.probes import load_probes
     from hfpipe.evaluation.text_metrics import load_metrics
     from hfpipe.training.models import load_tokenizer
 
     load_metrics(recipe.pipeline.evaluate.metrics)
-    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.name}: evaluate.probes")
     for name in stages:
         stage = recipe.stages[name]
         module = stage_module(stage.type.name)

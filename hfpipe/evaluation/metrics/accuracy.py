@@ -1,19 +1,10 @@
-"""Accuracy of labels, each a word, by scikit-learn; for `evaluate.load` with the path of this file."""
-
-import datasets
-import evaluate
 import sklearn.metrics
 
+import hfpipe.evaluation.metric_base as base
 
-class Accuracy(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions and references, a label each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+
+class Accuracy(base.TextMetric):
+    """Accuracy of labels, each a word, by scikit-learn."""
 
     def _compute(self, predictions, references):
         return {"accuracy": float(sklearn.metrics.accuracy_score(references, predictions))}

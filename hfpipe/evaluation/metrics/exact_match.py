@@ -1,18 +1,8 @@
-"""Share of answers equal to their reference, spaces at the ends aside; for `evaluate.load` with the path of this file."""
-
-import datasets
-import evaluate
+import hfpipe.evaluation.metric_base as base
 
 
-class ExactMatch(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions and references, a text each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+class ExactMatch(base.TextMetric):
+    """Share of answers equal to their reference, spaces at the ends aside."""
 
     def _compute(self, predictions, references):
         same = [said.strip() == wanted.strip() for said, wanted in zip(predictions, references, strict=True)]

@@ -1,19 +1,10 @@
-"""Macro-averaged F1 of labels, each a word, by scikit-learn; for `evaluate.load` with the path of this file."""
-
-import datasets
-import evaluate
 import sklearn.metrics
 
+import hfpipe.evaluation.metric_base as base
 
-class F1(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="",
-            inputs_description="predictions and references, a label each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+
+class F1(base.TextMetric):
+    """Macro-averaged F1 of labels, each a word, by scikit-learn."""
 
     def _compute(self, predictions, references):
         return {"f1": float(sklearn.metrics.f1_score(references, predictions, average="macro"))}

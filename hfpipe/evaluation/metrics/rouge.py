@@ -1,19 +1,12 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L (mean F-measure) by rouge_score; for `evaluate.load` with the path of this file."""
-
-import datasets
-import evaluate
 import rouge_score.rouge_scorer
 
+import hfpipe.evaluation.metric_base as base
 
-class Rouge(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries",
-            inputs_description="predictions and references, a text each",
-            features=datasets.Features({"predictions": text, "references": text}),
-        )
+
+class Rouge(base.TextMetric):
+    """ROUGE-1, ROUGE-2 and ROUGE-L (mean F-measure) by rouge_score."""
+
+    citation_text = "Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries"
 
     def _compute(self, predictions, references):
         names = ["rouge1", "rouge2", "rougeL"]
