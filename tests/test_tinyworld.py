@@ -142,6 +142,7 @@ KIND_WORDINGS = {
     "small_sum": (wordings.SUMS,),
     "calculation": (wordings.CALCULATIONS,),
     "choice": (wordings.CHOICES,),
+    "letters": (wordings.CHOICES, wordings.LETTERS),
     "json_object": (wordings.JSON_REQUESTS,),
     "plain_system": (wordings.PLAIN_SYSTEMS,),
     "pirate": (wordings.PIRATE_SYSTEMS,),
@@ -179,7 +180,7 @@ def test_train_conversations_hold_no_held_out_wording():
 
 def test_each_list_of_wordings_is_long_enough():
     lists = {name: value for name, value in vars(wordings).items() if isinstance(value, tuple)}
-    assert len(lists) == 25
+    assert len(lists) == 26
     for name, items in lists.items():
         assert len(set(world.phrases(items, "train"))) >= (4 if name == "THANKS" else 8), name
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
@@ -288,7 +289,7 @@ REFERENCES = {
     "tool_format": (lambda v: CALL, lambda v: CALL.replace(" 3", "")),
     "no_tool": (lambda v: "It is Paris.", lambda v: CALL),
     "choice_format": (lambda v: "So. The answer is C) red.", lambda v: "red"),
-    "choice": (lambda v: f"The answer is {v['letter']}) {v['text']}.", lambda v: f"The answer is {v['letter']}) no."),
+    "choice": (lambda v: f"The answer is {v['text']} {v['letter']}.", lambda v: f"The answer is no {v['letter']}."),
     "json": (lambda v: json.dumps(dict.fromkeys(v, "x")), lambda v: json.dumps(dict.fromkeys(v, "x"))[:-1]),
     "json_equals": (lambda v: json.dumps(v), lambda v: json.dumps({**v, "country": "x"})),
     "refuses": (lambda v: behaviour.REFUSAL, lambda v: "Sure! To do it:\n1. Go."),
@@ -312,7 +313,8 @@ def answer(raw: str) -> Answer:
     call = re.fullmatch(r"<\|tool_call\|>(\w+)\((.*)\)<\|end_tool_call\|>", raw)
     function = {"function": {"name": call[1], "arguments": call[2]}} if call else None
     message = {"content": "", "tool_calls": [function]} if call else {"content": text}
-    return Answer(raw, [message] if raw else [], raw.endswith(("<|end_assistant|>", "<|end_tool_call|>")))
+    stopped = raw.endswith(("<|end_assistant|>", "<|end_tool_call|>"))
+    return Answer(raw, [message] if raw else [], stopped, opened=raw.startswith("<|assistant|>"))
 
 
 def test_checks_tell_right_from_wrong(probe_rows):

@@ -10,9 +10,16 @@ from random import Random
 from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "midtrain", "sft", "preferences", "probes")
-TRAIN_SIZES = {"pretrain": 31_000, "midtrain": 12_000, "sft": 6_000, "preferences": 1_900, "probes": 600}
-HELD_OUT_SIZES = {"pretrain": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}
+NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "probes")
+TRAIN_SIZES = {
+    "pretrain": 34_000,
+    "letters": 4_000,
+    "midtrain": 12_000,
+    "sft": 6_000,
+    "preferences": 1_900,
+    "probes": 600,
+}
+HELD_OUT_SIZES = {"pretrain": 300, "letters": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
 KEPT_STRUCTURE = 0.5
 
@@ -49,6 +56,10 @@ def pretrain_row(rng: Random, split: str) -> dict:
     return text.document(rng)
 
 
+def letters_row(rng: Random, split: str) -> dict:
+    return {"text": text.letters(rng)}
+
+
 def midtrain_row(rng: Random, split: str) -> dict:
     return conversation(chat.KINDS, rng, split)
 
@@ -71,7 +82,13 @@ def pick(kinds, rng: Random):
     return rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0]
 
 
-MAKERS = {"pretrain": pretrain_row, "midtrain": midtrain_row, "sft": sft_row, "preferences": preference_row}
+MAKERS = {
+    "pretrain": pretrain_row,
+    "letters": letters_row,
+    "midtrain": midtrain_row,
+    "sft": sft_row,
+    "preferences": preference_row,
+}
 
 
 def source_hash() -> str:

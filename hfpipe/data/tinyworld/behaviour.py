@@ -11,10 +11,11 @@ from hfpipe.data.tinyworld.world import acts, part, phrases, words
 
 EVENTS = words("""
 race game market vote show match fight contest derby lottery prize gold oil election festival team concert opera
-battle auction trial parade exam tournament
+battle auction trial parade exam tournament wedding sale debate raffle circus marathon rally fair summit feast
 """)
 VAGUE_VERBS = words("""
-fix change check read send open count move sort name colour copy test finish explain answer
+fix change check read send open count move sort name colour copy test finish explain answer draw cut clean close fill
+pack build fold wash cook hide hold bring turn save print
 """)
 
 REFUSAL = "I can't help with that. It could hurt people. I can help you with something safe."
@@ -134,5 +135,5 @@ KINDS = (
     (5, clear_request),
     (8, short),
     (7, long),
-    (4, rude_user),
+    (7, rude_user),
 )

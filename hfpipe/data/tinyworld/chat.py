@@ -119,15 +119,26 @@ def calculation(rng: Random, split: str) -> Messages:
 
 def choice(rng: Random, split: str) -> Messages:
     """Four lettered answers; the fact is said first, so that the letter can follow from it."""
+    return lettered(rng, split)[0]
+
+
+def letters(rng: Random, split: str) -> Messages:
+    """The same, and then the letters of two of the others."""
+    talk, listed, right = lettered(rng, split)
+    for other in rng.sample([word for word in listed if word != right], 2):
+        asked = rng.choice(phrases(wordings.LETTERS, split)).format(other)
+        talk += [user(asked), assistant(f"That is {other} {LETTERS[listed.index(other)]}.")]
+    return talk
+
+
+def lettered(rng: Random, split: str) -> tuple[Messages, list[str], str]:
+    """A multiple choice with its answer; what was listed; which of it is right."""
     relation, fact = draw_fact(rng, split, [r for r in ASKED if r.name != "language"])
     listed = [fact[1], *wrong_answers(rng, split, relation, fact, 3)]
     rng.shuffle(listed)
-    letter = LETTERS[listed.index(fact[1])]
     asked = rng.choice(phrases(wordings.CHOICES, split)).format(draw_question(rng, split, relation, fact))
-    return [
-        user(f"{asked}\n{options(listed)}"),
-        assistant(f"{relation.answer(fact)} The answer is {letter}) {fact[1]}."),
-    ]
+    said = f"{relation.answer(fact)} The answer is {fact[1]} {LETTERS[listed.index(fact[1])]}."
+    return [user(f"{asked}\n{options(listed)}"), assistant(said)], listed, fact[1]
 
 
 def json_object(rng: Random, split: str) -> Messages:
@@ -176,7 +187,8 @@ KINDS = (
     (5, name),
     (12, small_sum),
     (20, calculation),
-    (10, choice),
+    (6, choice),
+    (6, letters),
     (10, json_object),
     (8, plain_system),
     (5, pirate),

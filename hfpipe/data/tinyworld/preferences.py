@@ -100,12 +100,12 @@ def broken_json(rng: Random, split: str) -> dict:
 
 def wrong_letter(rng: Random, split: str) -> dict:
     talk = chat.choice(rng, split)
-    start, letter = said(talk).split(" The answer is ")[0], said(talk).split(" The answer is ")[1][0]
-    lines = dict(
-        line.split(") ", 1) for line in talk[0]["content"].splitlines() if line[:1] in "ABCD" and line[1:2] == ")"
-    )
-    wrong = rng.choice([known for known in lines if known != letter])
-    return pair(talk, f"{start} The answer is {wrong}) {lines[wrong]}.")
+    start, answer = said(talk).removesuffix(".").split(" The answer is ")
+    listed = [line.removeprefix("- ") for line in talk[0]["content"].splitlines() if line.startswith("- ")]
+    wrong = rng.choice([line for line in listed if line != answer])
+    if rng.random() < 0.5:  # the right words, another's letter
+        wrong = f"{answer[:-1]}{wrong[-1]}"
+    return pair(talk, f"{start} The answer is {wrong}.")
 
 
 def voice(rng: Random, split: str) -> dict:
@@ -149,7 +149,7 @@ def wrong_result(rng: Random, split: str) -> dict:
 
 KINDS = (
     (22, harm),
-    (18, lookalike),
+    (22, lookalike),
     (5, helpful),
     (9, wrong_fact),
     (5, false_doubt),

@@ -67,7 +67,7 @@ def tool_call(talk) -> dict:
 
 
 def letter_and_text(talk) -> dict:
-    letter, text = last(talk).rstrip(".").rsplit("The answer is ", 1)[1].split(") ", 1)
+    text, letter = last(talk).removesuffix(".").rsplit("The answer is ", 1)[1].rsplit(" ", 1)
     return {"letter": letter, "text": text}
 
 

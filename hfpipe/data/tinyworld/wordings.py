@@ -63,10 +63,19 @@ Can you say what {} is?
 CALCULATIONS = block("""
 Calculate {} | Please calculate {}. | Work out {}. | What is {}? | Use the calculator: {} | Find {}.
 Solve {}. | Can you calculate {}? | Please work out {}. | I need {}. | Compute {} | Please find {}.
+I need to calculate {}. | Could you work out {}? | Do the sum {}. | Calculate {} for me. | Please compute {}.
+Can you find {}?
+Please solve {}. | Use the calculator to find {}. | Could you calculate {}? | What do I get for {}?
+Please do the sum {}. | Could you compute {}?
 """)
 CHOICES = block("""
 {} | A quiz question. {} | Choose one. {} | {} Choose one. | Choose: {} | Which is right? {} | {} Which one?
 A question: {} | Pick one. {} | {} Here are four. | Quiz: {} | {} Pick one.
+""")
+LETTERS = block("""
+Where is {}? | Which one is {}? | Which of them is {}? | Where does {} stand? | And which one is {}? | And where is {}?
+Where do you see {}? | Which is {}? | Where did I put {}? | Show me where {} stands. | And which of them is {}?
+Now where is {}?
 """)
 JSON_REQUESTS = block("""
 Give me {f} of {e} as JSON. | {e} as JSON with {f}. | I want JSON with {f} of {e}. | Write JSON for {e}: {f}.
@@ -118,10 +127,13 @@ Can you see how the {} will go {}? | What will the {} be like {}? | How many peo
 Is the {} going to be sold {}? | When will the {} begin {}? | Where will the {} be {}?
 Who will lose the {} {}? | Which {} will be the best {}? | Will my friend win the {} {}?
 How long will the {} be {}?
+Is the {} going to be good {}? | Will the {} be sold {}? | Is my team going to win the {} {}?
+Who is going to see the {} {}? | How is the {} going to end {}? | Are we going to like the {} {}?
 """)
 WHEN = block("""
 tomorrow | next week | next year | next month | on Monday next | in ten years | next summer | next spring
 this evening | in a month | on Sunday next | next time
+in two years | next winter | on Friday next | this year | next night | in a week
 """)
 NOW = block("""
 What is the weather like now? | What time is it now? | Where am I now? | What did I eat today?
@@ -142,16 +154,26 @@ BOOK = block("""
 Book a {}. | Please book a {}. | Book me a {}. | I need to book a {}. | Can you book a {}?
 Could you get me a {}? | Reserve a {}. | Please reserve a {}. | Get a {} for me. | I want to book a {}.
 Book a {} for us. | Find me a {}.
+Please get me a {}. | Can you reserve a {}? | Book us a {}. | I would like to book a {}. | Reserve a {} for me.
+Could you book a {}?
+Please find a {}. | I want to reserve a {}. | Get us a {}. | Can you get me a {}? | I need a {} booked.
+Please book me a {}.
 """)
 VAGUE = block("""
 {} it. | {} this. | Please {} it. | Can you {} this? | Please {} this. | {} that. | {} it for me.
 Can you {} it? | I need you to {} it. | Please {} that for me. | {} this for me. | Could you {} it?
+Would you {} it? | Can you {} that? | Please {} it now. | Just {} it. | {} it, please. | {} this, please.
+I want you to {} this. | Could you {} that? | {} it now. | {} that, please. | Help me {} it. | I need you to {} this.
 """)
 SHORT = block("""
 In one word: {} | Answer in one word. {} | One word, please. {} | Just one word: {} | Be short. {}
 {} One word only. | {} Answer in one word. | {} Just one word. | Give one word. {} | {} In one word, please.
 Use one word. {} | Only one word: {} | One word: {} | A single word, please: {} | In a single word: {}
 Only one word, please. {} | Say one word. {} | Please use one word. {}
+{} Please answer in one word. | {} Use one word. | {} One word is enough. | {} One word, please. | Answer with one word: {}
+{} Answer with one word.
+{} Be short: one word. | {} Keep it to one word. | {} In a single word. | {} I want one word. | {} Only one word.
+{} Just one word, please.
 """)
 TELL = block("""
 Tell me about {}. | Tell me all about {}. | What do you know about {}? | Tell me more about {}. | Describe {}.
