@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,7 @@ from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.sections import Source
 from hfpipe.training.templates import encode_prompts, neutralise_row, special_strings
 
-from .conftest import TALKS, hfpipe
+from .conftest import ROOT, TALKS, hfpipe
 
 # --- lm-evaluation-harness ---
 
@@ -85,6 +86,30 @@ def test_two_models_are_asked_the_same(learned, micro_run, tmp_path):
     assert "calculator(12 * 34)" in shown
 
 
+def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path, monkeypatch):
+    """The README's own: a function, its name in the package's metadata, a row that names it."""
+    snippet = next(
+        s for s in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "brief" in s
+    )
+    (tmp_path / "mypackage").mkdir()
+    (tmp_path / "mypackage" / "checks.py").write_text(snippet)
+    (tmp_path / "mypackage-1.0.dist-info").mkdir()
+    (tmp_path / "mypackage-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mypackage\nVersion: 1.0\n"
+    )
+    (tmp_path / "mypackage-1.0.dist-info" / "entry_points.txt").write_text(
+        "[hfpipe.checks]\nbrief = mypackage.checks:brief\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    rows = [
+        {"capability": c, "messages": TALKS[1][:1], "check": {"type": "brief", "value": n}}
+        for c, n in (("a", 20), ("b", 2))
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json").stdout
+    assert {name: entry["score"] for name, entry in json.loads(told)["capabilities"].items()} == {"a": 1, "b": 0}
+
+
 @pytest.fixture
 def endpoint():
     """A judge behind a local OpenAI-compatible endpoint: it prefers the longer answer, or with `biased` always A."""
@@ -135,6 +160,37 @@ def test_a_reward_model_judges(learned, tmp_path):
     assert other == 0.5
     with pytest.raises(UserError, match="no reward model there"):
         find_judge(str(tmp_path / "nothing"))
+
+
+def test_a_judge_can_be_a_probes_check(endpoint, learned, tmp_path):
+    asked, answer = TALKS[1]
+    beats = {"type": "prefers", "value": {"than": "Hi.", "judge": endpoint}}
+    rows = [{"capability": "tone", "messages": [asked], "check": beats}]
+    rows += [{"capability": "detail", "messages": [asked], "check": {**beats, "value": {"than": 80 * "long "}}}]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": [asked, {**answer, "content": "Hi."}]}) + "\n")
+    (tmp_path / "probes.yaml").write_text(
+        f"probes:\n  - {{path: {tmp_path}/mine.jsonl, judge: '{endpoint}'}}\n"
+        f"  - {{path: {tmp_path}/talks.jsonl, split: all, capability: help, check: prefers, judge: '{endpoint}'}}\n"
+    )
+    scored = json.loads(hfpipe("eval", learned[0], "--probes", tmp_path / "probes.yaml", "--json").stdout)
+    assert {name: entry["score"] for name, entry in scored["capabilities"].items()} == {
+        "tone": 1, "detail": 0, "help": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("check", "told"),
+    [
+        ({"type": "prefers", "value": {"than": "Hi."}}, "mine.jsonl line 1: check `prefers` needs `than`"),
+        ({"type": "prefers", "value": "Hi."}, "`judge` may stand in the recipe"),
+    ],
+)
+def test_a_judges_probe_without_a_judge_is_told_before_a_model_is_asked(tmp_path, check, told):
+    row = {"capability": "tone", "prompt": "Hello", "check": check}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    probes = f"evaluate.probes=[{{path: {tmp_path}/mine.jsonl}}]"
+    assert told in hfpipe("plan", "micro", "--set", probes, check=2).stderr
 
 
 # --- chat ---

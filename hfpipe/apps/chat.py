@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, prompt_ids, stop_ids
+from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
 from hfpipe.progress import printable
 
@@ -61,6 +61,7 @@ class Session:
     def say(self, text: str, write: Callable[[str], object]) -> Answer:
         """The answer to what the user says, piece by piece to `write`; tool calls are carried out on the way."""
         self.messages.append({"role": "user", "content": self._clean(text)})
+        self._make_room()
         question, answer = Question(list(self.messages)), Answer()
         for _ in range(MAX_CALLS + 1):
             prompt = prompt_ids(self.tokenizer, question, answer)
@@ -79,6 +80,19 @@ class Session:
         ]
         return answer
 
+    def _make_room(self) -> None:
+        """Forget the oldest turns where the talk and an answer are more than the model can read."""
+        room = positions(self.model) - min(self.max_new_tokens, positions(self.model) // 2)
+        while len(prompt_ids(self.tokenizer, Question(self.messages), Answer())) > room:
+            users = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+            if len(users) < 2:
+                self.messages.pop()
+                raise UserError(
+                    f"That is too long: this model reads and writes {positions(self.model)} tokens in all, of which "
+                    f"{positions(self.model) - room} are kept for the answer (--max-new-tokens)."
+                )
+            del self.messages[users[0] : users[1]]
+
     def _generate(self, prompt: list[int], write: Callable[[str], object]) -> list[int]:
         import torch
         from transformers import TextStreamer
@@ -92,7 +106,7 @@ class Session:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=min(self.max_new_tokens, positions(self.model) - len(prompt)),
                 do_sample=False,
                 streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class Answer:
     raw: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False  # every turn ended by itself, within the budget
+    opened: bool = False  # asked to open the assistant's turn, the model did as its chat template does
+    row: dict[str, Any] = field(default_factory=dict)  # the probe that was asked
 
     @property
     def text(self) -> str:
@@ -79,7 +82,9 @@ def answer_all(
             waiting, prompts, generate_all(model, tokenizer, prompts, max_new_tokens), strict=True
         ):
             answer, message = answers[i], parse(tokenizer, prompt, ids, questions[i])
-            answer.raw = answer.raw if turn else tokenizer.decode(ids)
+            if turn == 0:
+                answer.raw = tokenizer.decode(ids)
+                answer.opened = questions[i].opens_turn and answer.raw.lstrip().startswith(turn_opening(tokenizer))
             answer.messages.append(message)
             stopped = bool(ids) and ids[-1] in stop_ids(model)
             answer.stopped = stopped and (turn == 0 or answer.stopped)
@@ -98,10 +103,14 @@ def generate_all(
 ) -> list[list[int]]:
     """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch.
 
-    Short answers are not kept waiting: what has not ended after a few tokens goes on in batches of its own.
+    Short answers are not kept waiting: what has not ended after a few tokens goes on in batches of its own. Where the
+    model's positions end, so does the answer.
     """
     written: list[list[int]] = [[] for _ in prompts]
-    going, stops = list(range(len(prompts))), stop_ids(model)
+    stops, room = stop_ids(model), [positions(model) - len(prompt) for prompt in prompts]
+    for i in (i for i, left in enumerate(room) if 0 < left < max_new_tokens):
+        written[i] = _generate(model, tokenizer, [prompts[i]], room[i])[0]
+    going = [i for i, left in enumerate(room) if left >= max_new_tokens]
     for budget in (min(_FIRST_TOKENS, max_new_tokens), max_new_tokens - _FIRST_TOKENS):
         if budget <= 0:
             break
@@ -114,6 +123,11 @@ def generate_all(
                 written[i] = written[i] + ids
         going = [i for i in going if not (written[i] and written[i][-1] in stops)]
     return written
+
+
+def positions(model: PreTrainedModel) -> int:
+    """Tokens that the model can read and write in all, by its configuration."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def stop_ids(model: PreTrainedModel) -> set[int]:
@@ -165,6 +179,15 @@ def parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int],
         return tokenizer.parse_response(ids, prefix=prompt, tools=question.tools)
     except (ValueError, KeyError, TypeError):
         return said  # not a message of this format
+
+
+def turn_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts before an assistant's words: `<|assistant|>`, or `<|im_start|>assistant`."""
+    from hfpipe.training.templates import encode_messages, encode_prompts
+
+    talk = [{"role": "user", "content": "Hi"}]
+    asked = encode_messages(tokenizer, talk).input_ids
+    return tokenizer.decode(encode_prompts(tokenizer, [{"prompt": talk}])[0][len(asked) :]).strip()
 
 
 def carry_out(message: dict[str, Any], tools: Mapping[str, Callable[[Any], str]]) -> list[dict[str, Any]]:

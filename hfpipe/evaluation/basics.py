@@ -15,6 +15,7 @@ from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import TextData
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hfpipe.training.job import Job
@@ -74,7 +75,8 @@ def evaluate_model(
         artifact.write_jsonl(folder / "probes.jsonl", told)
     wanted = job.recipe.pipeline.evaluate.metrics
     if wanted and (told := _held_out_answers(model, tokenizer, prepared.report["samples"], job)):
-        scores["text_metrics"] = text_metrics(wanted, *zip(*told, strict=True))
+        likelihoods = _reference_log_likelihoods(model, tokenizer, prepared.report["samples"])
+        scores["text_metrics"] = text_metrics(wanted, *zip(*told, strict=True), log_likelihoods=likelihoods)
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
@@ -88,26 +90,34 @@ def held_out_loss(
 
     With `count_bytes`, `bits_per_byte` too: comparable between tokenizers.
     """
+    total, tokens, size = 0.0, 0, 0
+    for batch in _batches(rows):
+        losses, trained = _token_losses(model, tokenizer, batch)
+        total += losses.sum().item()
+        tokens += int(trained.sum())
+        if count_bytes:
+            size += sum(_predicted_bytes(tokenizer, document["input_ids"]) for document in batch)
+    loss = total / max(tokens, 1)
+    scores = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 3), "tokens": tokens}
+    return scores | ({"bits_per_byte": round(total / math.log(2) / max(size, 1), 4)} if count_bytes else {})
+
+
+def _token_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[documents, tokens - 1] of losses in nats, 0 where a token is not trained, and which are."""
     import torch
 
     from hfpipe.training.collate import PaddedCollator
 
-    collator = PaddedCollator(tokenizer.pad_token_id)
-    total, tokens, size = 0.0, 0, 0
+    inputs = {k: v.to(model.device) for k, v in PaddedCollator(tokenizer.pad_token_id)(batch).items()}
+    labels = inputs.pop("labels")[:, 1:]
     with torch.inference_mode():
-        for batch in _batches(rows):
-            inputs = {k: v.to(model.device) for k, v in collator(batch).items()}
-            labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            total += torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
-            ).item()
-            tokens += int((labels != -100).sum())
-            if count_bytes:
-                size += sum(_predicted_bytes(tokenizer, document["input_ids"]) for document in batch)
-    loss = total / max(tokens, 1)
-    scores = {"loss": round(loss, 4), "perplexity": round(math.exp(min(loss, 50)), 3), "tokens": tokens}
-    return scores | ({"bits_per_byte": round(total / math.log(2) / max(size, 1), 4)} if count_bytes else {})
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        )
+    return losses.view_as(labels), labels != -100
 
 
 def _predicted_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
@@ -179,6 +189,27 @@ def _held_out_answers(
     ]
 
 
+def _reference_log_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> list[list[float]]:
+    """What the model gives to each token of the references of `_held_out_answers`, in nats."""
+    from hfpipe.training.templates import encode_completions, encode_prompts
+
+    talks = [
+        {"prompt": prompt, "completion": [answer], "tools": row.get("tools")}
+        for row in rows
+        if "text" not in row
+        for prompt, answer in (_last_answer(row),)
+    ]
+    prompts = encode_prompts(tokenizer, talks)
+    found = []
+    for prompt, answer in zip(prompts, encode_completions(tokenizer, talks, prompts, "completion"), strict=True):
+        document = {"input_ids": [*prompt, *answer], "labels": [*[-100] * len(prompt), *answer]}
+        losses, trained = _token_losses(model, tokenizer, [document])
+        found.append((-losses[trained]).tolist())
+    return found
+
+
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """`count` rows, of as many kinds as there are."""
     by_kind: dict[str, list[dict[str, Any]]] = {}
@@ -202,10 +233,14 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[st
         words = row["text"].split(" ")
         start = " ".join(words[:8])
         return start, encode_text(tokenizer, [start])[0], " ".join(words[8:40])
-    if "messages" in row:
-        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        prompt, answer = row["messages"][:last], row["messages"][last]
-    else:
-        prompt, answer = row["prompt"], row["chosen"][0]
+    prompt, answer = _last_answer(row)
     ids = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
     return " / ".join(map(said, prompt)), ids, said(answer)
+
+
+def _last_answer(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The assistant's last message, of a preference the chosen one, and what stands before it."""
+    if "messages" not in row:
+        return row["prompt"], row["chosen"][0]
+    last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+    return row["messages"][:last], row["messages"][last]

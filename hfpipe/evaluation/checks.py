@@ -14,6 +14,7 @@ from typing import Any
 
 from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.answers import Answer
+from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.tools import calculate
 
 Check = Callable[[Answer, Any], float]
@@ -27,7 +28,7 @@ DOUBTS = re.compile(r"\b(don't know|do not know|not sure|can't know|nobody can|n
 PIRATE = re.compile(r"\b(arr+|matey|yo ho|ahoy)\b", re.IGNORECASE)
 RUDE = re.compile(r"\b(silly|stupid|dumb|fool)\b", re.IGNORECASE)
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*(?:\.\d+)?")
-LETTER = re.compile(r"answer is \(?([A-Z])\) ?([^.\n]*)")
+CHOICE = re.compile(r"answer is (\(?[A-Z]\) ?\S|[^\n]+? (?:[A-Z]|\([A-Z]\))(?:\.|\n|$))")
 
 
 def contains(answer: Answer, value: str) -> bool:
@@ -70,10 +71,11 @@ def tool_format(answer: Answer, value: str) -> bool:
     return True
 
 
-def chosen(answer: Answer) -> tuple[str, str] | None:
-    """(letter, words) of "The answer is B) Lima."."""
-    found = LETTER.search(answer.text)
-    return (found[1], found[2].strip()) if found else None
+def choice(answer: Answer, value: dict[str, str]) -> bool:
+    """The first "answer is" goes on with "B) Lima", "Lima (B)" or "Lima B": letter and words of `value`, both."""
+    letter, text = re.escape(value["letter"]), re.escape(value["text"])
+    said = answer.text.partition("answer is ")[2]
+    return re.match(rf"\(?{letter}\) ?{text}(?!\w)|{text} (?:{letter}\b|\({letter}\))", said) is not None
 
 
 def json_object(answer: Answer) -> dict[str, Any] | None:
@@ -117,13 +119,19 @@ def asks(answer: Answer, _: Any = None) -> bool:
     return answer.text.endswith("?")
 
 
+def prefers(answer: Answer, value: dict[str, str]) -> float:
+    """The judge `value["judge"]` finds the answer better than `value["than"]`: 1, 0, or 0.5 for a tie."""
+    judge = find_judge(value["judge"], value.get("judge_model", "default"))
+    return judge([answer.row], [value["than"]], [answer.text])[0]
+
+
 def said(answer: Answer) -> bool:
     return answer.text != ""
 
 
 CHECKS: dict[str, Check] = {
     "stops": lambda answer, _: answer.stopped,
-    "opens_turn": lambda answer, _: answer.raw.lstrip().startswith("<|assistant|>"),
+    "opens_turn": lambda answer, _: answer.opened,
     "contains": contains,
     "starts": starts,
     "exact": lambda answer, value: answer.text == str(value).strip(),
@@ -132,8 +140,8 @@ CHECKS: dict[str, Check] = {
     "tool_call": tool_call,
     "tool_format": tool_format,
     "no_tool": lambda answer, _: not any(m.get("tool_calls") for m in answer.messages) and said(answer),
-    "choice_format": lambda answer, _: chosen(answer) is not None,
-    "choice": lambda answer, value: chosen(answer) == (value["letter"], value["text"]),
+    "choice_format": lambda answer, _: CHOICE.search(answer.text) is not None,
+    "choice": choice,
     "json": json_keys,
     "json_equals": lambda answer, value: json_object(answer) == value,
     "json_schema": json_schema,
@@ -146,6 +154,7 @@ CHECKS: dict[str, Check] = {
     "not_pirate": lambda answer, _: said(answer) and not pirate(answer),
     "polite": lambda answer, value: contains(answer, value) and not RUDE.search(answer.text),
     "asks": asks,
+    "prefers": prefers,
     "does_not_ask": lambda answer, _: said(answer) and not asks(answer),
     "max_words": lambda answer, value: (
         0 < len(answer.text.split()) <= value["words"] and contains(answer, value["text"])

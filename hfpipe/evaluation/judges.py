@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ Answer B:
 _TRIES = 3
 
 
+@functools.cache
 def find_judge(name: str, model: str = "default") -> Judge:
     """`http://...` is an endpoint, which is asked for `model`; anything else a reward model's folder or Hub id."""
     return endpoint_judge(name, model) if name.startswith(("http://", "https://")) else reward_judge(name)
@@ -46,9 +48,9 @@ def reward_judge(source: str) -> Judge:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
         model = AutoModelForSequenceClassification.from_pretrained(path, revision=revision or None).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"--judge {source}: no reward model there: {str(error).splitlines()[0]}") from None
+        raise UserError(f"judge {source}: no reward model there: {str(error).splitlines()[0]}") from None
     if model.config.num_labels != 1:
-        raise UserError(f"--judge {source}: {model.config.num_labels} labels; a reward model has one.")
+        raise UserError(f"judge {source}: {model.config.num_labels} labels; a reward model has one.")
 
     special = special_strings(tokenizer)
 
@@ -101,6 +103,6 @@ def _post(url: str, body: dict[str, Any]) -> str:
         except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
             refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
             if refused or not left:
-                raise UserError(f"--judge {url}: the endpoint gave no verdict: {error}") from None
+                raise UserError(f"judge {url}: the endpoint gave no verdict: {error}") from None
             time.sleep(2 ** (_TRIES - left))
     raise AssertionError

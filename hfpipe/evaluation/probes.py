@@ -59,6 +59,8 @@ def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         if not (probe.capability or row.get("capability")):
             raise UserError(f"{where}: {at}: names no capability. Give it there, or `capability` in the recipe.")
         row = {"kind": row.get("capability", probe.capability), **row}
+        if wanted["type"] == "prefers" and isinstance(wanted.get("value"), dict) and probe.judge:
+            row["check"] = {**wanted, "value": {**_judge(probe), **wanted["value"]}}
         _try_check(row, f"{where}: {at}")
         yield row
 
@@ -76,6 +78,8 @@ def _try_check(row: dict[str, Any], where: str) -> None:
             import jsonschema
 
             jsonschema.Draft202012Validator.check_schema(wanted.get("value"))
+        if wanted["type"] == "prefers":  # its judge is not asked before there is an answer
+            return _check_judge(wanted.get("value"))
         check(row, Answer("1", [{"role": "assistant", "content": "1"}], True))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -84,8 +88,25 @@ def _try_check(row: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: check `{wanted['type']}` cannot take the value {value!r}: {error}") from None
 
 
+def _judge(probe: Probe) -> dict[str, Any]:
+    return {"judge": probe.judge, "judge_model": probe.judge_model}
+
+
+def _check_judge(value: Any) -> None:
+    value = value if isinstance(value, dict) else {}
+    if not isinstance(value.get("than"), str) or not isinstance(value.get("judge"), str):
+        raise UserError(
+            "check `prefers` needs `than`, the answer to be better than, and `judge`, a reward model or the URL of an "
+            "endpoint, in its value; `judge` may stand in the recipe beside `path`."
+        )
+
+
 def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
     """Rows with an answer of their own, which gives the check its value."""
+    if probe.check == "prefers" and not probe.judge:
+        raise UserError(
+            f"{where}: check: prefers needs `judge`: a reward model's folder or Hub id, or an endpoint's URL."
+        )
     if not probe.capability:
         raise UserError(f"{where}: {probe.path}: give `capability`: what do these rows show?")
     source = Source(path=probe.path, split=probe.split or "test", limit=probe.limit)
@@ -99,7 +120,7 @@ def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         if not spots:
             continue
         spot = spots[0] if calls else spots[-1]
-        value = _value(str(probe.check), row["messages"][spot])
+        value = _value(probe, row["messages"][spot])
         if value is None:
             continue
         yield {
@@ -111,12 +132,14 @@ def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _value(check_name: str, answer: dict[str, Any]) -> Any:
+def _value(probe: Probe, answer: dict[str, Any]) -> Any:
     """What the check compares with, from the row's own answer; None where it holds nothing of the kind."""
     text = str(answer.get("content") or "")
-    if check_name == "tool_call":
+    if probe.check == "tool_call":
         return answer["tool_calls"][0]["function"]
-    if check_name == "number":
+    if probe.check == "prefers":
+        return {"than": text, **_judge(probe)}
+    if probe.check == "number":
         found = NUMBER.findall(text)
         return float(found[-1].replace(",", "")) if found else None
     return text
@@ -138,7 +161,10 @@ def ask(
         )
         for row in clean
     ]
-    return answer_all(model, tokenizer, questions, max_new_tokens=max_new_tokens)
+    answers = answer_all(model, tokenizer, questions, max_new_tokens=max_new_tokens)
+    for row, answer in zip(rows, answers, strict=True):
+        answer.row = row
+    return answers
 
 
 def capabilities(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, dict[str, Any]]:

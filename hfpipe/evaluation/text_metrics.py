@@ -26,10 +26,21 @@ def load_metrics(names: Sequence[str]) -> list[Any]:
         ) from None
 
 
-def text_metrics(names: Sequence[str], answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """What the metrics say of `answers` held against `references`, and `n`, how many there are; all in 0..1."""
+def text_metrics(
+    names: Sequence[str],
+    answers: Sequence[str],
+    references: Sequence[str],
+    log_likelihoods: Sequence[Sequence[float]] = (),
+) -> dict[str, float]:
+    """What the metrics say of `answers` held against `references`, in 0..1, and `n`, how many there are.
+
+    `perplexity` is that of the references: `log_likelihoods` has, in nats, what the model gives to each one's tokens.
+    """
     found: dict[str, float] = {"n": len(answers)}
     if answers:
-        for metric in load_metrics(names):
-            found |= metric.compute(predictions=list(answers), references=list(references))
+        for name, metric in zip(names, load_metrics(names), strict=True):
+            if name == "perplexity":
+                found |= metric.compute(predictions=[list(text) for text in log_likelihoods])
+            else:
+                found |= metric.compute(predictions=list(answers), references=list(references))
     return {name: value if name == "n" else round(float(value), 4) for name, value in found.items()}
