@@ -10,6 +10,7 @@ from typing import Any
 
 from hfpipe import __version__
 from hfpipe.errors import StageFailed, UserError
+from hfpipe.faults import explain, full
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
         print("\nhfpipe: interrupted; the same command goes on from what is on disk.", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        return 1
+    except OSError as error:
+        if not full(error):
+            raise
+        print(f"hfpipe: {explain(error)}", file=sys.stderr)
         return 1
 
 
@@ -154,8 +160,13 @@ def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     recipe, run = _load(options)
     chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
-    if any(item.runs for item in chosen):
-        _print_scorecard(run)
+    if any(item.runs for item in chosen) or not (run / "report.html").is_file():
+        try:
+            _print_scorecard(run)
+        except Exception as error:
+            raise StageFailed(
+                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {run} writes it again."
+            ) from error
     whole = len(chosen) == len(recipe.stages)
     what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
     print(

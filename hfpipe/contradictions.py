@@ -20,7 +20,7 @@ def split_batch(stage: Stage, processes: int) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    checks = (_optimizer, _batch, _length, _freeze, _weights)
+    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -75,3 +75,11 @@ def _weights(stage: Stage) -> Iterator[str]:
         yield "data.train: weight has no meaning here: a tokenizer reads every source whole. Remove it, or set limit."
     elif any(weight is None or weight <= 0 for weight in weights):
         yield "data.train: give every source a weight above 0, or none of them."
+
+
+def _checkpoints(stage: Stage) -> Iterator[str]:
+    if stage.trainer.get("save_only_model") and stage.trainer.get("save_strategy") != "no":
+        yield (
+            "trainer.save_only_model keeps no optimizer state, so a killed run could not go on from its checkpoints. "
+            "Leave it out, or set trainer.save_strategy: 'no'."
+        )

@@ -25,10 +25,10 @@ def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> An
         before = len(problems)
         value = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
         minimum = names[key].metadata.get("at_least")
-        if minimum is not None and isinstance(value, int | float) and value < minimum:
+        if minimum is not None and isinstance(value, int | float) and not value >= minimum:
             problems.append(f"{where}{key} = {value!r}: expected {minimum} or more.")
         maximum = names[key].metadata.get("at_most")
-        if maximum is not None and isinstance(value, int | float) and value > maximum:
+        if maximum is not None and isinstance(value, int | float) and not value <= maximum:
             problems.append(f"{where}{key} = {value!r}: expected at most {maximum}; it is a share.")
         values[names[key].name] = value
         fine = fine and len(problems) == before
@@ -59,8 +59,7 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             return ()
         return tuple(_coerce(v, args[0], f"{where}[{i}]", problems) for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
-        if value is None:
-            return hint()
+        value = {} if value is None else value
         if not isinstance(value, dict):
             problems.append(f"{where} = {value!r}: expected a mapping with keys of its own.")
             return None

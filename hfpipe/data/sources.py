@@ -249,12 +249,12 @@ def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Lo
 
 def _hub_commit(path: str, revision: str | None) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import httpx
 
     try:
         return HfApi().dataset_info(path, revision=revision).sha
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         raise UserError(f"{path} is not a local file or folder, nor a dataset of the Hub: {error}") from None
     except (ConnectionError, httpx.HTTPError):
         raise UserError(_unreachable(path)) from None
@@ -274,12 +274,14 @@ def _file_hash(path: Path) -> str:
     key = _sha256(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}".encode())
     memory = cache_dir() / "hashes" / key
     if memory.is_file():
-        return memory.read_text()
+        known, _, check = memory.read_text(errors="replace").partition(" ")
+        if check == _sha256(known.encode())[:16]:
+            return known
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     memory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = memory.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(found)
+    unfinished.write_text(f"{found} {_sha256(found.encode())[:16]}")
     unfinished.replace(memory)
     return found
 
