@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,11 @@ from hfpipe.sections import Stage
 STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
 BEGUN_FILE = "begun.json"  # in a working folder: which result it is for
 TRAINED_FILE = "trained.json"  # weights are on disk, evaluation is not yet
+CHECKSUMS_FILE = "checksums.json"  # of a checkpoint, written last
+BESIDE = ".tmp"  # a file that is being written, beside its place
+
+# A file larger than this is read again only where its size or time is not what was written down.
+_TRUSTED_BYTES = 64 << 20
 
 # Keys of `trainer` that say how a run is watched or stored, not what it computes.
 _UNHASHED = frozenset(
@@ -47,13 +53,35 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all: beside, synced, renamed."""
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(path.name + BESIDE)
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False, default=str)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk itself hold a file's content, or a folder's list of names, before anything else is written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():  # file systems that know no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of all files in a folder, then of the folders, then of where its own name stands."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(root) / name)
+        sync(Path(root))
+    sync(folder.parent)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -66,16 +94,29 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The mapping in a file, or None where it is missing, cut off or something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def hashed_config(stage: Stage, seed: int) -> dict[str, Any]:
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` with a `seal`, the hash of all the rest, by which `read_record` knows that nothing in it changed."""
+    plain = json.loads(json.dumps({k: v for k, v in value.items() if k != "seal"}, default=str))
+    write_json(path, {**plain, "seal": digest(plain)})
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote, or None where it is missing, cut off or changed."""
+    value = read_json(path) or {}
+    seal = value.pop("seal", None)
+    return value if seal is not None and seal == digest(value) else None
+
+
+def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     """The part of a stage's configuration that decides its result, defaults included.
 
-    Paths of data are left out: the hash of their content stands for them. So is the number of processes: a run may go on
-    with another.
+    Paths of data are left out: the hash of their content stands for them. Of batch size, accumulation and processes only
+    their product counts, so that a run may go on with more processes and less accumulation.
     """
     sections = {name: dataclasses.asdict(section) for name, section in stage.sections.items()}
     for role in ("train", "eval"):
@@ -83,7 +124,14 @@ def hashed_config(stage: Stage, seed: int) -> dict[str, Any]:
             del source["path"]
     watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
-    return _plain({"type": stage.type.name, **sections, "trainer": trainer, "adapter": stage.adapter, "seed": seed})
+    if stage.type.trainer:
+        rows = (trainer.pop("per_device_train_batch_size", None) or 8) * (
+            trainer.pop("gradient_accumulation_steps", None) or 1
+        )
+        if not getattr(stage.data, "batch_tokens", None):
+            trainer["rows_per_step"] = rows * processes
+    config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": stage.adapter, "seed": seed}
+    return _plain(config)
 
 
 def _plain(value: Any) -> Any:
@@ -131,6 +179,41 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """`{name: {"sha256", "bytes", "mtime_ns"}}` of the files in a folder and below it, or of those named."""
+    found = {}
+    for path in [folder / name for name in names] if names is not None else sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS_FILE:
+            stat = path.stat()
+            found[str(path.relative_to(folder))] = {
+                "sha256": file_sha256(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+            }  # fmt: skip
+    return found
+
+
+def damage(folder: Path, expected: dict[str, dict[str, Any]] | None, trust_times: bool = False) -> str | None:
+    """What is wrong with a folder whose files should have these checksums; None where nothing is.
+
+    With `trust_times` a large file whose size and time of change are as written down is not read.
+    """
+    if expected is None:
+        return "its list of checksums is missing, cut off or changed"
+    for name, written in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        stat = path.stat()
+        if stat.st_size != written["bytes"]:
+            return f"{name} has {stat.st_size:,} bytes, not {written['bytes']:,}"
+        unchanged = stat.st_size > _TRUSTED_BYTES and stat.st_mtime_ns == written["mtime_ns"]
+        try:
+            if not (trust_times and unchanged) and file_sha256(path) != written["sha256"]:
+                return f"the content of {name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
 def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
@@ -140,8 +223,10 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
 
     `leaves` is what the parent may hold: `model`, `tokenizer` or both.
     """
-    record = read_json(folder / STAGE_FILE)
+    record = read_record(folder / STAGE_FILE)
     if record and "fingerprint" in record:
+        if reason := damage(folder, record["files"], trust_times=True):
+            raise UserError(f"{folder} is damaged: {reason}. Make that stage again, or give another model.")
         return record["fingerprint"]
     names = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
     found = {p.name: file_sha256(p) for p in names if p.is_file()}

@@ -12,14 +12,14 @@ from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.scorecard import changes, read_scorecard
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
-from hfpipe.run_folder import claim, complete_at, lock, unfinished_step
+from hfpipe.run_folder import claim, complete_at, damage_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
-from hfpipe.training.job import evaluation_identity, identify, parent_identity
+from hfpipe.training.job import identify, parent_identity, processes_now, scores_missing
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run will do with a stage: `status` is done, new, changed, downstream, interrupted or rescore."""
+    """What a run will do with a stage: `status` is done, new, changed, downstream, interrupted, damaged or rescore."""
 
     stage: Stage
     fingerprint: str
@@ -41,7 +41,7 @@ def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
     for stage in recipe.stages.values():
         parent = recipe.parent(stage)
         parent_fingerprint = planned[parent.name].fingerprint if parent else parent_identity(recipe, stage, run)
-        fingerprint, hashes = identify(recipe, stage, parent_fingerprint)
+        fingerprint, hashes, _ = identify(recipe, stage, parent_fingerprint, run)
         waits_for = planned[parent.name] if parent else None
         planned[stage.name] = _status(recipe, stage, run, fingerprint, hashes, waits_for)
     return list(planned.values())
@@ -51,12 +51,14 @@ def _status(
     recipe: Recipe, stage: Stage, run: Path, fingerprint: str, hashes: dict[str, str], parent: Planned | None
 ) -> Planned:
     folder, work = run / stage.name, run / f"{stage.name}.partial"
-    if complete_at(folder, fingerprint):
-        record = artifact.read_json(folder / artifact.STAGE_FILE) or {}
-        if stage.type.leaves == "model" and record["evaluation"] != evaluation_identity(recipe):
-            return Planned(stage, fingerprint, "rescore", ("the recipe's evaluation changed; the weights stay",))
+    record = artifact.read_record(folder / artifact.STAGE_FILE)
+    if (record is None or complete_at(folder, fingerprint)) and (damaged := damage_at(folder)):
+        return Planned(stage, fingerprint, "damaged", (f"{damaged}; it will be set aside and made again",))
+    if record and complete_at(folder, fingerprint):
+        if stage.type.leaves == "model" and (why := scores_missing(recipe, folder, record)):
+            return Planned(stage, fingerprint, "rescore", (f"{why}; the weights stay",))
         return Planned(stage, fingerprint, "done")
-    begun = (artifact.read_json(work / artifact.BEGUN_FILE) or {}).get("fingerprint")
+    begun = (artifact.read_record(work / artifact.BEGUN_FILE) or {}).get("fingerprint")
     step = unfinished_step(work)
     if complete_at(work, fingerprint):
         return Planned(stage, fingerprint, "interrupted", ("finished, not yet in its place",))
@@ -66,10 +68,9 @@ def _status(
             where = "trained, not yet scored"
         return Planned(stage, fingerprint, "interrupted", (where,))
     lost = (f"an attempt under other settings, at step {step}, will be cleared away",) if begun and step else ()
-    record = artifact.read_json(folder / artifact.STAGE_FILE)
     if record is None:
         return Planned(stage, fingerprint, "new", ("never finished here", *lost))
-    config = artifact.hashed_config(stage, recipe.pipeline.seed)
+    config = artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
     why = artifact.changes(record["config"], config)
     why += [f"{name} changed" for name in hashes if record["data"].get(name) not in (None, hashes[name])]
     if why:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact, upstream
 from hfpipe.errors import StageFailed, UserError
-from hfpipe.progress import Display, describe
+from hfpipe.faults import ended, killed
+from hfpipe.progress import Display, describe, duration
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment
 
+_START_S = 600  # until a child's first sign: importing the stack from a slow disk takes its time
 _IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
 
 
@@ -41,7 +46,7 @@ def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Displa
     """Prepare the data of `stages`, so that a bad row is told before anything trains."""
     events, log = _logs(run, "data")
     arguments = (recipe, run, stages, events, log)
-    _follow_child(prepare_child, arguments, "data", events, log, display)
+    _follow(_Process(prepare_child, arguments), "data", events, log, display, recipe.pipeline.launch.hang_minutes)
 
 
 def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:
@@ -51,13 +56,13 @@ def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display)
     alone = launch.processes in (None, 1) and not launch.accelerate_config
     if alone or not stage.type.trainer:
         arguments = (recipe, run, stage.name, events, log)
-        _follow_child(child, arguments, stage.name, events, log, display)
+        _follow(_Process(child, arguments), stage.name, events, log, display, launch.hang_minutes)
     else:
         with open(log, "ab") as stream:
             environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
             command = launch_command(recipe, run, stage, events)
             process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-            _follow(process, stage.name, events, log, display)
+            _follow(process, stage.name, events, log, display, launch.hang_minutes)
     if not (run / stage.name / artifact.STAGE_FILE).is_file():
         raise StageFailed(f"{stage.name} ended without its result; its output is in {log}.")
 
@@ -103,20 +108,17 @@ class _Process:
         self._process.kill()
 
 
-def _follow_child(
-    target: Any, arguments: tuple[Any, ...], name: str, events: Path, log: Path, display: Display
-) -> None:
-    _follow(_Process(target, arguments), name, events, log, display)
-
-
-def _follow(process: Any, name: str, events: Path, log: Path, display: Display) -> None:
+def _follow(process: Any, name: str, events: Path, log: Path, display: Display, hang_minutes: float) -> None:
     """Show a child's events until it ends; its errors become ours."""
     error: dict[str, Any] | None = None
+    begins = log.stat().st_size if log.is_file() else 0
+    life = _Life(name, log, display, hang_minutes * 60)
     try:
         with open(events, encoding="utf-8") as stream:
             while True:
                 code = process.poll()
                 for event in _read_events(stream):
+                    life.sign(event)
                     if event["event"] == "error":
                         error = event
                     elif event["event"] in ("note", "data"):
@@ -125,6 +127,7 @@ def _follow(process: Any, name: str, events: Path, log: Path, display: Display) 
                         display.status(event.get("stage", name), text)
                 if code is not None:
                     break
+                life.check()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(0.1)
     finally:
@@ -132,10 +135,45 @@ def _follow(process: Any, name: str, events: Path, log: Path, display: Display) 
     if error and error["user"]:
         raise UserError(error["text"])
     if code != 0:
-        reason = error["text"] if error else f"its process ended with exit code {code}"
+        output = _since(log, begins)
+        # Where one process of several is killed, the others tell only that they lost it.
+        unsaid = error is None or killed(code, output)
+        reason = ended(code, output, shutil.disk_usage(log.parent).free) if unsaid else error["text"]
         raise StageFailed(
             f"{name} failed: {reason}\nIts whole output is in {log}. Once the cause is mended, the same command goes on."
         )
+
+
+class _Life:
+    """Notices a child that hangs: it is told of with its stacks in the log, and ended when as much time has passed again."""
+
+    def __init__(self, name: str, log: Path, display: Display, patience_s: float):
+        self.name, self.log, self.display, self.patience_s = name, log, display, patience_s
+        self.silent, self.looked, self.told, self.pid = 0.0, time.monotonic(), False, None
+
+    def sign(self, event: dict[str, Any]) -> None:
+        self.silent, self.told, self.pid = 0.0, False, event.get("pid", self.pid)
+
+    def check(self) -> None:
+        now = time.monotonic()
+        self.silent += min(now - self.looked, 1.0)  # while this process itself was stopped nobody was silent
+        self.looked, silent = now, self.silent
+        patience_s = self.patience_s if self.pid else max(self.patience_s, _START_S)
+        if silent > 2 * patience_s:
+            raise StageFailed(
+                f"{self.name} hung: it stood still for {duration(silent)} and was ended. Where it stood is in {self.log}. "
+                "The same command goes on from its last checkpoint; launch.hang_minutes sets the patience."
+            )
+        if silent > patience_s and not self.told:
+            self.told = True
+            self.display.line(self.name, f"no sign of life for {duration(silent)}; where it stands is in {self.log}")
+            if self.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGUSR1)
+
+
+def _since(log: Path, begins: int) -> str:
+    return log.read_bytes()[begins:][-20_000:].decode(errors="replace") if log.is_file() else ""
 
 
 def _end(process: Any) -> None:
@@ -144,7 +182,7 @@ def _end(process: Any) -> None:
         return
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(40 if isinstance(process, subprocess.Popen) else 10)  # accelerate gives its own children 30 s
     except subprocess.TimeoutExpired:
         process.kill()
 
@@ -156,7 +194,8 @@ def _read_events(stream: Any) -> Iterator[dict[str, Any]]:
         if not line.endswith("\n"):
             stream.seek(place)  # half a line: its writer is not done with it
             return
-        yield json.loads(line)
+        with contextlib.suppress(ValueError):  # a line that a full disk cut short
+            yield json.loads(line)
 
 
 def _logs(run: Path, name: str) -> tuple[Path, Path]:

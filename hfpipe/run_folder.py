@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.sections import Recipe
+
+CHECKPOINTS = "checkpoints"  # in a stage's working folder
 
 
 @contextlib.contextmanager
@@ -54,7 +55,9 @@ def check_owner(recipe: Recipe, run: Path) -> None:
             f"{run} was made by the recipe `{record.get('recipe')}`, not `{recipe.name}`. Give another folder with --out."
         )
     if record is None and run.is_dir():
-        known = {name + end for name in recipe.stages for end in ("", ".partial", ".old")} | {"logs", "run.json"}
+        ends = ("", ".partial", ".old", ".damaged", ".partial.damaged")
+        known = {name + end for name in recipe.stages for end in ends}
+        known |= {"logs", "run.json", f"run.json{artifact.BESIDE}", "report.html"}
         foreign = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name not in known)
         if foreign:
             raise UserError(
@@ -62,42 +65,51 @@ def check_owner(recipe: Recipe, run: Path) -> None:
             )
 
 
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that is whole: its trainer state, which is written last, can be read."""
-    found = sorted(checkpoints.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next((p for p in found if artifact.read_json(p / "trainer_state.json")), None)
-
-
-def drop_incomplete_checkpoints(checkpoints: Path) -> list[str]:
-    """Remove checkpoints whose writing was cut off; returns their names."""
-    cut = [p for p in checkpoints.glob("checkpoint-*") if not artifact.read_json(p / "trainer_state.json")]
-    for path in cut:
-        shutil.rmtree(path)
-    return sorted(p.name for p in cut)
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, the newest first; whether they are whole is not looked at."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
 def put_in_place(work: Path, folder: Path) -> None:
     """Give a finished stage its place; an older result of it goes last. Killed anywhere, it can be done again."""
     old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+    shutil.rmtree(work / CHECKPOINTS, ignore_errors=True)
     for name in (artifact.TRAINED_FILE, artifact.BEGUN_FILE):
         (work / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     work.rename(folder)
+    artifact.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged result to `NAME.damaged`, in the place of an older one of that name."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
+
+
 def complete_at(folder: Path, fingerprint: str) -> bool:
-    """Whether a folder holds a finished stage with this fingerprint."""
-    record = artifact.read_json(folder / artifact.STAGE_FILE)
+    """Whether a folder holds a finished stage with this fingerprint; `damage_at` says whether it is still sound."""
+    record = artifact.read_record(folder / artifact.STAGE_FILE)
     return record is not None and record.get("fingerprint") == fingerprint
 
 
-def unfinished_step(work: Path) -> int | None:
-    """The step of the last whole checkpoint of an unfinished stage."""
-    checkpoint = last_checkpoint(work / "checkpoints")
-    if checkpoint is None:
+def damage_at(folder: Path, trust_times: bool = True) -> str | None:
+    """What is wrong with a finished stage's folder, by the checksums in its `stage.json`; None where nothing is."""
+    if not folder.is_dir():
         return None
-    return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    record = artifact.read_record(folder / artifact.STAGE_FILE)
+    if record is None:
+        return f"{artifact.STAGE_FILE} is missing, cut off or changed"
+    return artifact.damage(folder, record["files"], trust_times)
+
+
+def unfinished_step(work: Path) -> int | None:
+    """The step of the last checkpoint of an unfinished stage."""
+    found = find_checkpoints(work / CHECKPOINTS)
+    return int(found[0].name.rpartition("-")[2]) if found else None

@@ -88,6 +88,9 @@ class Freeze:
 class Launch:
     processes: int | None = at_least(1, None)  # default: what accelerate_config says, else 1
     accelerate_config: str | None = None  # a file, or one that TRL ships: fsdp2, zero3, multi_gpu ...
+    hang_minutes: float = at_least(
+        0.01, 60
+    )  # a stage that stands still as long is told of, and ended after twice as long
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,10 @@ class Probe:
     path: str
     capability: str | None = None  # default: what each row names
     check: str | None = None  # for rows in a known form: the check, whose value is read from the row's own answer
+    judge: str | None = (
+        None  # of `prefers`: a reward model's folder or Hub id, or the URL of an OpenAI-compatible endpoint
+    )
+    judge_model: str = "default"  # the model to ask at that endpoint
     split: str | None = None  # default: test
     limit: int | None = at_least(1, None)  # rows at the most
 
@@ -105,7 +112,9 @@ class Probe:
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
-    metrics: tuple[Literal["bleu", "rouge", "exact_match", "accuracy", "f1"], ...] = ()  # on held-out conversations
+    metrics: tuple[
+        Literal["perplexity", "bleu", "rouge", "exact_match", "accuracy", "f1"], ...
+    ] = ()  # on held-out conversations
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)
     max_rows: int = at_least(1, 400)  # rows read for each loss

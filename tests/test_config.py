@@ -81,6 +81,7 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("tokenizer.data.train=[{path: tinyworld/sft, weight: 1}]", "a tokenizer reads every source whole"),
         ("sft.data.train=[{path: a, weight: 1}, {path: b}]", "give every source a weight above 0, or none"),
         ("pretrain.trainer.gradient_accumulation_steps=2", "beside data.batch_tokens, which sets it"),
+        ("sft.trainer.save_only_model=true", "a killed run could not go on from its checkpoints"),
         ("sft.trainer.num_train_epochs=0", "trains nothing: give more than 0"),
         ("dpo.trainer.weight_decay=0.1", "decay would shrink the frozen rows"),
         ("sft.freeze.layers=1", "freeze.layers = 1 beside adapter"),

@@ -1,6 +1,7 @@
 """Sources: files of every kind, bad input, splits that share no text, and the real files under shared/data/real."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -376,10 +377,11 @@ def test_a_hash_follows_the_bytes_and_is_remembered(tmp_path):
     first = content_hash(path)
     assert content_hash(path) == first
     (memory,) = (tmp_path / "cache" / "hashes").iterdir()
-    remembered = memory.read_text()
-    memory.write_text("other")
-    assert content_hash(path) != first
-    memory.write_text(remembered)
+    other = hashlib.sha256(b"other").hexdigest()
+    memory.write_text(f"{other} {hashlib.sha256(other.encode()).hexdigest()[:16]}")
+    assert content_hash(path) != first  # it was not read again
+    memory.write_text(f"{other} damaged")
+    assert content_hash(path) == first
     folder = content_hash(str(tmp_path / "data"))
     write(Path(path), {"text": "ab"})
     assert content_hash(path) != first

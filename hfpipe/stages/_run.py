@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -23,11 +25,12 @@ from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
 from hfpipe.evaluation.probes import load_probes
-from hfpipe.run_folder import claim, complete_at, lock
+from hfpipe.faults import beat, explain
+from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
 from hfpipe.training.hardware import use_all_cores_alone
-from hfpipe.training.job import Job, Progress, evaluation_identity, make_job
+from hfpipe.training.job import Job, Progress, evaluation_identity, make_job, processes_now, scores_missing
 
 PARENT_VARIABLE = "HFPIPE_PARENT"  # the pipeline's process id, for the ranks that it launches
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub")
@@ -39,15 +42,21 @@ def run_stage(job: Job, progress: Progress) -> None:
     A stage whose weights are on disk already is only scored; one with checkpoints goes on from the last.
     """
     module = stage_module(job.stage.type.name)
-    began = time.time()
-    if complete_at(job.folder, job.fingerprint):
+    began = time.monotonic()
+    if complete_at(job.folder, job.fingerprint) and not damage_at(job.folder):
         if is_main_process():
             score_again(job, progress)
         return
-    if is_main_process() and not job.start():
+    if is_main_process() and not job.start(progress.note):
         return
+    if complete_at(job.work, job.fingerprint) and not damage_at(job.work):
+        return  # the main process is putting it in its place
     metrics = job.trained()
     if metrics is None:
+        if is_main_process():
+            job.check_parents(read_all=True)
+            if job.processes != processes_now(job.recipe):
+                progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
         metrics = module.train(job, progress)
         if is_main_process():
             job.mark_trained(metrics)
@@ -64,7 +73,7 @@ def run_stage(job: Job, progress: Progress) -> None:
         metrics |= scores
     from hfpipe.publishing.card import write_card
 
-    record = {**stage_record(job, metrics, time.time() - began), "sources": sources}
+    record = {**stage_record(job, metrics, time.monotonic() - began), "sources": sources}
     write_card(job, job.work, record)
     job.finish(record)
     progress.tell("finished", metrics=metrics)
@@ -72,19 +81,20 @@ def run_stage(job: Job, progress: Progress) -> None:
 
 def score_again(job: Job, progress: Progress) -> None:
     """A finished stage is scored anew where the recipe's evaluation has changed; its weights stay as they are."""
-    record = artifact.read_json(job.folder / artifact.STAGE_FILE) or {}
-    identity = evaluation_identity(job.recipe)
-    if job.stage.type.leaves != "model" or record["evaluation"] == identity:
+    record = artifact.read_record(job.folder / artifact.STAGE_FILE) or {}
+    why = scores_missing(job.recipe, job.folder, record) if job.stage.type.leaves == "model" else None
+    if why is None:
         progress.note("finished already, nothing to do")
         return
     from hfpipe.evaluation.basics import evaluate_model
     from hfpipe.publishing.card import write_card
 
-    progress.note("the recipe's evaluation changed: scoring the weights on disk")
+    progress.note(f"{why}: scoring the weights on disk")
     scores, sources = evaluate_model(job, job.folder, stage_module(job.stage.type.name).prepare)
+    identity = evaluation_identity(job.recipe)
     record |= {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
     write_card(job, job.folder, record)
-    artifact.write_json(job.folder / artifact.STAGE_FILE, record)
+    artifact.write_record(job.folder / artifact.STAGE_FILE, record)
 
 
 def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -93,6 +103,7 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
 
     from hfpipe.training.hardware import describe_machine
 
+    files = job.trained_files()
     versions = {"hfpipe": __version__, "python": sys.version.split()[0]}
     versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
@@ -100,12 +111,14 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
         "type": job.stage.type.name,
         "recipe": job.recipe.name,
         "fingerprint": job.fingerprint,
+        "processes": job.processes,
         "parent": job.parent_record(),
-        "config": artifact.hashed_config(job.stage, job.recipe.pipeline.seed),
+        "config": artifact.hashed_config(job.stage, job.recipe.pipeline.seed, job.processes),
         "written": job.stage.raw,
         "data": job.data_hashes,
         "evaluation": evaluation_identity(job.recipe),
-        "weights": {p.name: artifact.file_sha256(p) for p in artifact.weight_files(job.work)},
+        "weights": {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")},
+        "files": files,
         "versions": versions,
         "machine": {**describe_machine(), "processes": int(os.environ.get("WORLD_SIZE", 1))},
         "metrics": metrics,
@@ -135,6 +148,8 @@ def main(stage_type: StageType) -> None:
     progress = Progress(
         options.progress if is_main_process() else None, echo=is_main_process() and not options.progress
     )
+    if options.progress and is_main_process():
+        _show_life(progress)
     try:
         if not options.file.is_file():
             raise UserError(f"{options.file} does not exist. Give the YAML file of a {stage_type.name} stage.")
@@ -160,7 +175,7 @@ def main(stage_type: StageType) -> None:
         print(f"hfpipe: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except Exception as error:
-        progress.tell("error", text=f"{type(error).__name__}: {error}", user=False)
+        progress.tell("error", text=explain(error), user=False)
         raise
 
 
@@ -237,15 +252,23 @@ def _in_child(events: Path, log: Path, act: Any) -> None:
     os.dup2(stream, 2)
     progress = Progress(events)
     quiet_environment()
+    _show_life(progress)
     try:
         act(progress)
     except UserError as error:
         progress.tell("error", text=str(error), user=True)
         raise SystemExit(2) from None
     except BaseException as error:
-        traceback.print_exc()
-        progress.tell("error", text=f"{type(error).__name__}: {error}", user=False)
+        progress.tell("error", text=explain(error), user=False)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def _show_life(progress: Progress) -> None:
+    """Tell the pipeline that this process gets on; SIGUSR1 writes to the log where every thread of it stands."""
+    faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+    beat(lambda: progress.tell("alive", pid=os.getpid()))
 
 
 def quiet_environment() -> None:

@@ -29,7 +29,6 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     Returns:
         `vocab_size`, and for the held-out text `bytes_per_token` and `lossless` (every document came back unchanged).
     """
-    from hfpipe import artifact
     from hfpipe.training.templates import load_chat_template
     from hfpipe.training.tokenizers import train_tokenizer
 
@@ -51,7 +50,6 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         decoded = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in encoded]
         metrics["bytes_per_token"] = round(size / sum(map(len, encoded)), 3)
         metrics["lossless"] = decoded == held_out
-    artifact.write_json(job.work / artifact.TRAINED_FILE, {"fingerprint": job.fingerprint, "metrics": metrics})
     return metrics
 
 

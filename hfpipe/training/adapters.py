@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
@@ -24,7 +25,7 @@ def build_adapter(stage: Stage) -> Any | None:
         return None
     from peft import get_peft_config
 
-    options = dict(stage.adapter)
+    options = copy.deepcopy(stage.adapter)
     start = str(options.get("init_lora_weights"))
     if stage.type.rows == "preference" and start.startswith(_REWRITES_BASE):
         raise UserError(

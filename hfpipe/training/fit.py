@@ -14,7 +14,8 @@ from transformers.optimization import get_scheduler
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.run_folder import drop_incomplete_checkpoints, last_checkpoint
+from hfpipe.run_folder import find_checkpoints
+from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
     """The stage's upstream argument object; nothing is loaded and nothing is written."""
     package, _, name = str(stage.type.trainer).partition(".")
     config_class = getattr(importlib.import_module(package), name)
-    given = dict(stage.trainer)
+    given = copy.deepcopy(stage.trainer)
     if not given.get("fp16"):
         given.setdefault("bf16", choose_bf16()[0])
     defaults = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
@@ -102,11 +103,13 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     Returns:
         Metrics of the training: `train_loss`, `steps`, `tokens`, `train_runtime_s`, `tokens_per_s`, `resumed_from_step`.
     """
+    keep_whole(trainer)
     if trainer.is_world_process_zero():
-        for name in drop_incomplete_checkpoints(job.checkpoints):
-            progress.note(f"{name} was cut off while it was written: set aside")
+        for text in set_damaged_aside(job.checkpoints):
+            progress.note(text)
+        check_space(trainer, job.checkpoints, f"{job.stage.file}")
     trainer.accelerator.wait_for_everyone()
-    checkpoint = last_checkpoint(job.checkpoints)
+    checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
     _set_optimizer(job, trainer)
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if checkpoint:
@@ -120,7 +123,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
     tokens = data.tokens_per_row * steps * _rows_per_step(trainer.args)
     metrics = {
-        "train_loss": result.training_loss,
+        "train_loss": _mean_loss(trainer.state.log_history),
         "steps": steps,
         "tokens": round(tokens),
         "train_runtime_s": round(seconds, 2),
@@ -153,6 +156,14 @@ def save(job: Job, trainer: Trainer) -> None:
     if trainer.is_world_process_zero():
         trainer.processing_class.save_pretrained(str(job.work))
         (job.work / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing of it is needed again
+
+
+def _mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """Over all steps, by the log: upstream's own mean leaves out those before a resumption."""
+    logged = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    lengths = [step - before for (step, _), before in zip(logged, [0, *(step for step, _ in logged)], strict=False)]
+    total = sum(loss * length for (_, loss), length in zip(logged, lengths, strict=True))
+    return total / sum(lengths) if logged else None
 
 
 def _rows_per_step(args: Any) -> int:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.run_folder import complete_at, put_in_place
+from hfpipe.run_folder import CHECKPOINTS, complete_at, damage_at, put_in_place, set_aside
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
+
+# What tells of a model and is no part of it: written anew whenever a stage is scored.
+_TOLD = ("README.md", "eval.json", "harness.json", "metrics.jsonl", "probes.jsonl", "samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Job:
     fingerprint: str
     data_hashes: dict[str, str]
     parent_fingerprint: str | None
+    processes: int = 1  # that the fingerprint counts with: those of an earlier attempt, where this one goes on from it
 
     @property
     def folder(self) -> Path:
@@ -38,7 +45,7 @@ class Job:
 
     @property
     def checkpoints(self) -> Path:
-        return self.work / "checkpoints"
+        return self.work / CHECKPOINTS
 
     @property
     def parent_path(self) -> str:
@@ -55,11 +62,20 @@ class Job:
         source = str(self.stage.model.from_)
         return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source.partition("@")[0]
 
-    def check_parents(self) -> None:
-        """UserError where the parent is not finished; names the first stage that must run."""
+    def check_parents(self, read_all: bool = False) -> None:
+        """UserError where the parent is damaged or not finished; names the first stage that must run.
+
+        With `read_all` large files are read too that look untouched by their size and time.
+        """
         missing, stage = None, self.stage
         while parent := self.recipe.parent(stage):
-            if (self.run / parent.name / artifact.STAGE_FILE).is_file():
+            folder = self.run / parent.name
+            if (folder / artifact.STAGE_FILE).is_file():
+                if reason := damage_at(folder, trust_times=not read_all):
+                    raise UserError(
+                        f"{self.stage.name} starts from {folder}, which is damaged: {reason}. "
+                        f"Make it again: hfpipe run {self.recipe.folder} --out {self.run} --to {parent.name}"
+                    )
                 break
             missing = stage = parent
         if missing:
@@ -74,33 +90,60 @@ class Job:
         """The commit of a Hub model; None for a folder."""
         return hub_commit(self.stage) if not Path(self.parent_path).is_dir() else None
 
-    def start(self) -> bool:
+    def start(self, note: Callable[[str], None]) -> bool:
         """Make the working folder; returns False where the stage turns out to be finished already.
 
-        A half-done attempt under another configuration is cleared away.
+        A half-done attempt under another configuration is cleared away, a damaged result is set aside.
         """
+        for folder in (self.work, self.folder):
+            if complete_at(folder, self.fingerprint) and (reason := damage_at(folder)):
+                note(f"damaged ({reason}): set aside as {set_aside(folder).name}")
         if complete_at(self.work, self.fingerprint):
             put_in_place(self.work, self.folder)
         if complete_at(self.folder, self.fingerprint):
             return False
-        begun = artifact.read_json(self.work / artifact.BEGUN_FILE) or {}
+        if self.folder.is_dir() and artifact.read_record(self.folder / artifact.STAGE_FILE) is None:
+            note(f"damaged ({damage_at(self.folder)}): set aside as {set_aside(self.folder).name}")
+        begun = artifact.read_record(self.work / artifact.BEGUN_FILE) or {}
         if begun.get("fingerprint") != self.fingerprint and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(self.work / artifact.BEGUN_FILE, {"fingerprint": self.fingerprint})
+        begun = {"fingerprint": self.fingerprint, "processes": self.processes}
+        artifact.write_record(self.work / artifact.BEGUN_FILE, begun)
         return True
 
     def trained(self) -> dict[str, Any] | None:
         """The metrics of a training that is finished and whose evaluation is not."""
-        record = artifact.read_json(self.work / artifact.TRAINED_FILE)
-        return record["metrics"] if record and record.get("fingerprint") == self.fingerprint else None
+        record = artifact.read_record(self.work / artifact.TRAINED_FILE)
+        if record is None or record.get("fingerprint") != self.fingerprint:
+            return None
+        if artifact.damage(self.work, record.get("files")):
+            return None  # trained again, from the last checkpoint
+        return record["metrics"]
 
     def mark_trained(self, metrics: dict[str, Any]) -> None:
-        artifact.write_json(self.work / artifact.TRAINED_FILE, {"fingerprint": self.fingerprint, "metrics": metrics})
+        """Note that the weights are whole, once they are on the disk itself."""
+        artifact.sync_tree(self.work)
+        record = {"fingerprint": self.fingerprint, "metrics": metrics, "files": self.files()}
+        artifact.write_record(self.work / artifact.TRAINED_FILE, record)
+
+    def trained_files(self) -> dict[str, dict[str, Any]]:
+        """What `mark_trained` wrote down."""
+        return (artifact.read_record(self.work / artifact.TRAINED_FILE) or {})["files"]
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Checksums of what makes the stage's model or tokenizer: weights, configuration, vocabulary, template."""
+        passing = {CHECKPOINTS, artifact.BEGUN_FILE, artifact.TRAINED_FILE, artifact.STAGE_FILE, *_TOLD}
+        left = [p.relative_to(self.work) for p in sorted(self.work.rglob("*"))]
+        return artifact.checksums(
+            self.work, [str(path) for path in left if path.parts[0] not in passing and path.suffix != artifact.BESIDE]
+        )
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Write `stage.json` and put the whole folder in its place."""
-        artifact.write_json(self.work / artifact.STAGE_FILE, record)
+        """Write `stage.json`, once all that it names is on the disk itself, and put the whole folder in its place."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        artifact.sync_tree(self.work)
+        artifact.write_record(self.work / artifact.STAGE_FILE, record)
         put_in_place(self.work, self.folder)
 
     def parent_record(self) -> dict[str, Any] | None:
@@ -114,8 +157,19 @@ class Job:
         }
 
 
-def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None) -> tuple[str, dict[str, str]]:
-    """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch."""
+class Identity(NamedTuple):
+    """What a stage's result is known by; `processes` is their number that the fingerprint counts with."""
+
+    fingerprint: str
+    data_hashes: dict[str, str]
+    processes: int
+
+
+def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None, run: Path | None = None) -> Identity:
+    """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch.
+
+    What `run` holds, finished or begun, keeps its fingerprint where nothing but the number of processes is another now.
+    """
     from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
 
@@ -130,8 +184,21 @@ def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None) -> tu
         hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
             load_chat_template(tokenizer.chat_template)
         )
-    config = artifact.hashed_config(stage, seed)
-    return artifact.fingerprint(config, hashes, parent_fingerprint), hashes
+
+    def fingerprint(processes: int) -> str:
+        config = artifact.hashed_config(stage, seed, processes)
+        return artifact.fingerprint(config, hashes, parent_fingerprint)
+
+    for name, file in ((stage.name, artifact.STAGE_FILE), (f"{stage.name}.partial", artifact.BEGUN_FILE)):
+        record = artifact.read_record(run / name / file) if run else None
+        if record and record["fingerprint"] == fingerprint(record["processes"]):
+            return Identity(record["fingerprint"], hashes, record["processes"])
+    return Identity(fingerprint(processes_now(recipe)), hashes, processes_now(recipe))
+
+
+def processes_now(recipe: Recipe) -> int:
+    """Of `accelerate launch` inside it, of the recipe before."""
+    return int(os.environ.get("WORLD_SIZE") or recipe.pipeline.launch.processes or 1)
 
 
 def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
@@ -172,6 +239,16 @@ def evaluation_identity(recipe: Recipe) -> str:
     return artifact.digest([dataclasses.asdict(evaluate), hashes])
 
 
+def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str | None:
+    """Why a finished stage must be scored anew; None where its scores are there and answer to the recipe."""
+    if record["evaluation"] != evaluation_identity(recipe):
+        return "the recipe's evaluation changed"
+    told = artifact.read_json(folder / "eval.json")
+    if told is None or told.get("fingerprint") != record["fingerprint"]:
+        return "its eval.json is missing or damaged"
+    return None
+
+
 @functools.cache
 def _commit(model: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -200,8 +277,8 @@ def make_job(recipe: Recipe, stage: Stage, run: Path, parent_fingerprint: str | 
     """A job for a stage whose parent is on disk; `parent_fingerprint` replaces looking it up."""
     if parent_fingerprint is None:
         parent_fingerprint = parent_identity(recipe, stage, run)
-    fingerprint, hashes = identify(recipe, stage, parent_fingerprint)
-    return Job(recipe, stage, run, fingerprint, hashes, parent_fingerprint)
+    known = identify(recipe, stage, parent_fingerprint, run)
+    return Job(recipe, stage, run, known.fingerprint, known.data_hashes, parent_fingerprint, known.processes)
 
 
 class Progress:
@@ -214,8 +291,9 @@ class Progress:
     def tell(self, event: str, **values: Any) -> None:
         values = {"event": event, "time": time.time(), **values}
         if self._file:
-            self._file.write(json.dumps(values, default=str) + "\n")
-            self._file.flush()
+            with contextlib.suppress(OSError):  # a disk too full for a line about the progress
+                self._file.write(json.dumps(values, default=str) + "\n")
+                self._file.flush()
         if self._echo:
             from hfpipe.progress import describe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Collection
@@ -86,7 +87,7 @@ def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = dict(job.stage.model.config)
+    options = copy.deepcopy(job.stage.model.config)  # upstream fills in what it finds missing
     given = options.pop("vocab_size", None)
     if given is not None and given < len(tokenizer):
         raise UserError(

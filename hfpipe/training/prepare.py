@@ -149,12 +149,15 @@ def _stored(
     folder = paths.cache_dir() / "prepared" / artifact.digest(identity)[:32]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock")):
-        if not folder.is_dir():
+        if artifact.damage(folder, artifact.read_record(folder / artifact.CHECKSUMS_FILE), trust_times=True):
+            shutil.rmtree(folder, ignore_errors=True)
             making = folder.with_suffix(".making")
             shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
             try:
                 _make(making, job, tokenizer, data, rows, max_length, packing)
+                artifact.write_record(making / artifact.CHECKSUMS_FILE, artifact.checksums(making))
+                artifact.sync_tree(making)
                 making.rename(folder)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
