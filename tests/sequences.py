@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from hfpipe.artifact import BEGUN_FILE, STAGE_FILE, read_record
 from hfpipe.config import load_recipe
 from hfpipe.errors import StageFailed
 from hfpipe.pipeline import plan_run, run_recipe
@@ -55,8 +56,9 @@ class Sequences:
         self.recipe.mkdir(parents=True)
         for name, text in RECIPE.items():
             (self.recipe / f"{name}.yaml").write_text(text.replace("DATA", str(self.data)))
+        self.blows: list[str] = []
         self.state = {"data": 0, "pretrain": RATES[0], "sft": RATES[0]}
-        self.clean: dict[str, dict] = {}
+        self.clean: dict[str, dict[str, str]] = {}
         self.counts = dict.fromkeys(("sequences", "runs", "kills", "corruptions", "changes", "resumed"), 0)
 
     def load(self):
@@ -67,13 +69,13 @@ class Sequences:
         self.counts["runs"] += 1
         run_recipe(self.load(), run, Display(io.StringIO()))
 
-    def expected(self) -> dict[str, dict]:
+    def expected(self) -> dict[str, str]:
         """What a run from nothing leaves; made once for each state."""
         key = json.dumps(self.state)
         if key not in self.clean:
             run = self.folder / f"clean-{len(self.clean)}"
             self.finish(run)
-            self.clean[key] = weights(run)
+            self.clean[key] = files_of(run)
             shutil.rmtree(run)
         return self.clean[key]
 
@@ -83,6 +85,7 @@ class Sequences:
         """A run with something to do whose child is killed at a random moment; it may be over before."""
         what = self.rng.choice(("pretrain", "sft"))
         self.state[what] = next(rate for rate in RATES if rate != self.state[what])
+        self.blows.append(f"change and kill {what}")
         over = threading.Event()
 
         def killer() -> None:
@@ -123,25 +126,27 @@ class Sequences:
             content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
             path.write_bytes(content)
         self.counts["corruptions"] += 1
+        self.blows.append(f"{how} {path.relative_to(self.folder)}")
 
     def change(self) -> None:
         what = self.rng.choice(("data", "pretrain", "sft"))
         self.state[what] = self.rng.choice((0, 1) if what == "data" else RATES)
         write_data(self.data, self.state["data"])
         self.counts["changes"] += 1
+        self.blows.append(f"change {what}")
 
     def one(self) -> None:
         """A few blows, then a run to the end: the same bits as of a clean run, and nothing left to do."""
-        done = []
+        self.blows = []
         for _ in range(self.rng.randint(1, 3)):
-            blow = self.rng.choice((self.kill, self.kill, self.corrupt, self.change))
-            done.append(blow.__name__)
-            blow()
+            self.rng.choice((self.kill, self.kill, self.corrupt, self.change))()
         self.finish(self.run)
-        assert weights(self.run) == self.expected(), (self.seed, self.counts, done, self.state)
+        told = (self.seed, self.counts, self.blows, self.state)
+        found, expected = files_of(self.run), self.expected()
+        assert found == expected, (*told, [file for file in found | expected if found.get(file) != expected.get(file)])
         left = [(p.stage.name, p.status) for p in plan_run(self.load(), self.run)]
-        assert {status for _, status in left} == {"done"}, (self.seed, self.counts, done, left)
-        assert not list(self.run.glob("*.partial")), (self.seed, done)
+        assert {status for _, status in left} == {"done"}, (*told, left)
+        assert all(self.is_of_other_settings(work) for work in self.run.glob("*.partial")), told
         self.counts["resumed"] += sum(
             json.loads((self.run / name / "stage.json").read_text())["metrics"]["resumed_from_step"] > 0
             for name in ("pretrain", "sft")
@@ -149,6 +154,12 @@ class Sequences:
         self.counts["sequences"] += 1
         if self.rng.random() < 0.3:
             shutil.rmtree(self.run)
+
+    def is_of_other_settings(self, work: Path) -> bool:
+        """Whether an unfinished attempt is not for the result that stands beside it; such a one may be kept."""
+        begun = read_record(work / BEGUN_FILE)
+        done = read_record(self.run / work.stem / STAGE_FILE)
+        return begun is not None and begun["fingerprint"] != done["fingerprint"]
 
 
 def made_of_bits(path: Path, run: Path) -> bool:
@@ -167,12 +178,13 @@ def newest_child(run: Path) -> list[int]:
     return []
 
 
-def weights(run: Path) -> dict[str, dict]:
+def files_of(run: Path) -> dict[str, str]:
+    """The hash of every file that counts in every stage's folder."""
     found = {}
     for name in ("tokenizer", "pretrain", "sft"):
         assert damage_at(run / name) is None, name
-        files = json.loads((run / name / "stage.json").read_text())["files"]
-        found[name] = {file: entry["sha256"] for file, entry in files.items()}
+        for file, entry in json.loads((run / name / "stage.json").read_text())["files"].items():
+            found[f"{name}/{file}"] = entry["sha256"]
     return found
 
 
