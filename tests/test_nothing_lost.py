@@ -157,6 +157,7 @@ def test_twenty_kills_in_one_tiny_run(tmp_path):
     print(told["kills"], told["at"])
     assert told["kills"] >= 20, told
     same_result(tmp_path / "run", tmp_path / "whole")
+    assert all(stage_json(tmp_path / "run" / name)["metrics"]["resumed_from_step"] > 0 for name in MODELS)
 
 
 def test_it_goes_on_from_the_last_checkpoint_and_says_so(micro_run, tmp_path):
@@ -412,6 +413,17 @@ def test_a_disk_that_fills_keeps_the_last_good_checkpoint(micro_run, small_disk)
     done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", *EVERY)
     assert f"resumed from {newest.name}" in done.stdout
     assert stage_json(run / "pretrain")["weights"] == stage_json(micro_run / "pretrain")["weights"]
+
+
+def test_a_parent_that_nobody_may_write_to(micro_run, small_disk, recipe, tmp_path):
+    shutil.copytree(micro_run / "sft", small_disk / "sft")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    folder = recipe(
+        {"dpo": (ROOT / "stage_configs/micro/dpo.yaml").read_text().replace("from: sft", f"from: {small_disk}/sft")}
+    )
+    (folder / "pipeline.yaml").write_text("name: after\nstages: [dpo]\n")
+    hfpipe("run", folder, "--out", tmp_path / "run")
+    assert stage_json(tmp_path / "run" / "dpo")["weights"] == stage_json(micro_run / "dpo")["weights"]
 
 
 def test_a_child_that_the_system_kills_is_told_as_that(micro_run, tmp_path):
