@@ -78,3 +78,15 @@ def test_what_cannot_be_inspected(micro_run, tmp_path):
         in hfpipe("inspect", STAGES / "sft.yaml", "--out", micro_run, "--row", "99999", check=2).stderr
     )
     assert "counted from 1" in hfpipe("inspect", STAGES / "sft.yaml", "--row", "0", check=2).stderr
+
+
+def test_characters_of_several_tokens_are_shown_whole(micro_run, recipe, tmp_path):
+    said = "こんにちは 👋🏽 naïve"
+    row = [{"role": "user", "content": "Привет"}, {"role": "assistant", "content": said}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    source = f"{{path: {tmp_path / 'mine.jsonl'}, split: all}}"
+    folder = recipe({"sft": f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{source}]}}\n"})
+    shown = hfpipe("inspect", folder / "sft.yaml", "--out", micro_run).stdout
+    assert f"<|user|>Привет<|end_user|>⟦<|assistant|>{said}<|end_assistant|>⟧" in shown
+    (found,) = inspect(folder / "sft.yaml", micro_run)
+    assert found["length"] == len(found["sides"]["row"]) > len(said)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hfpipe.training.job import Job
 
+_LONGEST_CHARACTER = 4  # bytes, so tokens at the most
 _TRAINED, _CONTEXT, _END = "\033[1;32m", "\033[2m", "\033[0m"
 
 
@@ -90,7 +91,18 @@ def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> list[tuple[str, int, bool]]:
-    return [(tokenizer.decode([token]), token, is_trained) for token, is_trained in zip(ids, trained, strict=True)]
+    """Of several tokens that make one character together the last has its text."""
+    found, pending = [], []
+    for place, (token, is_trained) in enumerate(zip(ids, trained, strict=True), 1):
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        goes_on = place < len(ids) and trained[place] == is_trained and len(pending) < _LONGEST_CHARACTER
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and goes_on:
+            found.append(("", token, is_trained))
+            continue
+        found.append((text, token, is_trained))
+        pending = []
+    return found
 
 
 def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
