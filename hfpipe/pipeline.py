@@ -55,7 +55,7 @@ def _status(
     if (record is None or complete_at(folder, fingerprint)) and (damaged := damage_at(folder)):
         return Planned(stage, fingerprint, "damaged", (f"{damaged}; it will be set aside and made again",))
     if record and complete_at(folder, fingerprint):
-        if stage.type.leaves == "model" and (why := scores_missing(recipe, folder, record)):
+        if stage.type.leaves != "tokenizer" and (why := scores_missing(recipe, folder, record)):
             return Planned(stage, fingerprint, "rescore", (f"{why}; the weights stay",))
         return Planned(stage, fingerprint, "done")
     begun = (artifact.read_record(work / artifact.BEGUN_FILE) or {}).get("fingerprint")
@@ -166,7 +166,13 @@ def _summary(folder: Path) -> str:
         if name in metrics:
             parts.append(f"{label} loss {metrics[name]['loss']:.3f} (perplexity {metrics[name]['perplexity']:.2f})")
     if metrics.get("pairs"):
-        parts.append(f"{metrics['pairs']['accuracy']:.0%} of {metrics['pairs']['n']} held-out pairs right")
+        pairs = metrics["pairs"]
+        parts.append(f"{pairs['accuracy']:.0%} of {pairs['n']} held-out pairs right")
+        if "calibration_error" in pairs:
+            parts.append(
+                f"calibration error {pairs['calibration_error']:.3f}, prefers the longer answer in "
+                f"{pairs['longer_preferred']:.0%} of pairs (it is the better one in {pairs['longer_chosen']:.0%})"
+            )
     if "vocab_size" in metrics:
         parts.append(f"{metrics['vocab_size']} entries")
     if "bytes_per_token" in metrics:

@@ -28,7 +28,7 @@ class Source:
     """One source of rows: a file, a folder, `tinyworld/NAME` or a Hub dataset id."""
 
     path: str
-    weight: float | None = None  # share of the stage's training tokens (of its pairs, for preferences)
+    weight: float | None = None  # share of the stage's training tokens (of its rows, for preferences)
     as_: Literal["text"] | None = None  # plain documents inside a stage of conversations (replay)
     split: str | None = None  # train, validation, test, or all; default: train, and validation under `eval`
     limit: int | None = at_least(1, None)  # rows at the most
@@ -139,7 +139,7 @@ class StageType:
     leaves: str  # tokenizer | model | reward_model
     parents: tuple[str, ...]  # what `model.from` may leave; () where there is none
     sections: dict[str, type]
-    rows: str | None = None  # form of its training rows: text | messages | preference
+    rows: str | None = None  # form of its training rows: text | messages | preference | unpaired
     trainer: str | None = None  # the upstream class behind `trainer:`
     adapter: bool = False
     managed: dict[str, str] = field(default_factory=dict)  # fields of `trainer` that are not the recipe's to set

@@ -240,11 +240,12 @@ PREFERENCE = {
 
 
 def test_preferences_end_with_the_closing_token(tokenizer, chatml):
-    prompt, chosen, rejected = encode_preference(tokenizer, PREFERENCE)
+    prompt, chosen, rejected, *ends = encode_preference(tokenizer, PREFERENCE)
     assert prompt == encode_prompts(tokenizer, [PREFERENCE])[0]
     assert tokenizer.decode(chosen) == "36 é<|end_assistant|>"
     assert tokenizer.decode(rejected) == "<|tool_call|>calculator(12 * 3)<|end_tool_call|>"
-    prompt, chosen, _ = encode_preference(chatml, PREFERENCE)
+    assert [tokenizer.decode(end) for end in ends] == ["<|end|>", ""]
+    prompt, chosen, *_ = encode_preference(chatml, PREFERENCE)
     assert chatml.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert chatml.decode(chosen) == "36 é<|im_end|>"
 

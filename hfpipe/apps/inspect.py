@@ -74,7 +74,7 @@ def _inspect(
     if longest > max_length:
         cut = wanted == "text"
         problem = f"{longest} tokens, longer than max_length {max_length}: {'cut into rows' if cut else 'left out'}"
-    messages = row.get("messages") or [*row.get("prompt", []), *row.get("chosen", [])]
+    messages = row.get("messages") or [*row.get("prompt", []), *(row.get("chosen") or row.get("completion") or [])]
     roles = [message["role"] for message in messages] if isinstance(messages, list) else []
     return Inspected(number, source, place, wanted, roles, sides, report.neutralised, problem)
 
@@ -84,9 +84,13 @@ def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) ->
         labels = encoded["labels"]
         return {"row": _tokens(tokenizer, encoded["input_ids"], [label != -100 for label in labels])}
     prompt = encoded["prompt_ids"]
+    if "label" in encoded:
+        answers = {"good" if encoded["label"] else "bad": encoded["completion_ids"]}
+    else:
+        answers = {"chosen": encoded["chosen_ids"], "rejected": encoded["rejected_ids"]}
     return {
         side: _tokens(tokenizer, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-        for side, answer in (("chosen", encoded["chosen_ids"]), ("rejected", encoded["rejected_ids"]))
+        for side, answer in answers.items()
     }
 
 

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 
 _KEY_OF_KIND = {"preference": "chosen", "unpaired": "completion", "messages": "messages", "text": "text"}
 _CONVERSIONS = {
-    "preference": ("preference", "messages", "prompt"),
+    "preference": ("preference", "unpaired", "messages", "prompt"),
     "unpaired": ("unpaired", "prompt"),
     "messages": ("messages", "prompt"),
 }
@@ -60,6 +60,14 @@ def as_form(row: Row, wanted: str) -> Row:
     if wanted == "messages":
         return {"messages": row["prompt"] + row["chosen"], **rest}
     return {"prompt": up_to_last_user(row["messages"]) if kind == "messages" else row["prompt"], **rest}
+
+
+def as_forms(row: Row, wanted: str) -> list[Row]:
+    """`as_form`, where one row may give several: a preference is two unpaired rows, the better answer and the worse."""
+    if wanted != "unpaired" or kind_of(row) != "preference":
+        return [as_form(row, wanted)]
+    rest = {key: row[key] for key in row if key not in ("chosen", "rejected")}
+    return [{**rest, "completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
 def up_to_last_user(messages: list[Message]) -> list[Message]:

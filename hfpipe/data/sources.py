@@ -17,7 +17,7 @@ from hfpipe.data.forms import Form, recognise_source
 from hfpipe.data.messages import RowProblem
 from hfpipe.data.readers import DOCUMENT_UNITS, Located, files_of, kind_of_file, read_file
 from hfpipe.data.report import PLACES
-from hfpipe.data.rows import Row, as_form, check_usable, row_problem
+from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
 from hfpipe.errors import UserError, nearest
 from hfpipe.paths import cache_dir
@@ -85,7 +85,7 @@ class Loaded:
                     counts.duplicates += 1
                 else:
                     counts.used += 1
-                    yield str(at), as_form(row, self.wanted)
+                    yield from ((str(at), made) for made in as_forms(row, self.wanted))
                     if counts.used == self.source.limit:
                         return
             if not counts.used:

@@ -86,7 +86,7 @@ def evaluate_model(
 def held_out_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Any, count_bytes: bool = False
 ) -> dict[str, float]:
-    """Token-weighted loss and perplexity over the documents of packed rows, or over the chosen answers of pairs.
+    """Token-weighted loss and perplexity over the documents of packed rows, or over the better or good answers.
 
     With `count_bytes`, `bits_per_byte` too: comparable between tokenizers.
     """
@@ -141,8 +141,10 @@ def _batches(rows: Any) -> Iterator[list[dict[str, Any]]]:
 def _documents(rows: Any) -> Iterator[dict[str, Any]]:
     for row in rows:
         if "prompt_ids" in row:
-            labels = [*[-100] * len(row["prompt_ids"]), *row["chosen_ids"]]
-            yield {"input_ids": [*row["prompt_ids"], *row["chosen_ids"]], "labels": labels}
+            good = row["chosen_ids"] if "chosen_ids" in row else row["completion_ids"] if row["label"] else None
+            if good is not None:
+                labels = [*[-100] * len(row["prompt_ids"]), *good]
+                yield {"input_ids": [*row["prompt_ids"], *good], "labels": labels}
             continue
         start = 0
         for length in row["seq_lengths"]:
@@ -239,8 +241,8 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[st
 
 
 def _last_answer(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The assistant's last message, of a preference the chosen one, and what stands before it."""
+    """The assistant's last message, of a preference the chosen one, of a judged answer that, and what stands before it."""
     if "messages" not in row:
-        return row["prompt"], row["chosen"][0]
+        return row["prompt"], (row.get("chosen") or row["completion"])[0]
     last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
     return row["messages"][:last], row["messages"][last]

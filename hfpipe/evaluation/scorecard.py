@@ -65,12 +65,12 @@ def read_scorecard(run: Path) -> Scorecard:
     """From the `eval.json` and `stage.json` of every finished stage that left a language model."""
     listed = (artifact.read_json(run / "run.json") or {}).get("stages", [])
     found = {stage: artifact.read_json(run / stage / "eval.json") for stage in listed}
-    evals = {stage: scores for stage, scores in found.items() if scores}
-    for stage, scores in evals.items():
-        scores["capabilities"] = {
-            **scores.get("capabilities", {}),
-            **(artifact.read_json(run / stage / HARNESS_FILE) or {}),
-        }
+    evals = {}
+    for stage, scores in found.items():
+        if scores is None or "pairs" in scores:  # a reward model answers nothing
+            continue
+        harness = artifact.read_json(run / stage / HARNESS_FILE) or {}
+        evals[stage] = {**scores, "capabilities": {**scores.get("capabilities", {}), **harness}}
     cells: dict[tuple[str, str], Cell] = {}
     parents, names = {}, set()
     for stage, scores in evals.items():

@@ -9,6 +9,13 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
 
+_LOADED_BY = {
+    "tokenizer": "AutoTokenizer",
+    "model": "AutoModelForCausalLM",
+    "reward_model": "AutoModelForSequenceClassification",
+}
+
+
 def write_card(job: Job, folder: Path, record: dict[str, Any]) -> None:
     """Write `README.md` beside the weights in `folder`."""
     (folder / "README.md").write_text(build_card(job, record), encoding="utf-8")
@@ -19,7 +26,7 @@ def build_card(job: Job, record: dict[str, Any]) -> str:
 
     head = ModelCardData(library_name="transformers", tags=["hfpipe", record["type"]])
     parent = record["parent"]["from"] if record["parent"] else "nothing"
-    auto = "AutoModelForCausalLM" if job.stage.type.leaves == "model" else "AutoTokenizer"
+    auto = _LOADED_BY[job.stage.type.leaves]
     lines = [
         "---",
         head.to_yaml(),

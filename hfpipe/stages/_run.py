@@ -65,11 +65,9 @@ def run_stage(job: Job, progress: Progress) -> None:
     if not is_main_process():
         return
     sources: list[dict[str, Any]] = []
-    if job.stage.type.leaves == "model":
-        from hfpipe.evaluation.basics import evaluate_model
-
+    if job.stage.type.leaves != "tokenizer":
         progress.tell("doing", text="evaluating")
-        scores, sources = evaluate_model(job, job.work, module.prepare)
+        scores, sources = evaluate(job, job.work)
         metrics |= scores
     from hfpipe.publishing.card import write_card
 
@@ -79,18 +77,26 @@ def run_stage(job: Job, progress: Progress) -> None:
     progress.tell("finished", metrics=metrics)
 
 
+def evaluate(job: Job, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Score what the stage left in `folder`: the scores, and what became of the rows of each of its sources."""
+    from hfpipe.evaluation.basics import evaluate_model
+    from hfpipe.evaluation.rewards import evaluate_reward_model
+
+    score = {"model": evaluate_model, "reward_model": evaluate_reward_model}[job.stage.type.leaves]
+    return score(job, folder, stage_module(job.stage.type.name).prepare)
+
+
 def score_again(job: Job, progress: Progress) -> None:
     """A finished stage is scored anew where the recipe's evaluation has changed; its weights stay as they are."""
     record = artifact.read_record(job.folder / artifact.STAGE_FILE) or {}
-    why = scores_missing(job.recipe, job.folder, record) if job.stage.type.leaves == "model" else None
+    why = scores_missing(job.recipe, job.folder, record) if job.stage.type.leaves != "tokenizer" else None
     if why is None:
         progress.note("finished already, nothing to do")
         return
-    from hfpipe.evaluation.basics import evaluate_model
     from hfpipe.publishing.card import write_card
 
     progress.note(f"{why}: scoring the weights on disk")
-    scores, sources = evaluate_model(job, job.folder, stage_module(job.stage.type.name).prepare)
+    scores, sources = evaluate(job, job.folder)
     identity = evaluation_identity(job.recipe)
     record |= {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
     write_card(job, job.folder, record)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.errors import UserError
 from hfpipe.sections import Data, Freeze, Model, Optimizer, StageType
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
     from hfpipe.training.job import Job, Progress
     from hfpipe.training.prepare import Prepared
+
+_LOOKED_AT = 64  # training pairs, where there are no held-out ones
+_NEAR_ZERO_NATS = 0.5  # rounding in bfloat16 leaves a few hundredths
 
 TYPE = StageType(
     name="dpo",
@@ -72,20 +76,34 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=build_adapter(job.stage),
     )
-    before = _held_out(trainer, data)
+    before = _scores(trainer, data)
+    _check_reference(job, before["margin"], args.beta)
     metrics = fit(job, trainer, data, progress)
-    if before:
-        del before["accuracy"]  # every pair is a tie
-    return {**metrics, "pairs_before": before, "pairs": _held_out(trainer, data)}
-
-
-def _held_out(trainer: Any, data: Prepared) -> dict[str, float] | None:
-    """Loss, accuracy and margin on the validation pairs; before training the margin is 0 unless the reference is wrong."""
     if data.eval is None:
-        return None
-    found = trainer.evaluate()
+        return metrics
+    del before["accuracy"]  # every pair is a tie
+    return {**metrics, "pairs_before": before, "pairs": _scores(trainer, data)}
+
+
+def _scores(trainer: Any, data: Prepared) -> dict[str, float]:
+    """Loss, accuracy and margin by the implicit reward, beta times the log-ratio to the reference.
+
+    Of the held-out pairs; where there are none, of some training pairs.
+    """
+    pairs = data.train.select(range(min(len(data.train), _LOOKED_AT))) if data.eval is None else data.eval
+    found = trainer.evaluate(pairs if data.eval is None else None)
     names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
-    return {"n": len(data.eval), **{name: round(found[key], 4) for name, key in names.items()}}
+    return {"n": len(pairs), **{name: round(found[key], 4) for name, key in names.items()}}
+
+
+def _check_reference(job: Job, margin: float, beta: float) -> None:
+    """UserError where policy and reference disagree before training: what follows would not be DPO."""
+    if abs(margin) > _NEAR_ZERO_NATS * beta:
+        raise UserError(
+            f"{job.stage.file}: before training the mean margin between chosen and rejected is {margin:.3f}, not 0: the "
+            f"reference is another model than the one that training starts from. Adapters must start as no change at all "
+            f"(adapter.init_lora_weights: true), and the parent must not change while it is loaded."
+        )
 
 
 if __name__ == "__main__":

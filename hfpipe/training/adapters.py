@@ -27,13 +27,14 @@ def build_adapter(stage: Stage) -> Any | None:
 
     options = copy.deepcopy(stage.adapter)
     start = str(options.get("init_lora_weights"))
-    if stage.type.rows == "preference" and start.startswith(_REWRITES_BASE):
+    if stage.type.rows == "preference" and stage.type.leaves == "model" and start.startswith(_REWRITES_BASE):
         raise UserError(
             f"{stage.file}: adapter.init_lora_weights = {start!r} rewrites the base's weights, so the reference would be wrong. "
             "Leave it out in a stage of preferences."
         )
     kind = options.pop("type")
+    task = "SEQ_CLS" if stage.type.leaves == "reward_model" else "CAUSAL_LM"
     try:
-        return get_peft_config({"peft_type": kind.upper(), "task_type": "CAUSAL_LM", **options})
+        return get_peft_config({"peft_type": kind.upper(), "task_type": task, **options})
     except (TypeError, ValueError) as error:
         raise UserError(f"{stage.file}: adapter is refused by PEFT: {error}") from error

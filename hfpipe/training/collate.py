@@ -59,6 +59,22 @@ class PaddedCollator:
         }
 
 
+@dataclass
+class PairCollator:
+    """Pads both conversations of preferences, as the template renders them when they are over.
+
+    Returns `input_ids`, `attention_mask`: (2 * batch, seq) int64, first all with the chosen answer, then all others.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        sides = ("chosen", "rejected")
+        whole = [[*row["prompt_ids"], *row[f"{side}_ids"], *row[f"{side}_end"]] for side in sides for row in rows]
+        padded = PaddedCollator(self.pad_token_id)([{"input_ids": ids, "labels": ids} for ids in whole])
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
+
+
 def collator_for(model: Any, tokenizer: Any, *, packing: bool) -> PackedCollator | PaddedCollator:
     """The collator for a model's rows.
 

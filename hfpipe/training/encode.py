@@ -29,7 +29,7 @@ def encode_rows(
     from hfpipe.training.templates import neutralise_row, special_strings
 
     special = special_strings(tokenizer)
-    encode: Callable[..., list[dict]] = {"text": _encode_text, "preference": _encode_pairs}.get(kind, _encode_messages)
+    encode = _ENCODERS[kind]
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, _CHUNK)):
         clean = []
@@ -97,6 +97,25 @@ def _encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[
     return [pair._asdict() for pair in encode_preferences(tokenizer, rows)]
 
 
+def _encode_unpaired(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    from hfpipe.training.templates import encode_completions, encode_prompts
+
+    prompts = encode_prompts(tokenizer, rows)
+    answers = encode_completions(tokenizer, rows, prompts, "completion")
+    return [
+        {"prompt_ids": prompt, "completion_ids": answer, "label": row["label"]}
+        for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+    ]
+
+
+_ENCODERS: dict[str, Callable[..., list[dict]]] = {
+    "text": _encode_text,
+    "messages": _encode_messages,
+    "preference": _encode_pairs,
+    "unpaired": _encode_unpaired,
+}
+
+
 def _problem(row: dict, kind: str, max_length: int) -> str | None:
     """Why an encoded row cannot be trained on, or None."""
     if kind == "text":
@@ -104,7 +123,7 @@ def _problem(row: dict, kind: str, max_length: int) -> str | None:
     longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)))
     if longest > max_length:
         return f"longer than max_length {max_length}"
-    if kind == "preference":
+    if kind in ("preference", "unpaired"):
         return None
     trained = _trained(row)
     if not trained:
@@ -112,12 +131,12 @@ def _problem(row: dict, kind: str, max_length: int) -> str | None:
     return "all of it is trained: no prompt" if trained == _length(row) else None
 
 
-def _answers(row: dict) -> tuple[list[int], list[int]]:
-    return row["chosen_ids"], row["rejected_ids"]
+def _answers(row: dict) -> list[list[int]]:
+    return [row[name] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
 
 
 def _length(row: dict) -> int:
-    return len(row["input_ids"]) if "input_ids" in row else 2 * len(row["prompt_ids"]) + sum(map(len, _answers(row)))
+    return len(row["input_ids"]) if "input_ids" in row else sum(len(row["prompt_ids"]) + len(a) for a in _answers(row))
 
 
 def _trained(row: dict) -> int:

@@ -53,24 +53,47 @@ def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel:
     """The parent's model, or a new one from `model.config`, fitted to the tokenizer, stop tokens set, rows frozen."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     section = job.stage.model
     if section.config:
         model = _from_scratch(job, tokenizer)
         progress.note(f"model: {section.config['model_type']} from scratch, {model.num_parameters():,} parameters")
     else:
-        dtype = section.dtype or ("auto" if job.stage.adapter else "float32")
-        options = {"attn_implementation": section.attn_implementation} if section.attn_implementation else {}
-        model = _from_pretrained(AutoModelForCausalLM, job, dtype=dtype, **options)
-        added = len(tokenizer) - len(_from_pretrained(AutoTokenizer, job))
-        if added:
-            resize_embeddings(model, tokenizer, added)
-            progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
-        progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
+        model = _load_parent(job, tokenizer, progress, AutoModelForCausalLM)
     model.config.pad_token_id = tokenizer.pad_token_id
     set_generation_config(model, tokenizer)
     _freeze(job, model, tokenizer, progress)
+    return model
+
+
+def load_reward_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel:
+    """The parent's model with a new head that gives one number at the last token, `score` of 1 x hidden_size."""
+    from transformers import AutoModelForSequenceClassification
+    from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+    with suppress_seqcls_warning():
+        model = _load_parent(job, tokenizer, progress, AutoModelForSequenceClassification, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    _freeze(job, model, tokenizer, progress)
+    return model
+
+
+def _load_parent(
+    job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress, auto_class: Any, **options: Any
+) -> PreTrainedModel:
+    """The parent's weights, with rows for the tokens that the stage adds."""
+    from transformers import AutoTokenizer
+
+    section = job.stage.model
+    options["dtype"] = section.dtype or ("auto" if job.stage.adapter else "float32")
+    if section.attn_implementation:
+        options["attn_implementation"] = section.attn_implementation
+    model = _from_pretrained(auto_class, job, **options)
+    if added := len(tokenizer) - len(_from_pretrained(AutoTokenizer, job)):
+        resize_embeddings(model, tokenizer, added)
+        progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
+    progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
     return model
 
 
@@ -142,7 +165,8 @@ def _freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         progress.note(f"frozen: the first {freeze.layers} blocks")
     if freeze.embeddings:
         special = sorted({i for i in tokenizer.added_tokens_decoder if i < len(tokenizer)})
-        for module in {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())  # a reward model has no second one
+        for module in {id(m.weight): m for m in ends if m is not None}.values():
             keep = torch.zeros(module.weight.shape[0], 1)
             keep[special] = 1
             module.weight.register_hook(lambda grad, keep=keep: grad * keep.to(grad.device, grad.dtype))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from hfpipe.training.job import Job
 
-_VERSION = 1  # raise when the same inputs come to give other rows
+_VERSION = 2  # raise when the same inputs come to give other rows
 _KEPT_SAMPLES = 64
 
 
@@ -37,7 +37,8 @@ class Prepared:
     """What a stage trains on, and what was done to get there.
 
     Rows of `train` and `eval` are, for text and conversations, `input_ids`, `labels` and `seq_lengths` (the tokens of
-    each document packed into the row); for preferences `prompt_ids`, `chosen_ids` and `rejected_ids`. `report` holds
+    each document packed into the row); for preferences those of `templates.EncodedPreference`; for judged answers
+    `prompt_ids`, `completion_ids` and `label`. `report` holds
     `sources` (a record each), `samples` (some held-out rows, control tokens neutralised) and `tokens_per_row` (mean).
     """
 
@@ -226,10 +227,12 @@ def _write(
     from datasets import Dataset, Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    names = (
-        ("prompt_ids", "chosen_ids", "rejected_ids") if rows == "preference" else ("input_ids", "labels", "seq_lengths")
-    )
-    with ArrowWriter(path=str(path), features=Features({name: List(Value("int32")) for name in names})) as writer:
+    from hfpipe.training.templates import EncodedPreference
+
+    by_kind = {"preference": EncodedPreference._fields, "unpaired": ("prompt_ids", "completion_ids", "label")}
+    names = by_kind.get(rows, ("input_ids", "labels", "seq_lengths"))
+    features = {name: Value("bool") if name == "label" else List(Value("int32")) for name in names}
+    with ArrowWriter(path=str(path), features=Features(features)) as writer:
         for row in encoded:
             writer.write({name: row[name] for name in names})
         writer.finalize()
@@ -269,11 +272,11 @@ def _concatenate(parts: list[Dataset]) -> Dataset:
 def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[SourceReport], job: Job) -> Dataset:
     """All of every source, or, with weights, as much of each as the scarcest allows without repeating a row.
 
-    Weights are shares of tokens, for preferences of pairs.
+    Weights are shares of tokens, for preferences and judged answers of rows.
     """
     seed, weights = job.recipe.pipeline.seed, _shares(sources)
     if weights:
-        pairs = job.stage.type.rows == "preference"
+        pairs = job.stage.type.rows in ("preference", "unpaired")
         sizes = [len(part) if pairs else report.tokens for part, report in zip(parts, reports, strict=True)]
         total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         for i, weight in enumerate(weights):

@@ -51,11 +51,16 @@ class Encoded(NamedTuple):
 
 
 class EncodedPreference(NamedTuple):
-    """A preference as token ids; `chosen_ids` and `rejected_ids` follow `prompt_ids`."""
+    """A preference as token ids; `chosen_ids` and `rejected_ids` follow `prompt_ids`.
+
+    The ends are what the template writes after them, where the conversation is over: none of it is trained.
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    chosen_end: list[int]
+    rejected_end: list[int]
 
 
 def load_chat_template(name_or_path: str) -> str:
@@ -223,14 +228,24 @@ def encode_preferences(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, 
     closes it. Raises UserError where an answer's tokens do not begin with the prompt's.
     """
     prompts = encode_prompts(tokenizer, rows)
-    chosen, rejected = (encode_completions(tokenizer, rows, prompts, side) for side in ("chosen", "rejected"))
-    return [EncodedPreference(*ids) for ids in zip(prompts, chosen, rejected, strict=True)]
+    chosen, rejected = (_encode_answers(tokenizer, rows, prompts, side) for side in ("chosen", "rejected"))
+    return [
+        EncodedPreference(prompt, better, worse, better_end, worse_end)
+        for prompt, (better, better_end), (worse, worse_end) in zip(prompts, chosen, rejected, strict=True)
+    ]
 
 
 def encode_completions(
     tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], prompts: list[list[int]], column: str
 ) -> list[list[int]]:
     """Encode what follows `prompts` (from `encode_prompts`): `chosen`, `rejected` or `completion` of `rows`."""
+    return [answer for answer, _ in _encode_answers(tokenizer, rows, prompts, column)]
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], prompts: list[list[int]], column: str
+) -> list[tuple[list[int], list[int]]]:
+    """Each answer to its last trained token, and what the template writes after that."""
     whole = [{"messages": [*row["prompt"], *row[column]], "tools": row.get("tools")} for row in rows]
     completions = []
     for number, (prompt, (ids, mask)) in enumerate(zip(prompts, encode_batch(tokenizer, whole), strict=True)):
@@ -242,7 +257,7 @@ def encode_completions(
         end = max((place + 1 for place, trained in enumerate(mask) if trained), default=0)
         if end <= len(prompt):
             raise UserError(f"Row {number}: `{column}` has no assistant's message to compare.")
-        completions.append(ids[len(prompt) : end])
+        completions.append((ids[len(prompt) : end], ids[end:]))
     return completions
 
 

@@ -1,0 +1,98 @@
+"""Preferences, paired and not: dpo's losses and its reference, kto on labels; held-out answers tell what was learnt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from .conftest import REAL, ROOT, hfpipe, stage_json
+
+KTO = """stage: kto
+model: {from: sft, attn_implementation: eager}
+data: {train: [SOURCE], eval: [{path: tinyworld/preferences, limit: 32}]}
+trainer: {learning_rate: 1.0e-3, per_device_train_batch_size: 16, max_length: 256, activation_checkpointing: false}
+"""
+
+
+@pytest.fixture
+def after_sft(micro_run, recipe, tmp_path):
+    """Runs one stage after micro's sft: `after_sft(name, text, *arguments)`; returns the process and the stage's folder."""
+
+    def run(name: str, text: str, *arguments: str, check: int = 0):
+        folder = recipe({name: text})
+        head = folder / "pipeline.yaml"
+        stages = ["tokenizer", "pretrain", "midtrain", "sft", name]
+        head.write_text(f"name: micro\nstages: [{', '.join(stages)}]\nevaluate: {{samples: 2, max_new_tokens: 8}}\n")
+        for stage in stages[:-1]:
+            if not (tmp_path / "run" / stage).exists():
+                shutil.copytree(micro_run / stage, tmp_path / "run" / stage)
+        done = hfpipe("run", folder, "--out", tmp_path / "run", "--only", name, *arguments, check=check)
+        return done, tmp_path / "run" / name
+
+    return run
+
+
+DPO = (ROOT / "stage_configs" / "micro" / "dpo.yaml").read_text().replace("limit: 384", "limit: 64")
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "robust", "apo_zero", "exo_pair"])
+def test_the_losses_of_dpo(after_sft, loss):
+    extra = ["--set", "dpo.trainer.label_smoothing=0.1"] if loss in ("robust", "exo_pair") else []
+    _, left = after_sft(
+        "dpo", DPO, "--set", f"dpo.trainer.loss_type=[{loss}]", "--set", "dpo.trainer.loss_weights=[1.0]", *extra
+    )
+    metrics = stage_json(left)["metrics"]
+    assert abs(metrics["pairs_before"]["margin"]) < 0.01
+    assert metrics["pairs"]["margin"] > metrics["pairs_before"]["margin"]
+
+
+def test_a_wrong_reference_is_seen_before_training(after_sft):
+    adapter = ["type=lora", "r=8", "target_modules=all-linear", "init_lora_weights=false", "lora_alpha=64"]
+    settings = [part for item in adapter for part in ("--set", f"dpo.adapter.{item}")]
+    done, left = after_sft("dpo", DPO, *settings, check=2)
+    assert "before training the mean margin between chosen and rejected is" in done.stderr
+    assert not left.exists()
+
+
+def test_kto_on_labels_of_one_s_own(after_sft, tmp_path):
+    rows = []
+    for n in range(96):
+        prompt = [{"role": "user", "content": f"What is {n} plus 1?"}]
+        good = n % 2 == 0
+        rows.append({"prompt": prompt, "completion": f"It is {n + 1}." if good else "Go away!", "label": good})
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"{{path: {tmp_path / 'judged.jsonl'}, split: all}}"
+    done, left = after_sft("kto", KTO.replace("SOURCE", source), "--set", "kto.trainer.num_train_epochs=4")
+    assert "judged.jsonl [all]: unpaired preference; 96 rows used" in done.stdout
+    metrics = stage_json(left)["metrics"]
+    assert metrics["answers_before"]["good"] == metrics["answers_before"]["bad"] == 0
+    assert metrics["answers"]["n"] == 64  # each of 32 pairs is two answers
+    assert metrics["train_loss"] < metrics["answers_before"]["loss"]
+
+
+def test_kto_unpairs_preferences(after_sft):
+    _, left = after_sft("kto", KTO.replace("SOURCE", "{path: tinyworld/preferences, limit: 128}"))
+    metrics = stage_json(left)["metrics"]
+    assert metrics["answers"]["good"] > metrics["answers"]["bad"]
+    assert "validation" in metrics
+    assert stage_json(left)["sources"][0]["used"] == 256
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
+def test_kto_on_public_rows(after_sft):
+    source = f"{{path: {REAL / 'kto_en_demo.json'}, split: all, limit: 24}}"
+    text = KTO.replace("SOURCE", source).replace("train: [", "max_bad_rows: 1.0, train: [")
+    done, left = after_sft("kto", text, "--set", "kto.trainer.max_length=512")
+    assert "unpaired preference, conversation" in done.stdout
+    assert stage_json(left)["metrics"]["steps"] >= 1
+
+
+def test_a_judged_row_is_inspected(micro_run, recipe, tmp_path):
+    rows = [{"prompt": "What is 1 plus 1?", "completion": "Go away!", "label": False}]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = recipe({"kto": KTO.replace("SOURCE", f"{{path: {tmp_path / 'judged.jsonl'}, split: all}}")})
+    (folder / "pipeline.yaml").write_text("name: micro\nstages: [tokenizer, pretrain, midtrain, sft, kto]\n")
+    shown = hfpipe("inspect", folder / "kto.yaml", "--out", micro_run).stdout
+    assert "bad: <|begin|><|user|>What is 1 plus 1?<|end_user|><|assistant|>⟦Go away!<|end_assistant|>⟧" in shown
