@@ -140,6 +140,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Path]:
     from hfpipe.config import load_recipe
     from hfpipe.data.check import check_sources
     from hfpipe.evaluation.probes import load_probes
+    from hfpipe.evaluation.reward_functions import check_rewards
     from hfpipe.run_folder import check_owner
     from hfpipe.stages import stage_types
 
@@ -147,6 +148,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Path]:
     run = options.out or Path("runs") / recipe.name
     check_owner(recipe, run)
     check_sources(recipe)
+    check_rewards(recipe)
     load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
     return recipe, run
 

@@ -281,6 +281,7 @@ def _check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str
     for name, stage in stages.items():
         if "model" not in stage.sections:
             continue
+        _check_rewards_from(listed, name, stages, problems)
         source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
         if source is None:
             if stage.type.parents:
@@ -317,6 +318,25 @@ def _check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str
                 f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
                 f"nor a Hub id (org/name).{nearest(source, listed)}"
             )
+
+
+def _check_rewards_from(listed: list[str], name: str, stages: dict[str, Stage], problems: list[str]) -> None:
+    """`rewards.model` names an earlier reward stage, a folder, or a Hub id."""
+    stage = stages[name]
+    source = getattr(stage.sections.get("rewards"), "model", None)
+    where = f"{stage.file}: rewards.model = {source!r}"
+    if source is None or (source in listed and source not in stages):
+        return
+    if source in stages:
+        if stages[source].type.leaves != "reward_model":
+            problems.append(f"{where}: `{source}` leaves a {stages[source].type.leaves}, not a reward model.")
+        elif listed.index(source) > listed.index(name):
+            problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
+    elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
+        problems.append(
+            f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
+            f"nor a Hub id (org/name).{nearest(source, listed)}"
+        )
 
 
 def _chain(name: str, stages: dict[str, Stage]) -> list[str]:

@@ -20,7 +20,7 @@ def split_batch(stage: Stage, processes: int) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints)
+    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints, _rewards)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -75,6 +75,19 @@ def _weights(stage: Stage) -> Iterator[str]:
         yield "data.train: weight has no meaning here: a tokenizer reads every source whole. Remove it, or set limit."
     elif any(weight is None or weight <= 0 for weight in weights):
         yield "data.train: give every source a weight above 0, or none of them."
+
+
+def _rewards(stage: Stage) -> Iterator[str]:
+    section = stage.sections.get("rewards")
+    if section is None:
+        return
+    if not section.model and not section.functions:
+        yield "rewards: nothing to learn from. Give `model`, a reward stage or model, or `functions`: [{check: number}]."
+    for number, item in enumerate(section.functions):
+        if (item.check is None) == (item.function is None):
+            yield f"rewards.functions[{number}]: give one of `check` and `function`."
+        if item.function and item.value is not None:
+            yield f"rewards.functions[{number}].value belongs to a check; a function reads the row itself."
 
 
 def _checkpoints(stage: Stage) -> Iterator[str]:

@@ -41,14 +41,15 @@ def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
     for stage in recipe.stages.values():
         parent = recipe.parent(stage)
         parent_fingerprint = planned[parent.name].fingerprint if parent else parent_identity(recipe, stage, run)
-        fingerprint, hashes, _ = identify(recipe, stage, parent_fingerprint, run)
-        waits_for = planned[parent.name] if parent else None
+        ahead = {name: item.fingerprint for name, item in planned.items()}
+        fingerprint, hashes, _ = identify(recipe, stage, parent_fingerprint, run, ahead)
+        waits_for = [planned[needed.name] for needed in recipe.needed(stage)]
         planned[stage.name] = _status(recipe, stage, run, fingerprint, hashes, waits_for)
     return list(planned.values())
 
 
 def _status(
-    recipe: Recipe, stage: Stage, run: Path, fingerprint: str, hashes: dict[str, str], parent: Planned | None
+    recipe: Recipe, stage: Stage, run: Path, fingerprint: str, hashes: dict[str, str], waits_for: list[Planned]
 ) -> Planned:
     folder, work = run / stage.name, run / f"{stage.name}.partial"
     record = artifact.read_record(folder / artifact.STAGE_FILE)
@@ -72,11 +73,15 @@ def _status(
         return Planned(stage, fingerprint, "new", ("never finished here", *lost))
     config = artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
     why = artifact.changes(record["config"], config)
-    why += [f"{name} changed" for name in hashes if record["data"].get(name) not in (None, hashes[name])]
+    again = [item.stage.name for item in waits_for if item.trains]
+    ours = {name for name in hashes if name.removeprefix("rewards.model ") not in again}
+    why += [
+        f"{name} changed" for name in hashes if name in ours and record["data"].get(name) not in (None, hashes[name])
+    ]
     if why:
         return Planned(stage, fingerprint, "changed", (*why, *lost))
-    if parent and parent.trains:
-        return Planned(stage, fingerprint, "downstream", (f"`{parent.stage.name}` runs again", *lost))
+    if again:
+        return Planned(stage, fingerprint, "downstream", (f"`{again[0]}` runs again", *lost))
     reason = "its parent changed" if record["data"].keys() == hashes.keys() else "its data changed"
     return Planned(stage, fingerprint, "downstream", (reason, *lost))
 
@@ -96,14 +101,15 @@ def select(planned: list[Planned], start: str | None, end: str | None, only: str
     chosen = planned[first : last + 1]
     done = {p.stage.name for p in planned if not p.trains}
     for item in chosen:
-        parent = item.stage.model.from_
-        missing = parent in names and parent not in done and names.index(parent) < first
-        if item.runs and missing:
-            needed = next(p.stage.name for p in planned if p.trains)
-            raise UserError(
-                f"`{item.stage.name}` starts from `{parent}`, which is not finished or has changed. "
-                f"Run what comes before it too: --from {needed} --to {names[last]}."
-            )
+        rewards = getattr(item.stage.sections.get("rewards"), "model", None)
+        for source, how in ((item.stage.model.from_, "starts from"), (rewards, "is steered by")):
+            missing = source in names and source not in done and names.index(source) < first
+            if item.runs and missing:
+                needed = next(p.stage.name for p in planned if p.trains)
+                raise UserError(
+                    f"`{item.stage.name}` {how} `{source}`, which is not finished or has changed. "
+                    f"Run what comes before it too: --from {needed} --to {names[last]}."
+                )
     return chosen
 
 

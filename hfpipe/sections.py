@@ -28,7 +28,7 @@ class Source:
     """One source of rows: a file, a folder, `tinyworld/NAME` or a Hub dataset id."""
 
     path: str
-    weight: float | None = None  # share of the stage's training tokens (of its rows, for preferences)
+    weight: float | None = None  # share of the stage's training tokens (of its rows, for preferences and prompts)
     as_: Literal["text"] | None = None  # plain documents inside a stage of conversations (replay)
     split: str | None = None  # train, validation, test, or all; default: train, and validation under `eval`
     limit: int | None = at_least(1, None)  # rows at the most
@@ -51,6 +51,11 @@ class TextData(Data):
     max_length: int = at_least(2, 1024)  # tokens in a packed row
     batch_tokens: int | None = at_least(1, None)  # tokens per optimizer step; sets gradient accumulation
     streaming: bool = False  # read while training; needs trainer.max_steps
+
+
+@dataclass(frozen=True)
+class PromptData(Data):
+    max_prompt_length: int = at_least(1, 512)  # tokens; a longer prompt is left out and counted
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,37 @@ class Optimizer:
 class Freeze:
     embeddings: bool = False  # rows of ordinary tokens; the control tokens' rows go on training
     layers: int = at_least(0, 0)  # the first N blocks
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """One of the two: a check of `hfpipe.evaluation.checks`, or a function with the arguments of TRL's reward functions."""
+
+    check: str | None = None  # its value is read from the row's own answer, unless given here
+    value: Any = None
+    function: str | None = None  # package.module:name, or path/to/file.py:name
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What reinforcement learning is steered by; the weighted sum where there are several."""
+
+    model: str | None = None  # a reward stage of the recipe, a folder, or org/model@revision
+    weight: float = 1.0  # of the reward model
+    functions: tuple[RewardFunction, ...] = ()
+    control: Literal["random_reward"] | None = (
+        None  # the same rewards, dealt out at random: what is left is no learning
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where reinforcement learning stops: the reward is being hacked in a way that can be seen. `null` lifts a limit."""
+
+    max_kl: float | None = at_least(0, 50.0)  # nats of a completion from the reference, mean of a logging interval
+    min_entropy: float | None = at_least(0, 0.001)  # nats per token
+    max_length_growth: float | None = at_least(1, 3.0)  # mean length of a completion against the first interval's
 
 
 @dataclass(frozen=True)
@@ -139,7 +175,7 @@ class StageType:
     leaves: str  # tokenizer | model | reward_model
     parents: tuple[str, ...]  # what `model.from` may leave; () where there is none
     sections: dict[str, type]
-    rows: str | None = None  # form of its training rows: text | messages | preference | unpaired
+    rows: str | None = None  # form of its training rows: text | messages | preference | unpaired | prompt
     trainer: str | None = None  # the upstream class behind `trainer:`
     adapter: bool = False
     managed: dict[str, str] = field(default_factory=dict)  # fields of `trainer` that are not the recipe's to set
@@ -174,6 +210,14 @@ class Recipe:
     pipeline: Pipeline
     stages: dict[str, Stage]
     overrides: tuple[str, ...] = ()
+
+    def reward_stage(self, stage: Stage) -> Stage | None:
+        """The stage of this recipe that `rewards.model` names, if it names one."""
+        return self.stages.get(getattr(stage.sections.get("rewards"), "model", None) or "")
+
+    def needed(self, stage: Stage) -> list[Stage]:
+        """The stages of this recipe that `stage` starts from or is steered by."""
+        return [found for found in (self.parent(stage), self.reward_stage(stage)) if found]
 
     def parent(self, stage: Stage) -> Stage | None:
         """The stage of this recipe that `model.from` names, if it names one."""

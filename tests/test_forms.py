@@ -311,9 +311,10 @@ def test_the_form_of_most_first_rows_is_the_source_s():
 def test_rows_are_used_as_another_form_where_that_is_defined():
     pair = {"prompt": [SYSTEM, HI], "chosen": [HELLO], "rejected": [BYE], "tools": TOOLS, "kind": "greeting"}
     assert as_form(pair, "messages") == {"messages": [SYSTEM, HI, HELLO], "tools": TOOLS, "kind": "greeting"}
-    assert as_form(pair, "prompt") == {"prompt": [SYSTEM, HI], "tools": TOOLS, "kind": "greeting"}
+    asked = {"prompt": [SYSTEM, HI], "reference": [HELLO], "tools": TOOLS, "kind": "greeting"}
+    assert as_form(pair, "prompt") == asked
     talk = {"messages": [SYSTEM, HI, calling(call("a", {})), said("tool", "4"), HELLO], "answer": "4"}
-    assert as_form(talk, "prompt") == {"prompt": [SYSTEM, HI], "answer": "4"}
+    assert as_form(talk, "prompt") == {"prompt": [SYSTEM, HI], "reference": talk["messages"][2:], "answer": "4"}
     assert as_form(talk, "messages") == talk
 
 

@@ -50,7 +50,9 @@ def inspect_rows(job: Job) -> Iterator[Inspected]:
 
     stage = job.stage
     tokenizer = load_tokenizer(job)
-    max_length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+    max_length = stage.trainer.get("max_length") or getattr(
+        stage.data, "max_length", getattr(stage.data, "max_prompt_length", 1024)
+    )
     number = itertools.count(1)
     for source in stage.data.train:
         wanted = source.as_ or stage.type.rows or "text"
@@ -84,6 +86,8 @@ def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) ->
         labels = encoded["labels"]
         return {"row": _tokens(tokenizer, encoded["input_ids"], [label != -100 for label in labels])}
     prompt = encoded["prompt_ids"]
+    if "row" in encoded:
+        return {"row": _tokens(tokenizer, prompt, [False] * len(prompt))}
     if "label" in encoded:
         answers = {"good" if encoded["label"] else "bad": encoded["completion_ids"]}
     else:

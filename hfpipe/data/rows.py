@@ -5,7 +5,7 @@ Plain dicts, where a message is `{"role", "content", "tool_calls"?, "name"?}`:
     messages:    {"messages", "tools"?}
     preference:  {"prompt", "chosen", "rejected", "tools"?}     lists of messages
     unpaired:    {"prompt", "completion", "label", "tools"?}    label: was the completion good?
-    prompt:      {"prompt", "tools"?}
+    prompt:      {"prompt", "reference"?, "tools"?}             reference: the messages that answer it
 Other columns ("answer", "kind", ...) ride along.
 """
 
@@ -59,7 +59,9 @@ def as_form(row: Row, wanted: str) -> Row:
     }
     if wanted == "messages":
         return {"messages": row["prompt"] + row["chosen"], **rest}
-    return {"prompt": up_to_last_user(row["messages"]) if kind == "messages" else row["prompt"], **rest}
+    prompt = up_to_last_user(row["messages"]) if kind == "messages" else row["prompt"]
+    answers = row["messages"][len(prompt) :] if kind == "messages" else row.get("chosen") or []
+    return {"prompt": prompt, **({"reference": answers} if answers else {}), **rest}
 
 
 def as_forms(row: Row, wanted: str) -> list[Row]:

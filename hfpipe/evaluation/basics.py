@@ -62,7 +62,7 @@ def evaluate_model(
     model = AutoModelForCausalLM.from_pretrained(str(folder), **options).to(device).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
-    if prepared.eval is not None:
+    if prepared.eval is not None and job.stage.type.rows != "prompt":  # prompts have no answers to lose on
         scores["validation"] = held_out_loss(model, tokenizer, prepared.eval)
     text = prepare_held_out(job, tokenizer)
     if text is not None:
@@ -243,6 +243,7 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[st
 def _last_answer(row: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The assistant's last message, of a preference the chosen one, of a judged answer that, and what stands before it."""
     if "messages" not in row:
-        return row["prompt"], (row.get("chosen") or row["completion"])[0]
+        answers = row.get("chosen") or row.get("completion") or row.get("reference")
+        return row["prompt"], answers[0] if answers else {"role": "assistant", "content": ""}
     last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
     return row["messages"][:last], row["messages"][last]

@@ -125,6 +125,12 @@ def prefers(answer: Answer, value: dict[str, str]) -> float:
     return judge([answer.row], [value["than"]], [answer.text])[0]
 
 
+def length(answer: Answer, value: dict[str, int]) -> bool:
+    """As many words as `value` allows: `{"min_words": 1, "max_words": 20}`, either of them left out."""
+    words = len(answer.text.split())
+    return value.get("min_words", 1) <= words <= value.get("max_words", words)
+
+
 def said(answer: Answer) -> bool:
     return answer.text != ""
 
@@ -159,6 +165,7 @@ CHECKS: dict[str, Check] = {
     "max_words": lambda answer, value: (
         0 < len(answer.text.split()) <= value["words"] and contains(answer, value["text"])
     ),
+    "length": length,
     "contains_all": lambda answer, value: all(contains(answer, part) for part in value),
 }
 

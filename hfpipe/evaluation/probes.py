@@ -17,7 +17,7 @@ from hfpipe.data.readers import read_file
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all
-from hfpipe.evaluation.checks import NUMBER, check, find_check
+from hfpipe.evaluation.checks import NUMBER, check, find_check, json_object
 from hfpipe.evaluation.intervals import interval
 from hfpipe.sections import Probe, Source
 
@@ -120,7 +120,10 @@ def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         if not spots:
             continue
         spot = spots[0] if calls else spots[-1]
-        value = _value(probe, row["messages"][spot])
+        answer = row["messages"][spot]
+        value = reference_value(str(probe.check), [answer])
+        if probe.check == "prefers":
+            value = {"than": value, **_judge(probe)}
         if value is None:
             continue
         yield {
@@ -132,17 +135,19 @@ def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _value(probe: Probe, answer: dict[str, Any]) -> Any:
-    """What the check compares with, from the row's own answer; None where it holds nothing of the kind."""
-    text = str(answer.get("content") or "")
-    if probe.check == "tool_call":
-        return answer["tool_calls"][0]["function"]
-    if probe.check == "prefers":
-        return {"than": text, **_judge(probe)}
-    if probe.check == "number":
+def reference_value(check: str, answers: Sequence[dict[str, Any]]) -> Any:
+    """What a check compares with, from a row's own answer; None where that holds nothing of the kind."""
+    if check in ("tool_call", "tool_format"):
+        calls = [call["function"] for answer in answers for call in answer.get("tool_calls") or ()]
+        wanted = calls[0] if calls else None
+        return wanted["name"] if wanted and check == "tool_format" else wanted
+    text = str(answers[-1].get("content") or "") if answers else ""
+    if check == "number":
         found = NUMBER.findall(text)
         return float(found[-1].replace(",", "")) if found else None
-    return text
+    if check == "json_equals":
+        return json_object(Answer(messages=[{"role": "assistant", "content": text}]))
+    return text or None
 
 
 def ask(

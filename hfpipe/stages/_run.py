@@ -25,6 +25,7 @@ from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
 from hfpipe.evaluation.probes import load_probes
+from hfpipe.evaluation.reward_functions import check_rewards
 from hfpipe.faults import beat, explain
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
@@ -169,6 +170,7 @@ def main(stage_type: StageType) -> None:
         with contextlib.nullcontext() if pipeline_holds_it or not is_main_process() else lock(run):
             if is_main_process() and not pipeline_holds_it:
                 check_sources(recipe)
+                check_rewards(recipe)
                 load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
                 claim(recipe, run)
             job = make_job(recipe, stage, run)

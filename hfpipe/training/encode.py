@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -108,11 +109,19 @@ def _encode_unpaired(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> li
     ]
 
 
+def _encode_asked(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    from hfpipe.training.templates import encode_prompts
+
+    asked = encode_prompts(tokenizer, rows)
+    return [{"prompt_ids": ids, "row": json.dumps(row, default=str)} for row, ids in zip(rows, asked, strict=True)]
+
+
 _ENCODERS: dict[str, Callable[..., list[dict]]] = {
     "text": _encode_text,
     "messages": _encode_messages,
     "preference": _encode_pairs,
     "unpaired": _encode_unpaired,
+    "prompt": _encode_asked,
 }
 
 
@@ -120,10 +129,10 @@ def _problem(row: dict, kind: str, max_length: int) -> str | None:
     """Why an encoded row cannot be trained on, or None."""
     if kind == "text":
         return None if len(row["input_ids"]) > 1 else "empty text"
-    longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)))
+    longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)), default=0)
     if longest > max_length:
         return f"longer than max_length {max_length}"
-    if kind in ("preference", "unpaired"):
+    if kind in ("preference", "unpaired", "prompt"):
         return None
     trained = _trained(row)
     if not trained:
@@ -136,7 +145,9 @@ def _answers(row: dict) -> list[list[int]]:
 
 
 def _length(row: dict) -> int:
-    return len(row["input_ids"]) if "input_ids" in row else sum(len(row["prompt_ids"]) + len(a) for a in _answers(row))
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    return sum(len(row["prompt_ids"]) + len(answer) for answer in _answers(row) or [[]])
 
 
 def _trained(row: dict) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from hfpipe.run_folder import CHECKPOINTS, complete_at, damage_at, put_in_place,
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
 
 # What tells of a model and is no part of it: written anew whenever a stage is scored.
-_TOLD = ("README.md", "eval.json", "harness.json", "metrics.jsonl", "probes.jsonl", "samples.jsonl")
+_TOLD = ("README.md", "eval.json", "harness.json", "metrics.jsonl", "probes.jsonl", "rollouts.jsonl", "samples.jsonl")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,14 @@ class Job:
 
         With `read_all` large files are read too that look untouched by their size and time.
         """
+        if (judge := self.recipe.reward_stage(self.stage)) and (
+            reason := damage_at(self.run / judge.name)
+            or (None if (self.run / judge.name / artifact.STAGE_FILE).is_file() else "it is not finished")
+        ):
+            raise UserError(
+                f"{self.stage.name} is steered by {self.run / judge.name}, but {reason}. "
+                f"Make it first: hfpipe run {self.recipe.folder} --out {self.run} --to {judge.name}"
+            )
         missing, stage = None, self.stage
         while parent := self.recipe.parent(stage):
             folder = self.run / parent.name
@@ -88,7 +97,18 @@ class Job:
     @property
     def parent_revision(self) -> str | None:
         """The commit of a Hub model; None for a folder."""
-        return hub_commit(self.stage) if not Path(self.parent_path).is_dir() else None
+        if Path(self.parent_path).is_dir():
+            return None
+        return hub_commit(self.stage, "model.from", str(self.stage.model.from_))
+
+    def reward_path(self) -> tuple[str, str | None]:
+        """Folder of the reward model, or its Hub id and commit."""
+        source = str(self.stage.sections["rewards"].model)
+        made_by = self.recipe.reward_stage(self.stage)
+        folder = self.run / made_by.name if made_by else Path(source).expanduser()
+        if made_by or folder.is_dir():
+            return str(folder), None
+        return source.partition("@")[0], hub_commit(self.stage, "rewards.model", source)
 
     def start(self, note: Callable[[str], None]) -> bool:
         """Make the working folder; returns False where the stage turns out to be finished already.
@@ -165,10 +185,17 @@ class Identity(NamedTuple):
     processes: int
 
 
-def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None, run: Path | None = None) -> Identity:
+def identify(
+    recipe: Recipe,
+    stage: Stage,
+    parent_fingerprint: str | None,
+    run: Path | None = None,
+    planned: Mapping[str, str] | None = None,
+) -> Identity:
     """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch.
 
     What `run` holds, finished or begun, keeps its fingerprint where nothing but the number of processes is another now.
+    `planned`: fingerprints that other stages of the recipe will have, where they are not to be read from `run`.
     """
     from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
@@ -179,6 +206,12 @@ def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None, run: 
         for number, source in enumerate(getattr(stage.data, role)):
             with named(f"{stage.file}: data.{role}"):
                 hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+    if getattr(stage.sections.get("rewards"), "model", None):
+        name = f"rewards.model {stage.sections['rewards'].model}"
+        hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
+    for item in getattr(stage.sections.get("rewards"), "functions", ()):
+        if item.function and (file := _file_of(item.function)):
+            hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
     tokenizer = stage.sections.get("tokenizer")
     if tokenizer and tokenizer.chat_template:
         hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
@@ -196,6 +229,20 @@ def identify(recipe: Recipe, stage: Stage, parent_fingerprint: str | None, run: 
     return Identity(fingerprint(processes_now(recipe)), hashes, processes_now(recipe))
 
 
+def _file_of(function: str) -> Path | None:
+    """Where the source of `package.module:name` or `path/to/file.py:name` stands."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+    else:
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            return None
+        file = Path(spec.origin) if spec and spec.origin else None
+    return file if file and file.is_file() else None
+
+
 def processes_now(recipe: Recipe) -> int:
     """Of `accelerate launch` inside it, of the recipe before."""
     return int(os.environ.get("WORLD_SIZE") or recipe.pipeline.launch.processes or 1)
@@ -203,16 +250,26 @@ def processes_now(recipe: Recipe) -> int:
 
 def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
     """Fingerprint of the parent as it stands on disk, or the commit of a Hub model."""
-    source = stage.model.from_
-    if source is None:
+    return _identity_of(stage, "model.from", stage.model.from_, recipe.parent(stage), run, stage.type.parents)
+
+
+def reward_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
+    """The same of the reward model."""
+    source = stage.sections["rewards"].model
+    return _identity_of(stage, "rewards.model", source, recipe.reward_stage(stage), run, ("reward_model",))
+
+
+def _identity_of(
+    stage: Stage, key: str, source: str | None, made_by: Stage | None, run: Path | None, leaves: tuple[str, ...]
+) -> str | None:
+    if source is None or (made_by and run is None):
         return None
-    parent = recipe.parent(stage)
-    folder = run / parent.name if parent else Path(source).expanduser()
+    folder = run / made_by.name if made_by and run else Path(source).expanduser()
     if folder.is_dir():
-        return artifact.folder_identity(folder, stage.type.parents)
-    if parent is None and folder.exists():
-        raise UserError(f"{stage.file}: model.from = {source!r} is a file. Give the model's folder.")
-    return hub_commit(stage) if parent is None else None
+        return artifact.folder_identity(folder, leaves)
+    if made_by is None and folder.exists():
+        raise UserError(f"{stage.file}: {key} = {source!r} is a file. Give the model's folder.")
+    return hub_commit(stage, key, source) if made_by is None else None
 
 
 def hash_source(source: Source, split: str, seed: int) -> str:
@@ -261,13 +318,13 @@ def _commit(model: str, revision: str | None) -> str | None:
         return Path(cached).parent.name if isinstance(cached, str) else None
 
 
-def hub_commit(stage: Stage) -> str:
+def hub_commit(stage: Stage, key: str, source: str) -> str:
     """The commit that a Hub id and its revision stand for now; UserError where there is none to be had."""
-    model, _, revision = str(stage.model.from_).partition("@")
+    model, _, revision = source.partition("@")
     commit = revision if len(revision) == 40 else _commit(model, revision or None)
     if commit is None:
         raise UserError(
-            f"{stage.file}: model.from = {stage.model.from_!r} is not a folder, and neither the Hub nor its cache has such "
+            f"{stage.file}: {key} = {source!r} is not a folder, and neither the Hub nor its cache has such "
             "a model (is there a connection, is HF_HUB_OFFLINE set?). Give a local folder, or connect."
         )
     return commit

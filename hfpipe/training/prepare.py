@@ -38,7 +38,7 @@ class Prepared:
 
     Rows of `train` and `eval` are, for text and conversations, `input_ids`, `labels` and `seq_lengths` (the tokens of
     each document packed into the row); for preferences those of `templates.EncodedPreference`; for judged answers
-    `prompt_ids`, `completion_ids` and `label`. `report` holds
+    `prompt_ids`, `completion_ids` and `label`; for prompts `prompt_ids` and `row`, the whole row as JSON. `report` holds
     `sources` (a record each), `samples` (some held-out rows, control tokens neutralised) and `tokens_per_row` (mean).
     """
 
@@ -63,7 +63,8 @@ def prepare_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     Raises:
         UserError: more rows are at fault than `data.max_bad_rows` allows, or none is left.
     """
-    return _stored(job, tokenizer, job.stage.data, job.stage.type.rows or "text", max_length, packing, job.data_hashes)
+    hashes = {name: found for name, found in job.data_hashes.items() if not name.startswith("rewards.")}
+    return _stored(job, tokenizer, job.stage.data, job.stage.type.rows or "text", max_length, packing, hashes)
 
 
 def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
@@ -229,9 +230,14 @@ def _write(
 
     from hfpipe.training.templates import EncodedPreference
 
-    by_kind = {"preference": EncodedPreference._fields, "unpaired": ("prompt_ids", "completion_ids", "label")}
+    by_kind = {
+        "preference": EncodedPreference._fields,
+        "unpaired": ("prompt_ids", "completion_ids", "label"),
+        "prompt": ("prompt_ids", "row"),
+    }
     names = by_kind.get(rows, ("input_ids", "labels", "seq_lengths"))
-    features = {name: Value("bool") if name == "label" else List(Value("int32")) for name in names}
+    others = {"label": Value("bool"), "row": Value("string")}
+    features = {name: others.get(name, List(Value("int32"))) for name in names}
     with ArrowWriter(path=str(path), features=Features(features)) as writer:
         for row in encoded:
             writer.write({name: row[name] for name in names})
@@ -272,12 +278,12 @@ def _concatenate(parts: list[Dataset]) -> Dataset:
 def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[SourceReport], job: Job) -> Dataset:
     """All of every source, or, with weights, as much of each as the scarcest allows without repeating a row.
 
-    Weights are shares of tokens, for preferences and judged answers of rows.
+    Weights are shares of tokens, for preferences, judged answers and prompts of rows.
     """
     seed, weights = job.recipe.pipeline.seed, _shares(sources)
     if weights:
-        pairs = job.stage.type.rows in ("preference", "unpaired")
-        sizes = [len(part) if pairs else report.tokens for part, report in zip(parts, reports, strict=True)]
+        counted = job.stage.type.rows in ("preference", "unpaired", "prompt")
+        sizes = [len(part) if counted else report.tokens for part, report in zip(parts, reports, strict=True)]
         total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
         for i, weight in enumerate(weights):
             reports[i].taken = min(1.0, total * weight / sizes[i])

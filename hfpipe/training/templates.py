@@ -242,6 +242,13 @@ def encode_completions(
     return [answer for answer, _ in _encode_answers(tokenizer, rows, prompts, column)]
 
 
+def closing_ids(tokenizer: PreTrainedTokenizerFast) -> dict[int, list[int]]:
+    """What the template writes after an answer that ends with a token, where the conversation is over."""
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}]
+    ((answer, rest),) = _encode_answers(tokenizer, rows, encode_prompts(tokenizer, rows), "completion")
+    return {answer[-1]: rest}
+
+
 def _encode_answers(
     tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], prompts: list[list[int]], column: str
 ) -> list[tuple[list[int], list[int]]]:

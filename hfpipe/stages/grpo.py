@@ -1,0 +1,93 @@
+"""grpo: what can be checked, by reinforcement. TRL's GRPOTrainer; several completions of a prompt against each other.
+
+accelerate launch -m hfpipe.stages.grpo stage_configs/mine/grpo.yaml trainer.num_generations=16
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hfpipe.sections import Freeze, Limits, Model, PromptData, Rewards, StageType
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hfpipe.training.job import Job, Progress
+    from hfpipe.training.prepare import Prepared
+
+TYPE = StageType(
+    name="grpo",
+    teaches="what can be checked, by reinforcement",
+    leaves="model",
+    parents=("model",),
+    sections={"model": Model, "data": PromptData, "rewards": Rewards, "limits": Limits, "freeze": Freeze},
+    rows="prompt",
+    trainer="trl.GRPOConfig",
+    adapter=True,
+    managed={
+        "reward_weights": "set `weight` beside each reward",
+        "log_completions": "rollouts.jsonl keeps some completions with their rewards",
+        "log_completions_hub_repo": "publishing is not a trainer's work here",
+        "auto_find_batch_size": "a rollout must hold whole groups of completions",
+        "model_init_kwargs": "set model.dtype or model.attn_implementation",
+    },
+)
+
+
+def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Prompts with the rows that they come from; a conversation's own answer is what checks compare with."""
+    from hfpipe.training.prepare import prepare_rows
+
+    return prepare_rows(job, tokenizer, max_length=job.stage.data.max_prompt_length, packing=False)
+
+
+def train(job: Job, progress: Progress) -> dict[str, Any]:
+    """Let the parent answer prompts and learn from the rewards; returns the metrics, held-out rewards among them."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    return train_by_rewards(job, progress, GRPOTrainer, GRPOConfig)
+
+
+def train_by_rewards(job: Job, progress: Progress, trainer_class: type, config_class: type) -> dict[str, Any]:
+    """`train` with one of TRL's trainers that sample completions: GRPO's, RLOO's."""
+    from transformers import set_seed
+
+    from hfpipe.evaluation.answers import stop_ids
+    from hfpipe.evaluation.reward_functions import build_rewards
+    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.fit import build_args, fit
+    from hfpipe.training.models import load_model, load_tokenizer
+    from hfpipe.training.reinforce import Steered, Watched, as_prompts, check_rollouts, held_out_reward
+
+    class SteeredTrainer(Steered, trainer_class):
+        random_reward = job.stage.sections["rewards"].control == "random_reward"
+
+    tokenizer = load_tokenizer(job)
+    data = prepare(job, tokenizer)
+    model = load_model(job, tokenizer, progress)
+    rewards, weights = build_rewards(job, tokenizer, stop_ids(model))
+    one = {} if "num_generations_eval" in job.stage.trainer else {"num_generations_eval": 1}
+    args = build_args(job, config_class, progress, reward_weights=weights, **one)
+    check_rollouts(job, args)
+    set_seed(args.seed)
+    trainer = SteeredTrainer(
+        model,
+        rewards,
+        args,
+        train_dataset=as_prompts(data.train),
+        eval_dataset=as_prompts(data.eval),
+        processing_class=tokenizer,
+        peft_config=build_adapter(job.stage),
+    )
+    limits = job.stage.sections["limits"]
+    trainer.add_callback(Watched(job, trainer, limits, kl_per_token=True))
+    before = held_out_reward(trainer, data.eval)
+    metrics = fit(job, trainer, data, progress)
+    metrics["tokens"] = trainer.state.num_input_tokens_seen
+    return {**metrics, "held_out_before": before, "held_out": held_out_reward(trainer, data.eval)}
+
+
+if __name__ == "__main__":
+    from hfpipe.stages._run import main
+
+    main(TYPE)

@@ -1,0 +1,138 @@
+"""What grpo, rloo and ppo share: prompts as upstream reads them, rollouts kept with their rewards, limits, a control.
+
+A checkpoint holds no rollout, so none may be written in the midst of one: `check_rollouts`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from hfpipe.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from hfpipe.sections import Limits
+    from hfpipe.training.job import Job
+
+ROLLOUTS_FILE = "rollouts.jsonl"
+_KEPT_AT_ONCE = 4  # completions of a logging step
+
+
+class RewardHacked(RuntimeError):
+    """The policy has found a way to be rewarded that is not the one that was meant."""
+
+
+def as_prompts(rows: Dataset | None) -> Dataset | None:
+    """Prepared prompts as TRL's trainers read them: `prompt`, `reference` (messages or None) and `row`, the whole row."""
+    return None if rows is None else rows.with_transform(_decode)
+
+
+def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    rows = [json.loads(row) for row in batch["row"]]
+    return {
+        "prompt": [row["prompt"] for row in rows],
+        "reference": [row.get("reference") for row in rows],
+        "row": rows,
+    }
+
+
+def check_rollouts(job: Job, args: Any) -> None:
+    """UserError where a checkpoint would fall between the steps that share one rollout."""
+    steps = max(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps, 1)
+    if args.save_strategy == "steps" and (args.save_steps < 1 or args.save_steps % steps):
+        raise UserError(
+            f"{job.stage.file}: trainer.save_steps = {args.save_steps:g}, but {steps} steps share one rollout, which no "
+            f"checkpoint holds. Give a multiple of {steps}, such as {max(round(args.save_steps / steps), 1) * steps}."
+        )
+
+
+class Steered:
+    """Mixed into a trainer of TRL's: rewards of a rollout may be dealt out at random among its rows, as a control."""
+
+    random_reward = False
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)  # (rows of all processes, functions)
+        if not self.random_reward or not self.model.training:
+            return rewards
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        return rewards[torch.randperm(len(rewards), generator=generator).to(rewards.device)]
+
+
+class Watched(TrainerCallback):
+    """Keeps some completions with their rewards in `rollouts.jsonl`, and stops at the recipe's limits.
+
+    `kl_per_token`: what the trainer logs as `kl` is a mean over tokens, not over completions.
+    """
+
+    def __init__(self, job: Job, trainer: Any, limits: Limits, kl_per_token: bool):
+        self.file, self.trainer, self.limits, self.kl_per_token = job.stage.file, trainer, limits, kl_per_token
+        self.path: Path = job.work / ROLLOUTS_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.path.is_file():  # what a killed attempt wrote beyond its checkpoint
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not logs or "completions/mean_length" not in logs:
+            return
+        if state.is_world_process_zero:
+            self._keep(state.global_step)
+        self._hold(logs, state)
+
+    def _keep(self, step: int) -> None:
+        told = self.trainer._logs
+        rows = zip(told["prompt"], told["completion"], told["advantages"], strict=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            for number, (prompt, completion, advantage) in enumerate(rows):
+                if number == _KEPT_AT_ONCE:
+                    break
+                rewards = {name: values[number] for name, values in told["rewards"].items()}
+                row = {"step": step, "prompt": prompt, "completion": completion, "rewards": rewards}
+                file.write(json.dumps({**row, "advantage": advantage}, ensure_ascii=False, default=str) + "\n")
+
+    def _hold(self, logs: dict[str, float], state: Any) -> None:
+        limits, length = self.limits, logs["completions/mean_length"]
+        lengths = [line["completions/mean_length"] for line in state.log_history if "completions/mean_length" in line]
+        kl = logs.get("kl")
+        problem = None
+        if kl is not None and limits.max_kl is not None:
+            nats = kl * length if self.kl_per_token else kl
+            if nats > limits.max_kl:
+                problem = (
+                    f"a completion is {nats:.1f} nats from the reference, more than limits.max_kl = {limits.max_kl:g}. "
+                    "Raise trainer.beta, or lower trainer.learning_rate"
+                )
+        entropy = logs.get("entropy")
+        if entropy is not None and limits.min_entropy is not None and entropy < limits.min_entropy:
+            problem = (
+                f"entropy is {entropy:.4f} nats per token, less than limits.min_entropy = {limits.min_entropy:g}: the "
+                "policy says the same whatever is sampled. Lower trainer.learning_rate, raise trainer.temperature or beta"
+            )
+        if limits.max_length_growth is not None and lengths and length > limits.max_length_growth * max(lengths[0], 1):
+            problem = (
+                f"completions have grown from {lengths[0]:.0f} to {length:.0f} tokens, more than "
+                f"limits.max_length_growth = {limits.max_length_growth:g} times. Reward brevity (check: length), lower "
+                "trainer.max_completion_length, or look at what the reward likes in long answers"
+            )
+        if problem:
+            raise RewardHacked(
+                f"{self.file}: step {state.global_step}: {problem}. The last completions are in {self.path}."
+            )
+
+
+def held_out_reward(trainer: Any, prompts: Dataset | None) -> dict[str, float] | None:
+    """Mean reward and length of one sampled completion of each held-out prompt."""
+    if prompts is None:
+        return None
+    found = trainer.evaluate()
+    lengths = found["eval_completions/mean_length"]
+    return {"n": len(prompts), "reward": round(found["eval_reward"], 4), "mean_length": round(lengths, 2)}

@@ -1,0 +1,223 @@
+"""grpo and rloo: learning what is rewarded, by checks, functions and reward models; whole rollouts; limits; a control."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from hfpipe.evaluation.reward_functions import build_rewards, by_check
+from hfpipe.sections import RewardFunction
+
+from .conftest import CALL, REAL, hfpipe, stage_json
+from .test_nothing_lost import start
+from .test_rewards import REWARD
+
+STAGE = """stage: TYPE
+model: {from: PARENT, attn_implementation: eager}
+data: {train: [{path: tinyworld/sft, limit: 400}], eval: [{path: tinyworld/sft, limit: 32}]}
+rewards: {functions: [{function: "FILE:vowels"}]}
+trainer: {learning_rate: 5.0e-3, per_device_train_batch_size: 32, num_generations: 4, max_completion_length: 16, max_steps: 16, save_steps: 4, beta: 0.0, activation_checkpointing: false, logging_steps: 4}
+"""
+VOWELS = '''def vowels(completions, **columns):
+    """The share of e among the letters."""
+    texts = [messages[0]["content"] for messages in completions]
+    return [text.count("e") / max(len(text), 1) for text in texts]
+'''
+
+
+@pytest.fixture
+def steered(micro_run, tmp_path):
+    """Writes a recipe of one stage on micro's sft and returns its folder: `steered("grpo", limits="{...}")`."""
+    (tmp_path / "vowels.py").write_text(VOWELS)
+
+    def write(kind: str, **changed: str):
+        text = STAGE.replace("TYPE", kind).replace("PARENT", str(micro_run / "sft"))
+        text = text.replace("FILE", str(tmp_path / "vowels.py"))
+        lines = [line for line in text.splitlines(keepends=True) if line.partition(":")[0] not in changed]
+        folder = tmp_path / "recipe"
+        folder.mkdir(exist_ok=True)
+        (folder / "rl.yaml").write_text("".join(lines) + "".join(f"{key}: {value}\n" for key, value in changed.items()))
+        (folder / "pipeline.yaml").write_text(
+            "name: steered\nstages: [rl]\nevaluate: {samples: 1, max_new_tokens: 4}\n"
+        )
+        return folder
+
+    return write
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_what_is_rewarded_is_learnt(steered, tmp_path, kind):
+    hfpipe("run", steered(kind), "--out", tmp_path / "run")
+    left = tmp_path / "run" / "rl"
+    metrics = stage_json(left)["metrics"]
+    assert metrics["held_out_before"]["n"] == metrics["held_out"]["n"] == 32
+    assert metrics["held_out"]["reward"] > metrics["held_out_before"]["reward"] + 0.05
+    rewards = [line["reward"] for line in lines(left / "metrics.jsonl") if "reward" in line]
+    assert rewards[-1] > rewards[0] + 0.05
+    kept = lines(left / "rollouts.jsonl")
+    assert {"step", "prompt", "completion", "rewards", "advantage"} <= kept[0].keys()
+    assert {row["step"] for row in kept} >= {4, 8, 12, 16}
+    row = kept[-1]
+    text = row["completion"][0]["content"]
+    assert row["rewards"]["vowels"] == pytest.approx(text.count("e") / max(len(text), 1), abs=1e-5)
+
+
+def test_the_control_learns_nothing(steered, tmp_path):
+    folder = steered("grpo")
+    hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.rewards.control=random_reward")
+    metrics = stage_json(tmp_path / "run" / "rl")["metrics"]
+    assert metrics["held_out"]["reward"] < metrics["held_out_before"]["reward"] + 0.05
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(steered, tmp_path):
+    folder = steered("grpo", trainer="{learning_rate: 1.0e-3, per_device_train_batch_size: 16, num_generations: 4, "
+                     "max_completion_length: 8, num_iterations: 2, max_steps: 24, save_steps: 4, beta: 0.05, "
+                     "activation_checkpointing: false, logging_steps: 4}")  # fmt: skip
+    hfpipe("run", folder, "--out", tmp_path / "whole")
+    run = tmp_path / "run"
+    process = start(run, recipe=str(folder))
+    while not list(run.glob("rl.partial/checkpoints/checkpoint-*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    time.sleep(0.4)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = hfpipe("run", folder, "--out", run)
+    assert "resumed from checkpoint-" in done.stdout
+    assert stage_json(run / "rl")["weights"] == stage_json(tmp_path / "whole" / "rl")["weights"]
+    assert [row["step"] for row in lines(run / "rl" / "rollouts.jsonl")] == [
+        row["step"] for row in lines(tmp_path / "whole" / "rl" / "rollouts.jsonl")
+    ]
+
+
+def test_no_checkpoint_within_a_rollout(steered, tmp_path):
+    folder = steered("grpo")
+    done = hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.num_iterations=3", check=2)
+    assert "trainer.save_steps = 4, but 3 steps share one rollout" in done.stderr
+    assert "Give a multiple of 3, such as 3." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [("{min_entropy: 50}", "entropy is"), ("{max_kl: 0.0001}", "nats from the reference, more than limits.max_kl")],
+)
+def test_a_hacked_reward_stops_the_stage(steered, tmp_path, limits, said):
+    done = hfpipe(
+        "run", steered("grpo", limits=limits), "--out", tmp_path / "run", "--set", "rl.trainer.beta=0.01", check=1
+    )
+    assert "rl failed: RewardHacked:" in done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "rl.partial" / "rollouts.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "said"),
+    [
+        ("{}", "rewards: nothing to learn from"),
+        ("{functions: [{check: nunber}]}", "No check `nunber`"),
+        ("{functions: [{function: nowhere:reward}]}", "function 'nowhere:reward': ModuleNotFoundError"),
+        ("{functions: [{check: number, function: a:b}]}", "give one of `check` and `function`"),
+        ("{model: nowhere}", "rewards.model = 'nowhere' is neither a stage of this recipe"),
+        ("{model: rl}", "`rl` leaves a model, not a reward model"),
+    ],
+)
+def test_rewards_that_are_not_there(steered, rewards, said):
+    done = hfpipe("plan", steered("grpo", rewards=rewards), check=2)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_another_function_is_another_stage(steered, tmp_path):
+    folder = steered("grpo")
+    hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.max_steps=4")
+    plan = ["plan", folder, "--out", tmp_path / "run", "--set", "rl.trainer.max_steps=4"]
+    assert "rl         done" in hfpipe(*plan).stdout
+    (tmp_path / "vowels.py").write_text(VOWELS.replace('"e"', '"a"'))
+    assert "vowels.py:vowels changed" in hfpipe(*plan).stdout
+
+
+def test_checks_as_rewards():
+    def scored(check, said, answer, **options):
+        reward = by_check(RewardFunction(check=check, **options), {7})
+        reference = [answer] if isinstance(answer, dict) else [{"role": "assistant", "content": answer}]
+        message = said if isinstance(said, dict) else {"role": "assistant", "content": said}
+        return reward([[]], [[message]], [[1, 7]], [reference if answer else None], [{}])[0]
+
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert scored("number", "So it is 1,234.", "#### 1234") == 1
+    assert scored("number", "So it is 12.", "#### 1234") == 0
+    assert scored("number", "So it is 12.", "Who knows?") is None
+    assert scored("tool_call", called, called) == 1
+    assert scored("tool_call", "12 * 34", called) == 0
+    assert scored("tool_call", called, "no call") is None
+    schema = {"type": "object", "required": ["a"]}
+    assert scored("json_schema", '{"a": 1}', None, value=schema) == 1
+    assert scored("json_schema", '{"b": 1}', None, value=schema) == 0
+    assert scored("regex", "Answer: 4", None, value=r"^Answer: \d+$") == 1
+    assert scored("length", "one two three", None, value={"max_words": 2}) == 0
+    assert scored("length", "one two", None, value={"max_words": 2}) == 1
+    assert scored("stops", "anything", None) == 1
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
+def test_gsm8k_as_it_is(steered, tmp_path):
+    folder = steered(
+        "grpo",
+        data=f"{{train: [{{path: {REAL / 'gsm8k_train.jsonl'}, limit: 16}}]}}",
+        rewards="{functions: [{check: number}, {check: length, value: {max_words: 200}, weight: 0.1}]}",
+    )
+    hfpipe(
+        "run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.max_steps=2", "--set", "rl.trainer.save_steps=2"
+    )
+    logged = lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]
+    assert {"rewards/number/mean", "rewards/length/mean"} <= logged.keys()
+
+
+def test_a_reward_model_of_the_recipe(micro_run, steered, tmp_path):
+    folder = steered("grpo", rewards="{model: judge}")
+    (folder / "judge.yaml").write_text(REWARD.replace("from: sft", f"from: {micro_run / 'sft'}"))
+    (folder / "pipeline.yaml").write_text(
+        "name: steered\nstages: [judge, rl]\nevaluate: {samples: 1, max_new_tokens: 4}\n"
+    )
+    short = ["--set", "judge.trainer.max_steps=4", "--set", "rl.trainer.max_steps=4"]
+    done = hfpipe("run", folder, "--out", tmp_path / "run", "--only", "rl", *short, check=2)
+    assert "`rl` is steered by `judge`, which is not finished or has changed" in done.stderr
+    hfpipe("run", folder, "--out", tmp_path / "run", *short)
+    plan = hfpipe("plan", folder, "--out", tmp_path / "run", *short, "--set", "judge.trainer.learning_rate=1e-4").stdout
+    assert "rl         downstream: `judge` runs again" in plan
+
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+    from hfpipe.training.job import make_job
+    from hfpipe.training.templates import stop_token_ids
+
+    recipe = load_recipe(folder, stage_types(), [s for s in short if s != "--set"])
+    job = make_job(recipe, recipe.stages["rl"], tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "judge")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "judge").eval()
+    ((reward,), weights) = build_rewards(job, tokenizer, set(stop_token_ids(tokenizer)))
+    assert weights == [1.0]
+    prompt = [{"role": "user", "content": "What is 2 plus 2?"}]
+    for answer in ({"role": "assistant", "content": "4"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}):
+        whole = tokenizer.apply_chat_template([*prompt, answer], return_dict=True, return_tensors="pt")["input_ids"]
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        sampled = [t for t in whole[0].tolist()[len(asked) :] if t != tokenizer.convert_tokens_to_ids("<|end|>")]
+        (found,) = reward(prompts=[prompt], completions=[[answer]], completion_ids=[sampled], row=[{}])
+        assert found == pytest.approx(model(whole).logits.item(), abs=1e-4)
+
+
+def test_prompts_are_inspected(steered):
+    shown = hfpipe("inspect", steered("grpo") / "rl.yaml", "--row", "1").stdout
+    assert "<|assistant|>" in shown
+    assert ", 0 trained" in shown
