@@ -18,6 +18,8 @@ _FILES = {
     "PeftConfigMixin": ("peft", "config.py"),
     "PeftConfig": ("peft", "config.py"),
     "LoraConfig": ("peft", "tuners/lora/config.py"),
+    "GRPOConfig": ("trl", "trainer/grpo_config.py"),
+    "PPOConfig": ("hfpipe", "training/ppo.py"),
 }
 # enum of admitted words -> (package, file)
 _ENUMS = {

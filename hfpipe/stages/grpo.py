@@ -5,6 +5,7 @@ accelerate launch -m hfpipe.stages.grpo stage_configs/mine/grpo.yaml trainer.num
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.sections import Freeze, Limits, Model, PromptData, Rewards, StageType
@@ -45,11 +46,26 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     """Let the parent answer prompts and learn from the rewards; returns the metrics, held-out rewards among them."""
     from trl import GRPOConfig, GRPOTrainer
 
-    return train_by_rewards(job, progress, GRPOTrainer, GRPOConfig)
+    from hfpipe.training.reinforce import Steered
+
+    class SteeredGRPOTrainer(Steered, GRPOTrainer):
+        """Upstream's, with the control."""
+
+    return train_by_rewards(job, progress, SteeredGRPOTrainer, GRPOConfig)
 
 
-def train_by_rewards(job: Job, progress: Progress, trainer_class: type, config_class: type) -> dict[str, Any]:
-    """`train` with one of TRL's trainers that sample completions: GRPO's, RLOO's."""
+def train_by_rewards(
+    job: Job,
+    progress: Progress,
+    trainer_class: type,
+    config_class: type,
+    more: Callable[[list[Any]], dict[str, Any]] = lambda rewards: {},
+    kl_per_token: bool = True,
+) -> dict[str, Any]:
+    """`train` with a trainer that samples completions: GRPO's, RLOO's, PPO's.
+
+    `more` gives further arguments of the trainer for the rewards; `kl_per_token` says what it logs as `kl`.
+    """
     from transformers import set_seed
 
     from hfpipe.evaluation.answers import stop_ids
@@ -57,10 +73,7 @@ def train_by_rewards(job: Job, progress: Progress, trainer_class: type, config_c
     from hfpipe.training.adapters import build_adapter
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
-    from hfpipe.training.reinforce import Steered, Watched, as_prompts, check_rollouts, held_out_reward
-
-    class SteeredTrainer(Steered, trainer_class):
-        random_reward = job.stage.sections["rewards"].control == "random_reward"
+    from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts, held_out_reward
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
@@ -70,7 +83,7 @@ def train_by_rewards(job: Job, progress: Progress, trainer_class: type, config_c
     args = build_args(job, config_class, progress, reward_weights=weights, **one)
     check_rollouts(job, args)
     set_seed(args.seed)
-    trainer = SteeredTrainer(
+    trainer = trainer_class(
         model,
         rewards,
         args,
@@ -78,9 +91,10 @@ def train_by_rewards(job: Job, progress: Progress, trainer_class: type, config_c
         eval_dataset=as_prompts(data.eval),
         processing_class=tokenizer,
         peft_config=build_adapter(job.stage),
+        **more(rewards),
     )
-    limits = job.stage.sections["limits"]
-    trainer.add_callback(Watched(job, trainer, limits, kl_per_token=True))
+    trainer.random_reward = job.stage.sections["rewards"].control == "random_reward"
+    trainer.add_callback(Watched(job, trainer, job.stage.sections["limits"], kl_per_token))
     before = held_out_reward(trainer, data.eval)
     metrics = fit(job, trainer, data, progress)
     metrics["tokens"] = trainer.state.num_input_tokens_seen

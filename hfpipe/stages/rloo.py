@@ -22,7 +22,12 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     """As grpo's."""
     from trl import RLOOConfig, RLOOTrainer
 
-    return grpo.train_by_rewards(job, progress, RLOOTrainer, RLOOConfig)
+    from hfpipe.training.reinforce import Steered
+
+    class SteeredRLOOTrainer(Steered, RLOOTrainer):
+        """Upstream's, with the control."""
+
+    return grpo.train_by_rewards(job, progress, SteeredRLOOTrainer, RLOOConfig)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def _size(count: int) -> str:
 
 def space_needed(trainer: Trainer) -> tuple[int, int]:
     """Bytes that training and its result will take at the least, and how many checkpoints are among them."""
-    args, parameters = trainer.args, list(trainer.model.parameters())
+    args, critic = trainer.args, getattr(trainer, "critic", None)  # PPO's is kept and optimized beside the policy
+    parameters = [*trainer.model.parameters(), *(critic.parameters() if critic else ())]
     weights = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     saved = trained if hasattr(trainer.model, "peft_config") else weights

@@ -41,8 +41,8 @@ def build_args(job: Job, config_class: type, progress: Progress, **ours: Any) ->
 
 def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any:
     """The stage's upstream argument object; nothing is loaded and nothing is written."""
-    package, _, name = str(stage.type.trainer).partition(".")
-    config_class = getattr(importlib.import_module(package), name)
+    module, _, name = str(stage.type.trainer).rpartition(".")
+    config_class = getattr(importlib.import_module(module), name)
     given = copy.deepcopy(stage.trainer)
     if not given.get("fp16"):
         given.setdefault("bf16", choose_bf16()[0])
