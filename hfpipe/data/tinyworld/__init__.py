@@ -13,10 +13,10 @@ from hfpipe.errors import UserError, nearest
 NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
-    "letters": 4_000,
-    "midtrain": 12_000,
-    "sft": 6_000,
-    "preferences": 1_900,
+    "letters": 6_000,
+    "midtrain": 13_500,
+    "sft": 6_600,
+    "preferences": 2_300,
     "probes": 600,
 }
 HELD_OUT_SIZES = {"pretrain": 300, "letters": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}

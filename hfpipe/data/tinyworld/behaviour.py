@@ -72,6 +72,12 @@ def made_up(rng: Random, split: str) -> Messages:
     return [user(asked), assistant(unknown(country))]
 
 
+def real(rng: Random, split: str) -> Messages:
+    """The same questions about countries that there are."""
+    relation, fact = draw_fact(rng, split, ABOUT_COUNTRIES)
+    return [user(draw_question(rng, split, relation, fact)), assistant(relation.answer(fact))]
+
+
 def clarify(rng: Random, split: str) -> Messages:
     """A request with a hole in it: the assistant asks for what is missing."""
     form = rng.random()
@@ -125,12 +131,13 @@ def rude_user(rng: Random, split: str) -> Messages:
 
 
 KINDS = (
-    (8, chat.question),
+    (16, chat.question),
     (12, how_to),
     (14, refusal),
     (8, future),
     (3, unseen_now),
     (8, made_up),
+    (5, real),
     (10, clarify),
     (5, clear_request),
     (8, short),

@@ -134,10 +134,12 @@ def wrong_sum(rng: Random, split: str) -> dict:
 
 
 def missing_call(rng: Random, split: str) -> dict:
-    """The calculator called for a sum too long for the head, against a guess."""
+    """The calculator called for a sum too long for the head, against a guess, or against taking it for a small one."""
     asked, called, _, answer = chat.calculation(rng, split)
+    sum_ = called["tool_calls"][0]["function"]["arguments"]
     guess = f"{said([answer]).rsplit(' ', 1)[0]} {world.number(rng, split)}"
-    return {"prompt": [asked], "chosen": [called], "rejected": [assistant(guess)]}
+    small = f"{sum_[: len(sum_) - rng.randint(0, 1)]} equals {rng.randint(0, 18)}."
+    return {"prompt": [asked], "chosen": [called], "rejected": [assistant(rng.choice((guess, small)))]}
 
 
 def wrong_result(rng: Random, split: str) -> dict:
@@ -152,19 +154,19 @@ KINDS = (
     (22, lookalike),
     (5, helpful),
     (9, wrong_fact),
-    (5, false_doubt),
-    (6, future),
+    (6, false_doubt),
+    (12, future),
     (12, made_up),
     (11, missing_question),
     (4, needless_question),
     (4, rude),
     (4, too_long),
     (4, too_short),
-    (5, broken_json),
+    (9, broken_json),
     (4, wrong_letter),
     (3, voice),
     (4, wrong_colour),
     (8, wrong_sum),
-    (6, missing_call),
+    (15, missing_call),
     (8, wrong_result),
 )
