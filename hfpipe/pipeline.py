@@ -58,7 +58,8 @@ def _status(
     if record and complete_at(folder, fingerprint):
         if stage.type.leaves != "tokenizer" and (why := scores_missing(recipe, folder, record)):
             return Planned(stage, fingerprint, "rescore", (f"{why}; the weights stay",))
-        return Planned(stage, fingerprint, "done")
+        other = (f"an unfinished attempt under other settings is kept in {work.name}",) if unfinished_step(work) else ()
+        return Planned(stage, fingerprint, "done", other)
     begun = (artifact.read_record(work / artifact.BEGUN_FILE) or {}).get("fingerprint")
     step = unfinished_step(work)
     if complete_at(work, fingerprint):

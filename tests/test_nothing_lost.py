@@ -177,6 +177,13 @@ def test_it_goes_on_from_the_last_checkpoint_and_says_so(micro_run, tmp_path):
     ]
 
 
+def test_an_attempt_under_other_settings_is_kept_beside_a_result(micro_run, tmp_path):
+    run = stopped_in_pretraining(micro_run, tmp_path / "run", 1, "--set", "pretrain.trainer.learning_rate=1e-4")
+    shutil.copytree(micro_run / "pretrain", run / "pretrain")
+    kept = "an unfinished attempt under other settings is kept in pretrain.partial"
+    assert planned(run)["pretrain"] == ("done", [kept])
+
+
 def test_a_stream_goes_on_at_the_same_row(micro_run, tmp_path):
     stream = ["--set", "pretrain.data.streaming=true", "--set", "pretrain.trainer.max_steps=60"]
     stream += [
