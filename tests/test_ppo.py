@@ -112,3 +112,15 @@ def test_what_ppo_cannot_do_is_refused(steered, tmp_path):  # noqa: F811
     assert (
         "trainer.lamda = 0.9 is not a field" in hfpipe("plan", folder, "--set", "rl.trainer.lamda=0.9", check=2).stderr
     )
+
+
+def test_two_processes_and_an_adapter(steered, tmp_path):  # noqa: F811
+    folder = steered("ppo", trainer=PPO.replace("BETA", "0.05").replace("max_steps: 32", "max_steps: 4"))
+    hfpipe("run", folder, "--out", tmp_path / "two", "--set", "launch.processes=2")
+    assert stage_json(tmp_path / "two" / "rl")["machine"]["processes"] == 2
+    adapter = [
+        part for item in ("type=lora", "r=8", "target_modules=all-linear") for part in ("--set", f"rl.adapter.{item}")
+    ]
+    hfpipe("run", folder, "--out", tmp_path / "lora", *adapter)
+    assert (tmp_path / "lora" / "rl" / "adapter" / "adapter_model.safetensors").is_file()
+    assert stage_json(tmp_path / "lora" / "rl")["metrics"]["steps"] == 4
