@@ -11,6 +11,7 @@ from typing import Any
 from hfpipe import upstream
 from hfpipe.contradictions import contradictions, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
+from hfpipe.graph import check_graph
 from hfpipe.paths import stage_configs_dir
 from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
@@ -105,7 +106,7 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         problems += _check_launch(pipeline, head_file)
         for stage in stages.values():
             problems += split_batch(stage, pipeline.launch.processes or 1)
-    _check_graph(listed, stages, problems)
+    check_graph(listed, stages, problems)
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
     assert pipeline is not None
@@ -274,83 +275,3 @@ def _model_config(config: dict, where: str) -> list[str]:
         ]
     rest = {k: v for k, v in config.items() if k != "model_type"}
     return upstream.check(rest, known, f"the {model_type} configuration", where)
-
-
-def _check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]) -> None:
-    """`model.from` names an earlier stage that leaves what this one needs, a folder, or a Hub id; no cycles."""
-    for name, stage in stages.items():
-        if "model" not in stage.sections:
-            continue
-        _check_rewards_from(listed, name, stages, problems)
-        source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
-        if source is None:
-            if stage.type.parents:
-                needs = " or a ".join(stage.type.parents)
-                problems.append(
-                    f"{stage.file}: model.from is missing: a {stage.type.name} stage starts from a {needs}."
-                )
-        elif source in stages:
-            parent = stages[source]
-            chain = _chain(name, stages)
-            if chain[-1] in chain[:-1]:
-                problems.append(f"{where}: the stages form a cycle: {' -> '.join(chain)}.")
-            elif parent.type.leaves not in stage.type.parents:
-                needs = " or a ".join(stage.type.parents) or "nothing"
-                problems.append(
-                    f"{where}: `{source}` leaves a {parent.type.leaves}, but a {stage.type.name} stage needs a {needs}."
-                )
-            elif parent.type.leaves == "tokenizer" and not stage.model.config:
-                problems.append(
-                    f"{stage.file}: model.config is missing: `{source}` leaves a tokenizer, so the model is made from scratch. "
-                    "Give model_type and that configuration's fields."
-                )
-            elif parent.type.leaves == "model" and stage.model.config:
-                problems.append(
-                    f"{stage.file}: model.config makes a model from scratch, but `{source}` leaves one to go on from. "
-                    "Remove model.config, or start from a tokenizer stage."
-                )
-            elif listed.index(source) > listed.index(name):
-                problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
-        elif source in listed:
-            continue  # that stage's own fault is told already
-        elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
-            problems.append(
-                f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
-                f"nor a Hub id (org/name).{nearest(source, listed)}"
-            )
-
-
-def _check_rewards_from(listed: list[str], name: str, stages: dict[str, Stage], problems: list[str]) -> None:
-    """`rewards.model` names an earlier reward stage, a folder, or a Hub id."""
-    stage = stages[name]
-    source = getattr(stage.sections.get("rewards"), "model", None)
-    where = f"{stage.file}: rewards.model = {source!r}"
-    if source is None or (source in listed and source not in stages):
-        return
-    if source in stages:
-        if stages[source].type.leaves != "reward_model":
-            problems.append(f"{where}: `{source}` leaves a {stages[source].type.leaves}, not a reward model.")
-        elif listed.index(source) > listed.index(name):
-            problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
-    elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
-        problems.append(
-            f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
-            f"nor a Hub id (org/name).{nearest(source, listed)}"
-        )
-
-
-def _chain(name: str, stages: dict[str, Stage]) -> list[str]:
-    """`name`, its parent, its parent's parent ... until the root or the first repetition."""
-    chain = [name]
-    while True:
-        stage = stages[chain[-1]]
-        source = stage.model.from_
-        if source not in stages:
-            return chain
-        chain.append(source)
-        if chain.count(source) > 1:
-            return chain
-
-
-def looks_like_hub_id(source: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) is not None and not source.startswith((".", "~", "/"))

@@ -14,7 +14,7 @@ from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.run_folder import claim, complete_at, damage_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
-from hfpipe.training.job import identify, parent_identity, processes_now, scores_missing
+from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("pretrain.model.config.model_type=lama", "in transformers. Did you mean `llama`?"),
         ("pretrain.model.config.model_type=clip", "is not a model type with a causal language model"),
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
-        ("sft.stage=sfd", "expected one of dpo, midtrain, pretrain, sft, tokenizer. Did you mean `sft`?"),
+        (
+            "sft.stage=sfd",
+            "expected one of dpo, grpo, kto, midtrain, ppo, pretrain, reward, rloo, sft, tokenizer. Did you mean `sft`?",
+        ),
         ("stf.trainer.learning_rate=1", "neither a stage nor a setting of this recipe. Did you mean `sft`?"),
         ("sft.trainer", "expected stage.section.key=value"),
         ("launch.processes=two", "pipeline.yaml: launch.processes = 'two' is str; expected int."),

@@ -253,7 +253,7 @@ def test_a_template_that_changed_is_noticed(micro_run, tmp_path):
         shutil.copytree(micro_run / name, run / name)
     from hfpipe.config import load_recipe
     from hfpipe.stages import stage_types
-    from hfpipe.training.job import identify
+    from hfpipe.training.identity import identify
 
     recipe = load_recipe("micro", stage_types(), [setting[1]])
     before = identify(recipe, recipe.stages["midtrain"], None)[0]

@@ -31,7 +31,8 @@ from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
 from hfpipe.training.hardware import use_all_cores_alone
-from hfpipe.training.job import Job, Progress, evaluation_identity, make_job, processes_now, scores_missing
+from hfpipe.training.identity import evaluation_identity, processes_now, scores_missing
+from hfpipe.training.job import Job, Progress, make_job
 
 PARENT_VARIABLE = "HFPIPE_PARENT"  # the pipeline's process id, for the ranks that it launches
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "huggingface_hub")

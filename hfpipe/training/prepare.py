@@ -20,7 +20,7 @@ from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
 from hfpipe.training.encode import encode_rows
-from hfpipe.training.job import hash_source
+from hfpipe.training.identity import hash_source
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -1,0 +1,168 @@
+"""What a stage's result is known by: its configuration, the content that it reads, its parents. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
+
+
+class Identity(NamedTuple):
+    """What a stage's result is known by; `processes` is their number that the fingerprint counts with."""
+
+    fingerprint: str
+    data_hashes: dict[str, str]
+    processes: int
+
+
+def identify(
+    recipe: Recipe,
+    stage: Stage,
+    parent_fingerprint: str | None,
+    run: Path | None = None,
+    planned: Mapping[str, str] | None = None,
+) -> Identity:
+    """The fingerprint of a stage's result and the hash of each thing it reads; imports no torch.
+
+    What `run` holds, finished or begun, keeps its fingerprint where nothing but the number of processes is another now.
+    `planned`: fingerprints that other stages of the recipe will have, where they are not to be read from `run`.
+    """
+    from hfpipe.data.sources import named
+    from hfpipe.training.templates import load_chat_template
+
+    seed = recipe.pipeline.seed
+    hashes = {}
+    for role, split in DEFAULT_SPLIT.items():
+        for number, source in enumerate(getattr(stage.data, role)):
+            with named(f"{stage.file}: data.{role}"):
+                hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+    if getattr(stage.sections.get("rewards"), "model", None):
+        name = f"rewards.model {stage.sections['rewards'].model}"
+        hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
+    for item in getattr(stage.sections.get("rewards"), "functions", ()):
+        if item.function and (file := _file_of(item.function)):
+            hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
+    tokenizer = stage.sections.get("tokenizer")
+    if tokenizer and tokenizer.chat_template:
+        hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
+            load_chat_template(tokenizer.chat_template)
+        )
+
+    def fingerprint(processes: int) -> str:
+        config = artifact.hashed_config(stage, seed, processes)
+        return artifact.fingerprint(config, hashes, parent_fingerprint)
+
+    for name, file in ((stage.name, artifact.STAGE_FILE), (f"{stage.name}.partial", artifact.BEGUN_FILE)):
+        record = artifact.read_record(run / name / file) if run else None
+        if record and record["fingerprint"] == fingerprint(record["processes"]):
+            return Identity(record["fingerprint"], hashes, record["processes"])
+    return Identity(fingerprint(processes_now(recipe)), hashes, processes_now(recipe))
+
+
+def _file_of(function: str) -> Path | None:
+    """Where the source of `package.module:name` or `path/to/file.py:name` stands."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+    else:
+        try:
+            spec = importlib.util.find_spec(place)
+        except (ImportError, ValueError):
+            return None
+        file = Path(spec.origin) if spec and spec.origin else None
+    return file if file and file.is_file() else None
+
+
+def processes_now(recipe: Recipe) -> int:
+    """Of `accelerate launch` inside it, of the recipe before."""
+    return int(os.environ.get("WORLD_SIZE") or recipe.pipeline.launch.processes or 1)
+
+
+def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
+    """Fingerprint of the parent as it stands on disk, or the commit of a Hub model."""
+    return _identity_of(stage, "model.from", stage.model.from_, recipe.parent(stage), run, stage.type.parents)
+
+
+def reward_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
+    """The same of the reward model."""
+    source = stage.sections["rewards"].model
+    return _identity_of(stage, "rewards.model", source, recipe.reward_stage(stage), run, ("reward_model",))
+
+
+def _identity_of(
+    stage: Stage, key: str, source: str | None, made_by: Stage | None, run: Path | None, leaves: tuple[str, ...]
+) -> str | None:
+    if source is None or (made_by and run is None):
+        return None
+    folder = run / made_by.name if made_by and run else Path(source).expanduser()
+    if folder.is_dir():
+        return artifact.folder_identity(folder, leaves)
+    if made_by is None and folder.exists():
+        raise UserError(f"{stage.file}: {key} = {source!r} is a file. Give the model's folder.")
+    return hub_commit(stage, key, source) if made_by is None else None
+
+
+def hash_source(source: Source, split: str, seed: int) -> str:
+    """Hash of a source's content; `split` where the source names none."""
+    from hfpipe.data.sources import content_hash
+
+    return content_hash(
+        source.path,
+        split=source.split or split,
+        seed=seed,
+        size=source.limit,
+        revision=source.revision,
+        name=source.name,
+    )
+
+
+def evaluation_identity(recipe: Recipe) -> str:
+    """Changes when the recipe's `evaluate` section or the text and probes that it names do."""
+    from hfpipe.data.sources import content_hash
+
+    evaluate = recipe.pipeline.evaluate
+    hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
+    hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
+    return artifact.digest([dataclasses.asdict(evaluate), hashes])
+
+
+def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str | None:
+    """Why a finished stage must be scored anew; None where its scores are there and answer to the recipe."""
+    if record["evaluation"] != evaluation_identity(recipe):
+        return "the recipe's evaluation changed"
+    told = artifact.read_json(folder / "eval.json")
+    if told is None or told.get("fingerprint") != record["fingerprint"]:
+        return "its eval.json is missing or damaged"
+    return None
+
+
+@functools.cache
+def _commit(model: str, revision: str | None) -> str | None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return HfApi().model_info(model, revision=revision, timeout=10).sha
+    except Exception:
+        # Offline, or no such model: what the cache holds is what would be loaded.
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def hub_commit(stage: Stage, key: str, source: str) -> str:
+    """The commit that a Hub id and its revision stand for now; UserError where there is none to be had."""
+    model, _, revision = source.partition("@")
+    commit = revision if len(revision) == 40 else _commit(model, revision or None)
+    if commit is None:
+        raise UserError(
+            f"{stage.file}: {key} = {source!r} is not a folder, and neither the Hub nor its cache has such "
+            "a model (is there a connection, is HF_HUB_OFFLINE set?). Give a local folder, or connect."
+        )
+    return commit
