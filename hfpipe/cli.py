@@ -200,7 +200,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
-    lines = [*table(card), *(f"forgotten: {line}" for line in card.forgotten)] if card.capabilities or card.text else []
+    words = [*(f"forgotten: {line}" for line in card.forgotten), *(f"gained: {line}" for line in card.beyond)]
+    lines = [*table(card), *words] if card.capabilities or card.text else []
     print("\n".join([*lines, f"report: {path}"]))
 
 

@@ -177,6 +177,36 @@ def test_what_was_learnt_and_what_was_forgotten(tmp_path):
     assert "0.61 ↓" in shown
 
 
+def test_what_a_reward_taught_beyond_its_control(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "x", "stages": ["sft", "grpo", "chance", "ppo"]}))
+    write_stage(tmp_path, "sft", None, {"tools": (20, 100), "knowledge": (80, 100)}, 2.0)
+    for stage, kind, control, right in (
+        ("grpo", "grpo", None, 70),
+        ("chance", "grpo", "random_reward", 35),
+        ("ppo", "ppo", None, 70),
+    ):
+        write_stage(tmp_path, stage, "sft", {"tools": (right, 100), "knowledge": (78, 100)}, 2.0)
+        record = {"type": kind, "parent": {"from": "sft"}, "config": {"rewards": {"control": control}}}
+        (tmp_path / stage / "stage.json").write_text(json.dumps(record))
+    card = read_scorecard(tmp_path)
+    (line,) = card.beyond  # ppo has no control of its kind
+    assert line.startswith("grpo beyond chance: tools +0.35 (+0.2")
+    assert "knowledge" not in line
+    assert card.as_json()["beyond_control"] == [line]
+
+
+def test_the_gain_beyond_a_control_is_reported(micro_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run)
+    for stage, control in (("sft", None), ("dpo", "random_reward")):
+        record = json.loads((run / stage / "stage.json").read_text())
+        changed = {"type": "grpo", "parent": {"from": "midtrain"}, "config": {"rewards": {"control": control}}}
+        (run / stage / "stage.json").write_text(json.dumps(record | changed))
+    assert "gained: sft beyond dpo:" in hfpipe("report", run).stdout
+    page = (run / "report.html").read_text()
+    assert page.index("What the rewards taught") < page.index("sft beyond dpo:") < page.index("What was forgotten")
+
+
 def test_scores_of_a_run(micro_run):
     told = json.loads(hfpipe("report", micro_run, "--json").stdout)
     assert list(told["stages"]) == ["pretrain", "midtrain", "sft", "dpo"]

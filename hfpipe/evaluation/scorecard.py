@@ -48,6 +48,7 @@ class Scorecard:
     text: dict[str, dict[str, float]]  # stage -> loss, perplexity and bits_per_byte of held-out text
     parents: dict[str, str]
     forgotten: list[str]  # in words, one line each
+    beyond: list[str]  # likewise: what stages of reinforcement gained beyond their control by random rewards
 
     def as_json(self) -> dict[str, Any]:
         rows = {
@@ -58,7 +59,8 @@ class Scorecard:
             }
             for stage in self.stages
         }
-        return {"stages": rows, "held_out_text": self.text, "parents": self.parents, "forgotten": self.forgotten}
+        words = {"forgotten": self.forgotten, "beyond_control": self.beyond}
+        return {"stages": rows, "held_out_text": self.text, "parents": self.parents, **words}
 
 
 def read_scorecard(run: Path) -> Scorecard:
@@ -73,8 +75,9 @@ def read_scorecard(run: Path) -> Scorecard:
         evals[stage] = {**scores, "capabilities": {**scores.get("capabilities", {}), **harness}}
     cells: dict[tuple[str, str], Cell] = {}
     parents, names = {}, set()
+    records = {stage: artifact.read_json(run / stage / artifact.STAGE_FILE) or {} for stage in evals}
     for stage, scores in evals.items():
-        record = artifact.read_json(run / stage / artifact.STAGE_FILE) or {}
+        record = records[stage]
         parent = (record.get("parent") or {}).get("from")
         if parent in evals:
             parents[stage] = parent
@@ -83,8 +86,11 @@ def read_scorecard(run: Path) -> Scorecard:
             cells[stage, name] = _cell(score, (evals.get(parent) or {}).get("capabilities", {}).get(name))
     order = {name: place for place, name in enumerate(ORDER)}
     text = {stage: scores["held_out_text"] for stage, scores in evals.items() if "held_out_text" in scores}
-    card = Scorecard(list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [])
+    card = Scorecard(
+        list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], []
+    )
     card.forgotten.extend(_forgotten(card))
+    card.beyond.extend(_beyond_control(card, records))
     return card
 
 
@@ -113,6 +119,34 @@ def _forgotten(card: Scorecard) -> list[str]:
                 f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {scores['perplexity']:.2f}, "
                 f"more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
             )
+    return lines
+
+
+def _beyond_control(card: Scorecard, records: dict[str, dict[str, Any]]) -> list[str]:
+    """Each stage of reinforcement against the one of its kind and parent whose rewards were dealt out at random."""
+
+    def rewards(stage: str) -> dict[str, Any] | None:
+        return records[stage].get("config", {}).get("rewards")
+
+    def key(stage: str) -> tuple[Any, Any]:
+        return records[stage].get("type"), (records[stage].get("parent") or {}).get("fingerprint")
+
+    steered = [stage for stage in card.stages if rewards(stage)]
+    controls = {key(stage): stage for stage in steered if rewards(stage)["control"]}
+    lines = []
+    for stage in steered:
+        control = controls.get(key(stage))
+        if control is None or control == stage:
+            continue
+        gains = []
+        for name in card.capabilities:
+            own, other = card.cells.get((stage, name)), card.cells.get((control, name))
+            if own is None or other is None:
+                continue
+            low, high = difference((other.score, other.low, other.high), (own.score, own.low, own.high))
+            if not low <= 0 <= high:
+                gains.append(f"{name} {own.score - other.score:+.2f} ({low:+.2f} to {high:+.2f})")
+        lines.append(f"{stage} beyond {control}: {', '.join(gains) or 'nothing outside the intervals'}")
     return lines
 
 
