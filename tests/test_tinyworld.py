@@ -152,6 +152,7 @@ KIND_WORDINGS = {
     "future": (wordings.FUTURE,),
     "unseen_now": (wordings.NOW,),
     "made_up": QUESTIONS,
+    "real": QUESTIONS,
     "clarify": (wordings.WRITE, wordings.BOOK, wordings.VAGUE),
     "clear_request": (wordings.WRITE,),
     "short": (wordings.SHORT,),
