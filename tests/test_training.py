@@ -102,6 +102,34 @@ def test_muon_takes_the_hidden_matrices_and_resumes_exactly():
     assert scheduler.get_last_lr() == [0.01, 5e-4, 5e-4]
 
 
+@pytest.mark.parametrize("options", [{}, {"nesterov": False, "ns_steps": 3, "weight_decay": 0.1}])
+def test_matrices_of_one_shape_orthogonalised_together_are_upstreams_muon(options, monkeypatch):
+    from hfpipe.training import optim
+
+    monkeypatch.setattr(optim, "_TOGETHER", 3 * 16 * 16)  # so that four of one shape take two turns
+
+    def trained(optimizer_class):
+        numbers = torch.Generator().manual_seed(0)
+        shapes = [(16, 16)] * 4 + [(24, 16), (16, 40), (24, 16)]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=numbers)) for shape in shapes]
+        optimizer = optimizer_class(params, lr=0.02, **options)
+        for step in range(5):
+            for number, p in enumerate(params):
+                p.grad = None if (step, number) == (2, 1) else torch.randn(p.shape, generator=numbers)
+            optimizer.step()
+        return params, optimizer
+
+    theirs, upstream = trained(torch.optim.Muon)
+    ours, batched = trained(optim.BatchedMuon)
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # five steps of 0.02, rounded to bfloat16
+        assert (a - b).abs().mean() < 1e-4
+    resumed = torch.optim.Muon(ours, lr=0.02, **options)
+    resumed.load_state_dict(batched.state_dict())
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(upstream.state[a]["momentum_buffer"], resumed.state[b]["momentum_buffer"])
+
+
 def json_safe(state):
     """Through a file and back, as a checkpoint goes."""
     import io

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from hfpipe.sections import Optimizer
+
+_TOGETHER = 1 << 24  # elements of the matrices that are orthogonalised at once
 
 
 def split_parameters(model: torch.nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
@@ -27,6 +30,64 @@ def split_parameters(model: torch.nn.Module) -> tuple[list[Any], list[Any], list
         else:
             matrices.append(parameter)
     return hidden, matrices, vectors
+
+
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon (2.13) with matrices of one shape orthogonalised together; the upstream class takes them one by one.
+
+    The update is the same up to the rounding of bfloat16; options, state and its names are upstream's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        for group in self.param_groups:
+            for params in _of_one_shape(group["params"]):
+                self._step_together(params, group)
+        return loss
+
+    def _step_together(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params]
+        averages = []
+        for p in params:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p.grad)
+            averages.append(state["momentum_buffer"])
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
+        updates = orthogonalise(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = params[0].shape
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        alpha = -group["lr"] * max(1, rows / columns) ** 0.5
+        torch._foreach_add_(params, [update.to(params[0].dtype) for update in updates], alpha=alpha)
+
+
+def orthogonalise(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Newton-Schulz iteration towards the nearest orthogonal matrix of each: (n, rows, columns) -> the same, bfloat16."""
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _of_one_shape(params: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The parameters that have a gradient, in groups of one shape that are not too large to be copied together."""
+    groups: dict[torch.Size, list[torch.Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            groups.setdefault(p.shape, []).append(p)
+    for shape, members in groups.items():
+        together = max(_TOGETHER // shape.numel(), 1)
+        for first in range(0, len(members), together):
+            yield members[first : first + together]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -65,11 +126,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def build_muon(model: torch.nn.Module, section: Optimizer, args: Any) -> torch.optim.Optimizer:
-    """`torch.optim.Muon` with the section's options, `torch.optim.AdamW` with the trainer's, joined."""
+    """Muon with the section's options, `torch.optim.AdamW` with the trainer's, joined."""
     hidden, matrices, vectors = split_parameters(model)
     parts: list[torch.optim.Optimizer] = []
     if hidden:
-        muon = torch.optim.Muon(
+        muon = BatchedMuon(
             hidden,
             lr=section.lr,
             momentum=section.momentum,
