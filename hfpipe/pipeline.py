@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfpipe import artifact
 from hfpipe.errors import UserError, nearest
-from hfpipe.evaluation.scorecard import changes, read_scorecard
+from hfpipe.evaluation.scorecard import changes, read_scorecard, result
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.run_folder import claim, complete_at, damage_at, lock, unfinished_step
@@ -165,26 +165,7 @@ def _scored(run: Path, stage: str) -> list[str]:
 
 def _summary(folder: Path) -> str:
     """The finished stage in a few words, from its record."""
-    metrics = (artifact.read_json(folder / artifact.STAGE_FILE) or {}).get("metrics", {})
-    parts = []
-    if "steps" in metrics:
-        parts.append(f"{metrics['steps']} steps")
-    for name, label in (("validation", "validation"), ("held_out_text", "held-out text")):
-        if name in metrics:
-            parts.append(f"{label} loss {metrics[name]['loss']:.3f} (perplexity {metrics[name]['perplexity']:.2f})")
-    if metrics.get("pairs"):
-        pairs = metrics["pairs"]
-        parts.append(f"{pairs['accuracy']:.0%} of {pairs['n']} held-out pairs right")
-        if "calibration_error" in pairs:
-            parts.append(
-                f"calibration error {pairs['calibration_error']:.3f}, prefers the longer answer in "
-                f"{pairs['longer_preferred']:.0%} of pairs (it is the better one in {pairs['longer_chosen']:.0%})"
-            )
-    if "vocab_size" in metrics:
-        parts.append(f"{metrics['vocab_size']} entries")
-    if "bytes_per_token" in metrics:
-        parts.append(f"{metrics['bytes_per_token']} bytes a token")
-    return ", ".join(parts)
+    return result((artifact.read_json(folder / artifact.STAGE_FILE) or {}).get("metrics", {}))
 
 
 def _cut(text: str, width: int, keep_end: bool = False) -> str:

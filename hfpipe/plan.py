@@ -43,12 +43,16 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
             "gradient_accumulation_steps", 1
         )
         rows = batch * (recipe.pipeline.launch.processes or 1)
-        length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+        length, unit = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024), "rows"
+        if stage.type.rows == "prompt":
+            length, unit = stage.data.max_prompt_length + stage.trainer.get("max_completion_length", 256), "completions"
         if tokens := getattr(stage.data, "batch_tokens", None):
             rows = tokens // length
         rate = stage.trainer.get("learning_rate")
         described |= {"batch_rows": rows, "batch_tokens": rows * length, "learning_rate": rate}
-        notes.append(f"batch: {rows} rows of at most {length} tokens; learning_rate {rate if rate else 'of upstream'}")
+        notes.append(
+            f"batch: {rows} {unit} of at most {length} tokens; learning_rate {rate if rate else 'of upstream'}"
+        )
     return described
 
 

@@ -513,9 +513,10 @@ def test_a_killed_rank_and_another_number_of_processes(micro_run, tmp_path):
         assert "resumed from checkpoint-" in done.stdout
         found, expected = losses(folder / "sft"), losses(whole / "sft")
         assert found.keys() == expected.keys()
-        apart = max(abs(found[step] - expected[step]) for step in expected)
-        print("apart", apart)
-        assert apart < (2e-3 if folder == run else 0.1), apart
+        apart = {step: abs(found[step] - expected[step]) for step in expected}
+        if folder != run:  # accelerate fills up the last batch of two processes with rows from the beginning
+            assert apart.pop(max(apart)) < 0.2
+        assert max(apart.values()) < 2e-3, apart
 
 
 # --- the order on the disk ---

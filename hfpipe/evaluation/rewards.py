@@ -40,7 +40,7 @@ def evaluate_reward_model(
     if prepared.eval is not None:
         rewards = score_pairs(model, tokenizer, prepared.eval)
         lengths = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in prepared.eval]
-        scores["pairs"] = pair_scores(rewards, lengths)
+        scores["pairs"] = pair_scores(rewards, lengths) | by_kind(rewards, prepared.report["kinds"])
         samples = _samples(tokenizer, prepared.eval, rewards, job.recipe.pipeline.evaluate.samples)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})
@@ -99,6 +99,16 @@ def pair_scores(rewards: list[tuple[float, float]], lengths: list[tuple[int, int
         "longer_chosen": sum(longer > 0 for _, longer in unlike) / max(len(unlike), 1),
     }
     return {"n": len(margins), **{name: round(value, 4) for name, value in scores.items()}}
+
+
+def by_kind(rewards: list[tuple[float, float]], kinds: list[str | None]) -> dict[str, Any]:
+    """`{"kinds": {kind: {accuracy, n}}}` where the rows have a column `kind`: a mean can hide one that is at chance."""
+    margins: dict[str, list[float]] = {}
+    for (chosen, rejected), kind in zip(rewards, kinds, strict=True):
+        if kind is not None:
+            margins.setdefault(str(kind), []).append(chosen - rejected)
+    found = {k: {"accuracy": round(sum(m > 0 for m in v) / len(v), 4), "n": len(v)} for k, v in margins.items()}
+    return {"kinds": dict(sorted(found.items()))} if found else {}
 
 
 def _softplus(value: float) -> float:

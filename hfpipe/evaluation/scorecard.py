@@ -50,6 +50,11 @@ class Scorecard:
     forgotten: list[str]  # in words, one line each
     beyond: list[str]  # likewise: what stages of reinforcement gained beyond their control by random rewards
 
+    def branches(self) -> dict[str, str]:
+        """Stages that do not start from the one before them, with what they start from: `from sft`."""
+        before = dict(zip(self.stages[1:], self.stages, strict=False))
+        return {stage: f"from {parent}" for stage, parent in self.parents.items() if parent != before.get(stage)}
+
     def as_json(self) -> dict[str, Any]:
         rows = {
             stage: {
@@ -154,6 +159,8 @@ def table(card: Scorecard) -> list[str]:
     """The scorecard as lines of plain text."""
     width = max((len(name) for name in card.capabilities), default=0) + 2
     lines = [" " * max(width, 16) + "".join(f"{stage:>12}" for stage in card.stages)]
+    if branches := card.branches():
+        lines.append(" " * max(width, 16) + "".join(f"{branches.get(stage, ''):>12}" for stage in card.stages))
     for name in card.capabilities:
         shown = (card.cells.get((stage, name)) for stage in card.stages)
         lines.append(f"{name:<{max(width, 16)}}" + "".join(f"{_show(cell):>12}" for cell in shown))
@@ -164,7 +171,7 @@ def table(card: Scorecard) -> list[str]:
                 f"{label:<{max(width, 16)}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>12}" for v in values)
             )
     if any(cell.arrow for cell in card.cells.values()):
-        lines.append("↑ ↓: changed from the stage before by more than the 95% interval of the difference")
+        lines.append("↑ ↓: changed from the stage that it starts from by more than the 95% interval of the difference")
     return lines
 
 
@@ -179,3 +186,31 @@ def changes(card: Scorecard, stage: str) -> str:
     return ", ".join(
         f"{name} {cell.score - (cell.change or 0):.2f} {cell.arrow} {cell.score:.2f}" for name, cell in moved
     )
+
+
+def result(metrics: dict[str, Any]) -> str:
+    """What a finished stage's `metrics` say, in a few words: steps, held-out losses, pairs, rewards."""
+    parts = []
+    if "steps" in metrics:
+        parts.append(f"{metrics['steps']} steps")
+    for name, label in (("validation", "validation"), ("held_out_text", "held-out text")):
+        if name in metrics:
+            parts.append(f"{label} loss {metrics[name]['loss']:.3f} (perplexity {metrics[name]['perplexity']:.2f})")
+    if pairs := metrics.get("pairs"):
+        parts.append(f"{pairs['accuracy']:.0%} of {pairs['n']} held-out pairs right")
+        if "calibration_error" in pairs:
+            parts.append(
+                f"calibration error {pairs['calibration_error']:.3f}, prefers the longer answer in "
+                f"{pairs['longer_preferred']:.0%} of pairs (it is the better one in {pairs['longer_chosen']:.0%})"
+            )
+        if kinds := pairs.get("kinds"):
+            worst = sorted(kinds, key=lambda kind: kinds[kind]["accuracy"])[:3]
+            parts.append("weakest: " + ", ".join(f"{kind} {kinds[kind]['accuracy']:.0%}" for kind in worst))
+    if after := metrics.get("held_out"):
+        before = metrics["held_out_before"]["reward"]
+        parts.append(f"reward of {after['n']} held-out prompts {before:.2f} -> {after['reward']:.2f}")
+    if "vocab_size" in metrics:
+        parts.append(f"{metrics['vocab_size']} entries")
+    if "bytes_per_token" in metrics:
+        parts.append(f"{metrics['bytes_per_token']} bytes a token")
+    return ", ".join(parts)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
-from hfpipe.evaluation.scorecard import Cell, read_scorecard
+from hfpipe.evaluation.scorecard import Cell, read_scorecard, result
 from hfpipe.progress import duration, quantity
 
 REPORT_FILE = "report.html"
@@ -32,6 +32,7 @@ class StageStory:
     record: dict[str, Any]
     curve: list[tuple[int, float]]  # (step, training loss)
     held_out: list[tuple[int, float]]  # (step, loss on the stage's own validation rows, while it trained)
+    rewards: list[tuple[int, float]]  # (step, mean reward), of a stage of reinforcement
     samples: list[dict[str, Any]]
     probes: list[dict[str, Any]]
 
@@ -55,7 +56,7 @@ def build_report(run: Path) -> str:
 
     stages, card = read_stages(run), read_scorecard(run)
     environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True)
-    environment.filters |= {"duration": duration, "quantity": quantity, "shade": _shade}
+    environment.filters |= {"duration": duration, "quantity": quantity, "shade": _shade, "result": result}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     record = artifact.read_json(run / "run.json") or {}
     return template.render(
@@ -80,8 +81,9 @@ def read_stages(run: Path) -> list[StageStory]:
         history = _lines(folder / "metrics.jsonl")
         curve = [(line["step"], line["loss"]) for line in history if "loss" in line]
         held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
+        rewards = [(line["step"], line["reward"]) for line in history if "reward" in line]
         samples = (artifact.read_json(folder / "eval.json") or {}).get("samples", [])
-        stages.append(StageStory(name, record, curve, held_out, samples, _lines(folder / "probes.jsonl")))
+        stages.append(StageStory(name, record, curve, held_out, rewards, samples, _lines(folder / "probes.jsonl")))
     return stages
 
 
@@ -144,20 +146,42 @@ def _shade(cell: Cell) -> str:
 
 
 def _curves(stages: list[StageStory]) -> str:
-    """All stages' losses on one time line, as SVG."""
+    """All stages' losses on one time line, and beside them the rewards of reinforcement, as SVG."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    trained = [stage for stage in stages if stage.curve]
-    if not trained:
+    # The loss of reinforcement says nothing of how well it goes: it is about 0 from the first step.
+    colours = {stage.name: f"C{number}" for number, stage in enumerate(s for s in stages if s.curve)}
+    panels = [
+        (draw, chosen)
+        for draw, chosen in (
+            (_draw_losses, [s for s in stages if s.curve and not s.rewards]),
+            (_draw_rewards, [s for s in stages if s.rewards]),
+        )
+        if chosen
+    ]
+    if not panels:
         return ""
     mpl.rcParams["svg.fonttype"] = "none"  # text stays text
     mpl.rcParams["svg.hashsalt"] = "hfpipe"  # the same run gives the same file
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
+    width_ratios = [3, 2][: len(panels)]
+    for axes, (draw, chosen) in zip(
+        figure.subplots(1, len(panels), squeeze=False, width_ratios=width_ratios)[0], panels, strict=True
+    ):
+        draw(axes, chosen, colours)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, ncols=len(chosen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
+    text = picture.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw_losses(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
     start = 0
-    for number, stage in enumerate(trained):
-        colour = f"C{number}"
+    for stage in stages:
+        colour = colours[stage.name]
         steps = [start + step for step, _ in stage.curve]
         axes.plot(steps, [loss for _, loss in stage.curve], color=colour, linewidth=1.4, label=stage.name)
         if stage.held_out:
@@ -169,10 +193,10 @@ def _curves(stages: list[StageStory]) -> str:
         if after is not None and math.isfinite(after):
             axes.plot([start], [after], "D", color=colour, markersize=5, markeredgecolor="white")
         axes.axvline(start, color="#cccccc", linewidth=0.8, zorder=0)
-    axes.set(xlabel="step, all stages one after the other", ylabel="loss (nats per token)", yscale="log")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(trained), loc="upper right")
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
-    text = picture.getvalue()
-    return text[text.index("<svg") :]
+    axes.set(xlabel="step, one stage after the other", ylabel="loss (nats per token)", yscale="log")
+
+
+def _draw_rewards(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
+    for stage in stages:
+        axes.plot(*zip(*stage.rewards, strict=True), color=colours[stage.name], linewidth=1.4, label=stage.name)
+    axes.set(xlabel="step", ylabel="mean reward of what was sampled")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from hfpipe.training.job import Job
 
-_VERSION = 2  # raise when the same inputs come to give other rows
+_VERSION = 3  # raise when the same inputs come to give other rows
 _KEPT_SAMPLES = 64
 
 
@@ -39,7 +39,8 @@ class Prepared:
     Rows of `train` and `eval` are, for text and conversations, `input_ids`, `labels` and `seq_lengths` (the tokens of
     each document packed into the row); for preferences those of `templates.EncodedPreference`; for judged answers
     `prompt_ids`, `completion_ids` and `label`; for prompts `prompt_ids` and `row`, the whole row as JSON. `report` holds
-    `sources` (a record each), `samples` (some held-out rows, control tokens neutralised) and `tokens_per_row` (mean).
+    `sources` (a record each), `samples` (some held-out rows, control tokens neutralised), `kinds` (the column `kind` of
+    the rows of `eval` as they were read, None where they have none) and `tokens_per_row` (mean).
     """
 
     train: Dataset | IterableDataset | None
@@ -184,7 +185,7 @@ def _make(
     packing: bool,
 ) -> None:
     reports: list[SourceReport] = []
-    samples: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
     tokens_per_row = 0.0
     for role in ("train", "eval"):
         sources, parts, own = getattr(data, role), [], []
@@ -195,7 +196,7 @@ def _make(
             wanted = source.as_ or rows
             given = read_source(source, report, wanted=wanted, job=job)
             encoded = encode_rows(given, report, wanted, tokenizer, max_length)
-            kept = _keep(encoded, samples if role == "eval" else None)
+            kept = _keep(encoded, held_out if role == "eval" else None)
             part = _write(kept, folder / f"{role}-{number}.arrow", rows, report, job, data.max_bad_rows)
             parts.append(_pack(part, max_length) if packing else part)
             own.append(report)
@@ -206,18 +207,17 @@ def _make(
                 tokens_per_row = sum(r.tokens * r.taken for r in own) / len(mixed)
         reports += own
     told = [{**dataclasses.asdict(r), "left_out": dict(r.left_out), "text": r.line()} for r in reports]
-    artifact.write_json(
-        folder / "report.json", {"sources": told, "samples": samples, "tokens_per_row": round(tokens_per_row, 2)}
-    )
+    report = {"sources": told, "samples": held_out[:_KEPT_SAMPLES], "kinds": [row.get("kind") for row in held_out]}
+    artifact.write_json(folder / "report.json", {**report, "tokens_per_row": round(tokens_per_row, 2)})
     for scratch in folder.glob("*.arrow"):
         scratch.unlink()
 
 
-def _keep(encoded: Iterable[tuple[dict, dict]], samples: list[dict] | None) -> Iterator[dict]:
-    """The encodings alone; the first rows themselves are kept as samples."""
+def _keep(encoded: Iterable[tuple[dict, dict]], rows: list[dict] | None) -> Iterator[dict]:
+    """The encodings alone; the rows themselves go to `rows`, the first of them whole."""
     for row, ids in encoded:
-        if samples is not None and len(samples) < _KEPT_SAMPLES:
-            samples.append(row)
+        if rows is not None:
+            rows.append(row if len(rows) < _KEPT_SAMPLES else {"kind": row.get("kind")})
         yield ids
 
 
