@@ -22,7 +22,7 @@ CAPABILITIES = {
     "stopping", "turn_taking", "tools", "format", "instructions", "helpfulness", "safety", "honesty", "tone", "detail",
     "clarification", "knowledge", "robustness",
 }  # fmt: skip
-CHAT = ("midtrain", "sft", "preferences")
+CHAT = ("midtrain", "sft", "preferences", "decoys")
 
 
 def talk_of(row):
@@ -208,12 +208,13 @@ def test_every_kind_is_there_and_short():
         "midtrain": {make.__name__ for _, make in chat.KINDS},
         "sft": {make.__name__ for _, make in (*chat.KINDS, *behaviour.KINDS)},
         "preferences": {make.__name__ for _, make in preferences.KINDS},
+        "decoys": {make.__name__ for _, make in preferences.DECOYS},
     }
     for name, kinds in wanted.items():
         for split in world.SPLITS:
             rows = list(tinyworld.rows(name, split, size=1_500))
             assert {row["kind"] for row in rows} == kinds
-            assert max(len(text_of(row)) for row in rows) < 600
+            assert max(len(text_of(row)) for row in rows) < (900 if name == "decoys" else 600)
             assert all(m["content"] or m.get("tool_calls") for row in rows for m in talk_of(row))
     midtrain = "\n".join(text_of(row) for row in tinyworld.rows("midtrain", size=3_000))
     assert behaviour.REFUSAL not in midtrain
@@ -253,7 +254,7 @@ def test_the_calculator_takes_arithmetic_only(text):
 
 
 def test_pairs_differ_and_answer_the_same_prompt():
-    for row in tinyworld.rows("preferences", size=3_000):
+    for row in (row for name in ("preferences", "decoys") for row in tinyworld.rows(name, size=3_000)):
         assert [m["role"] for m in row["chosen"]] == [m["role"] for m in row["rejected"]] == ["assistant"]
         assert row["chosen"] != row["rejected"], row
         assert row["prompt"][-1]["role"] in ("user", "tool")

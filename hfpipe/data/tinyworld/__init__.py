@@ -10,16 +10,17 @@ from random import Random
 from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "probes")
+NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "letters": 6_000,
     "midtrain": 13_500,
     "sft": 6_600,
-    "preferences": 2_300,
+    "preferences": 6_000,
+    "decoys": 6_000,
     "probes": 600,
 }
-HELD_OUT_SIZES = {"pretrain": 300, "letters": 300, "midtrain": 300, "sft": 300, "preferences": 300, "probes": 600}
+HELD_OUT_SIZES = {"pretrain": 300, "letters": 300, "midtrain": 300, "sft": 300, "preferences": 300, "decoys": 300, "probes": 600}
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
 KEPT_STRUCTURE = 0.5
 
@@ -69,7 +70,15 @@ def sft_row(rng: Random, split: str) -> dict:
 
 
 def preference_row(rng: Random, split: str) -> dict:
-    make = pick(preferences.KINDS, rng)
+    return pair(preferences.KINDS, rng, split)
+
+
+def decoy_row(rng: Random, split: str) -> dict:
+    return pair(preferences.DECOYS, rng, split)
+
+
+def pair(kinds, rng: Random, split: str) -> dict:
+    make = pick(kinds, rng)
     return {**make(rng, split), "kind": make.__name__}
 
 
@@ -88,6 +97,7 @@ MAKERS = {
     "midtrain": midtrain_row,
     "sft": sft_row,
     "preferences": preference_row,
+    "decoys": decoy_row,
 }
 
 

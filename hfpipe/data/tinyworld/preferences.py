@@ -149,6 +149,19 @@ def wrong_result(rng: Random, split: str) -> dict:
     return pair(talk, f"{start} {int(result) + rng.choice((1, 10, 100, -1))}")
 
 
+def off_topic(rng: Random, split: str) -> dict:
+    """A good answer against a good answer to something else, such as a question back where nothing is missing."""
+    kinds = (*behaviour.KINDS, *chat.KINDS)
+
+    def talk() -> Messages:
+        return rng.choices([make for _, make in kinds], [weight for weight, _ in kinds])[0](rng, split)
+
+    right, other = talk(), talk()
+    while right[-1] == other[-1] or "tool_calls" in right[-1] or "tool_calls" in other[-1]:
+        right, other = talk(), talk()
+    return pair(right, said(other))
+
+
 KINDS = (
     (22, harm),
     (22, lookalike),
@@ -169,4 +182,15 @@ KINDS = (
     (8, wrong_sum),
     (15, missing_call),
     (8, wrong_result),
+)
+
+# What a reward model must tell apart besides, lest it be fooled: answers with one thing wrong in them, and good answers
+# to something else.
+DECOYS = (
+    (10, off_topic),
+    (5, wrong_fact),
+    (2, wrong_colour),
+    (2, wrong_result),
+    (2, wrong_letter),
+    (2, wrong_sum),
 )
