@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# The suite runs in two processes (pytest-xdist): one thread each, or they wait for each other more than they compute.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).parent.parent
 # Slices of public data: other people's, so not shipped; tests that need them skip where the folder is absent.
 REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))

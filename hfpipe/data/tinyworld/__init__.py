@@ -20,7 +20,15 @@ TRAIN_SIZES = {
     "decoys": 6_000,
     "probes": 600,
 }
-HELD_OUT_SIZES = {"pretrain": 300, "letters": 300, "midtrain": 300, "sft": 300, "preferences": 300, "decoys": 300, "probes": 600}
+HELD_OUT_SIZES = {
+    "pretrain": 300,
+    "letters": 300,
+    "midtrain": 300,
+    "sft": 300,
+    "preferences": 300,
+    "decoys": 300,
+    "probes": 600,
+}
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
 KEPT_STRUCTURE = 0.5
 

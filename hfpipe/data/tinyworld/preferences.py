@@ -9,6 +9,8 @@ from hfpipe.data.tinyworld.chat import Messages, assistant, system, user
 from hfpipe.data.tinyworld.facts import draw_fact, draw_question, wrong_answers
 from hfpipe.data.tinyworld.world import acts, part, phrases
 
+SLIPS = "abcdefghijklmnopqrstuvwxyz'{}\"?"
+
 
 def pair(talk: Messages, rejected: str) -> dict:
     """The conversation's last message against `rejected`."""
@@ -162,6 +164,19 @@ def off_topic(rng: Random, split: str) -> dict:
     return pair(right, said(other))
 
 
+def garbled(rng: Random, split: str) -> dict:
+    """A good answer against the same with a slip in it: a letter lost, another in its place, or a word twice."""
+    right = rng.choices([make for _, make in behaviour.KINDS], [weight for weight, _ in behaviour.KINDS])[0](rng, split)
+    good, slip = said(right), rng.random()
+    if slip < 0.3:
+        told = good.split(" ")
+        at = rng.randrange(len(told))
+        return pair(right, " ".join([*told[: at + 1], *told[at:]]))
+    at = rng.choice([i for i, letter in enumerate(good) if letter.isalpha() or letter == "'"])
+    put = "" if slip < 0.6 else rng.choice([letter for letter in SLIPS if letter != good[at]])
+    return pair(right, good[:at] + put + good[at + 1 :])
+
+
 KINDS = (
     (22, harm),
     (22, lookalike),
@@ -184,10 +199,11 @@ KINDS = (
     (8, wrong_result),
 )
 
-# What a reward model must tell apart besides, lest it be fooled: answers with one thing wrong in them, and good answers
-# to something else.
+# What a reward model must tell apart besides, lest it be fooled: answers with one thing wrong in them or a slip,
+# and good answers to something else.
 DECOYS = (
-    (10, off_topic),
+    (8, off_topic),
+    (6, garbled),
     (5, wrong_fact),
     (2, wrong_colour),
     (2, wrong_result),
