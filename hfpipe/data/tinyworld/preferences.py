@@ -190,7 +190,7 @@ KINDS = (
     (4, rude),
     (4, too_long),
     (4, too_short),
-    (9, broken_json),
+    (13, broken_json),
     (4, wrong_letter),
     (3, voice),
     (4, wrong_colour),
