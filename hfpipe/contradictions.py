@@ -34,7 +34,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         return []
     return [
         f"{stage.file}: regularize.{key} = {getattr(section, key)} takes a model that is whole on each device: one process, "
-        "or several under DDP. Leave it out under FSDP and DeepSpeed; freeze_layers works there."
+        "or several under DDP. Leave it out under FSDP and DeepSpeed."
         for key, off in _NEED_WHOLE
         if getattr(section, key) != off
     ]

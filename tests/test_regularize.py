@@ -50,6 +50,7 @@ STAGES = {
     "lora": ("sft", "{l2_to_parent: 0.1, layerwise_lr_decay: 0.5}", f"adapter: {LORA}"),
     "saved": ("sft", "{l2_to_parent: 0.05, layerwise_lr_decay: 0.7}", f"trainer: {SAVED}"),
     "plain": ("sft", "{l2_to_parent: 10.0}", f"trainer: {PLAIN}"),
+    "lora-reward": ("reward", "{l2_to_parent: 0.1}", f"adapter: {LORA}"),
     "dpo": ("dpo", HELD, ""),
     "kto": ("kto", HELD, ""),
     "reward": ("reward", HELD, ""),
@@ -124,14 +125,19 @@ def test_frozen_rows_stay_where_they_are_under_the_pull(held, micro_run):
 
 @pytest.mark.parametrize(
     ("name", "l2"),
-    [("muon", 0.5), ("lora", 0.1), *((name, 0.1) for name, (_, keys, _) in STAGES.items() if keys == HELD)],
+    [
+        ("muon", 0.5),
+        ("lora", 0.1),
+        ("lora-reward", 0.1),
+        *((name, 0.1) for name, (_, keys, _) in STAGES.items() if keys == HELD),
+    ],
 )
 def test_the_penalty_is_the_squared_distance_in_every_stage(held, name, l2):
     """Under LoRA that of the merged weights; of a reward model without its head."""
     run, parent = held
     told = logged(run / name, "l2_to_parent")[-1]
     left = weights(run / name)
-    assert "score.weight" in left or name != "reward"
+    assert ("score.weight" in left) == ("reward" in name)
     assert told == pytest.approx(l2 * squared(left, parent), rel=1e-3)
     assert told > 0
 

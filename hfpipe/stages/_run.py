@@ -231,7 +231,7 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
         if not hasattr(module, "prepare"):
             continue
         job = make_job(recipe, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
-        if stage.type.leaves != "tokenizer":
+        if "regularize" in stage.sections:
             try_regularize(job, about_to_run=stages)
         tokenizer = load_tokenizer(job, about_to_run=stages)
         progress.tell("doing", text="preparing data", stage=name)

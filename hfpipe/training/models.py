@@ -113,14 +113,16 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     origin = job
     while not origin.stage.model.config and (parent := job.recipe.parent(origin.stage)):
         origin = dataclasses.replace(job, stage=parent)
+    head = AutoModelForSequenceClassification if job.stage.type.leaves == "reward_model" else AutoModelForCausalLM
     with torch.device("meta"):
         if origin.stage.model.config:
-            model = _from_scratch(origin, load_tokenizer(origin, about_to_run))
+            config = _from_scratch(origin, load_tokenizer(origin, about_to_run)).config
         else:
             config = _from_pretrained(AutoConfig, origin)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=origin.stage.model.trust_remote_code)
-        if job.stage.type.leaves == "reward_model":
-            model = AutoModelForSequenceClassification.from_config(model.config)
+        try:
+            model = head.from_config(config, trust_remote_code=origin.stage.model.trust_remote_code)
+        except ValueError as error:
+            raise UserError(f"{where}: regularize: transformers makes no such model: {_first_line(error)}") from error
     freeze_layers(model, section.freeze_layers, where)
     if section.layerwise_lr_decay < 1:
         blocks_of(model, where)

@@ -3,7 +3,7 @@
 A stage's loss with `l2_to_parent` is its own loss + l2 * sum over the trained weights of (w - w_parent)^2, a sum and no
 mean, as L2-SP (Li et al. 2018, arXiv:1802.01483) without its factor 1/2. Under LoRA it is the own loss + l2 * sum over the
 adapted matrices of ||scaling * B A||^2 (Frobenius), the squared distance of the merged weights from the parent's. A new head
-has no parent and is left free; so is PPO's critic.
+has no parent and is left free; so is PPO's critic. Rows of the embeddings that a stage adds are held to where they start.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def refuse_sharded(job: Job, trainer: Trainer) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UserError(
             f"{job.stage.file}: regularize.l2_to_parent and layerwise_lr_decay take a model that is whole on each device: one "
-            "process, or several under DDP. Leave them out under FSDP and DeepSpeed; freeze_layers works there."
+            "process, or several under DDP. Leave them out under FSDP and DeepSpeed."
         )
 
 
