@@ -21,7 +21,7 @@ from hfpipe.training.job import Progress, make_job
 def job_in(folder: Path, options: argparse.Namespace):
     overrides = [f"{options.stage}.trainer.max_steps={options.steps}", f"{options.stage}.trainer.save_steps=100000"]
     # What upstream does not have is left out on both sides: Muon and frozen rows.
-    overrides += [f"{options.stage}.optimizer=null", f"{options.stage}.freeze=null"]
+    overrides += [f"{options.stage}.optimizer=null", f"{options.stage}.regularize=null"]
     recipe = load_recipe(options.recipe, stage_types(), overrides)
     stage = recipe.stages[options.stage]
     parent = recipe.parent(stage).name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import upstream
-from hfpipe.contradictions import contradictions, split_batch
+from hfpipe.contradictions import contradictions, sharded, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.graph import check_graph
 from hfpipe.paths import stage_configs_dir
@@ -104,8 +104,10 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
         pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
         problems += _check_launch(pipeline, head_file)
+        distributed_type = _distributed_type(pipeline)
         for stage in stages.values():
             problems += split_batch(stage, pipeline.launch.processes or 1)
+            problems += sharded(stage, distributed_type)
     check_graph(listed, stages, problems)
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
@@ -143,6 +145,13 @@ def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:
     return [
         f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}.{nearest(name, shipped)}"
     ]
+
+
+def _distributed_type(pipeline: Pipeline) -> str | None:
+    """What the recipe's accelerate configuration makes of several processes: MULTI_GPU, FSDP, DEEPSPEED ..."""
+    name = pipeline.launch.accelerate_config
+    file = upstream.accelerate_configs().get(name or "", Path(name or ""))
+    return load_yaml(file).get("distributed_type") if file.is_file() else None
 
 
 def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) -> list[str]:

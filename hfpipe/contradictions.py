@@ -6,6 +6,14 @@ from collections.abc import Iterator
 
 from hfpipe.sections import Stage
 
+# Options of PEFT's LoRA whose change to a weight is another than scaling * B @ A.
+_NO_PRODUCT = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "loftq_config", "monteclora_config",
+    "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+_STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
+_NEED_WHOLE = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))  # with the value that switches them off
+
 
 def split_batch(stage: Stage, processes: int) -> list[str]:
     """A batch in tokens that the processes of the recipe cannot share."""
@@ -18,9 +26,23 @@ def split_batch(stage: Stage, processes: int) -> list[str]:
     ]
 
 
+def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
+    """Keys that take a model which is whole on each device, where the recipe's launch or the trainer divides it."""
+    section = stage.sections.get("regularize")
+    divides = distributed_type in ("FSDP", "DEEPSPEED") or stage.trainer.get("fsdp") or stage.trainer.get("deepspeed")
+    if section is None or not divides:
+        return []
+    return [
+        f"{stage.file}: regularize.{key} = {getattr(section, key)} takes a model that is whole on each device: one process, "
+        "or several under DDP. Leave it out under FSDP and DeepSpeed."
+        for key, off in _NEED_WHOLE
+        if getattr(section, key) != off
+    ]
+
+
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints, _rewards)
+    checks = (_optimizer, _batch, _length, _regularize, _pull, _weights, _checkpoints, _rewards)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -48,20 +70,50 @@ def _length(stage: Stage) -> Iterator[str]:
         yield f"trainer.num_train_epochs = {epochs} trains nothing: give more than 0, or trainer.max_steps."
 
 
-def _freeze(stage: Stage) -> Iterator[str]:
-    freeze = stage.sections.get("freeze")
-    if freeze is None:
+def _regularize(stage: Stage) -> Iterator[str]:
+    section = stage.sections.get("regularize")
+    if section is None:
         return
-    if freeze.layers and stage.adapter is not None:
+    if section.freeze_layers and stage.adapter is not None:
+        layers = list(section.freeze_layers) if isinstance(section.freeze_layers, tuple) else section.freeze_layers
         yield (
-            f"freeze.layers = {freeze.layers} beside adapter: an adapter freezes the whole base and changes every block. "
-            "adapter.layers_to_transform chooses the blocks."
+            f"regularize.freeze_layers = {layers} beside adapter: an adapter freezes the whole base and changes every "
+            "block. adapter.layers_to_transform chooses the blocks."
         )
     decay = stage.trainer.get("weight_decay", 0)
-    if freeze.embeddings and decay:
+    if section.freeze_embeddings and decay:
         yield (
-            f"freeze.embeddings with trainer.weight_decay = {decay}: decay would shrink the frozen rows. "
-            "Set weight_decay to 0 or freeze.embeddings to false."
+            f"regularize.freeze_embeddings with trainer.weight_decay = {decay}: decay would shrink the frozen rows. "
+            "Set weight_decay to 0 or freeze_embeddings to false."
+        )
+    optimizer = str(stage.trainer.get("optim"))
+    for key, off in _NEED_WHOLE:
+        value = getattr(section, key)
+        if value != off and ("lomo" in optimizer or optimizer.endswith("_layerwise")):
+            yield (
+                f"regularize.{key} = {value} with trainer.optim = '{optimizer}', which steps inside the backward pass: "
+                "take another."
+            )
+
+
+def _pull(stage: Stage) -> Iterator[str]:
+    """What `regularize.l2_to_parent` cannot measure a distance of."""
+    l2 = getattr(stage.sections.get("regularize"), "l2_to_parent", 0)
+    if not l2:
+        return
+    if stage.model.config:
+        yield f"regularize.l2_to_parent = {l2}: the model is made from scratch, by model.config: there is no parent to hold it to."
+    adapter = stage.adapter or {}
+    if adapter.get("type", "lora") != "lora":
+        yield f"regularize.l2_to_parent = {l2} beside adapter.type = {adapter['type']!r}: the delta is defined for lora alone."
+    for key in _NO_PRODUCT:
+        if adapter.get(key):
+            yield f"regularize.l2_to_parent = {l2} beside adapter.{key}: the delta is not scaling * B @ A. Leave one of the two out."
+    start = adapter.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in _STARTS:
+        yield (
+            f"regularize.l2_to_parent = {l2} with adapter.init_lora_weights = {start!r}, which changes the base too: the "
+            f"adapter's delta is not the distance from the parent. Take true, {' or '.join(_STARTS)}."
         )
 
 

@@ -12,6 +12,11 @@ def at_least(minimum: float, default: Any, at_most: float | None = None) -> Any:
     return field(default=default, metadata={"at_least": minimum, "at_most": at_most})
 
 
+def above(limit: float, default: Any, at_most: float | None = None) -> Any:
+    """A field whose value must lie above `limit`, and not above `at_most`."""
+    return field(default=default, metadata={"above": limit, "at_most": at_most})
+
+
 @dataclass(frozen=True)
 class Model:
     """Where a stage's model comes from: a stage of the recipe, a folder, or a Hub id with its revision."""
@@ -84,9 +89,15 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Freeze:
-    embeddings: bool = False  # rows of ordinary tokens; the control tokens' rows go on training
-    layers: int = at_least(0, 0)  # the first N blocks
+class Regularize:
+    """What holds a stage to its parent, against forgetting (hfpipe/training/regularize.py)."""
+
+    l2_to_parent: float = at_least(0, 0.0)  # times the sum of squared distances from the parent's weights: a loss
+    freeze_layers: int | tuple[str, ...] = (
+        0  # the first N blocks; -N: the last N; or names: [embed_tokens, layers.*.mlp]
+    )
+    freeze_embeddings: bool = False  # rows of ordinary tokens; the control tokens' rows go on training
+    layerwise_lr_decay: float = above(0, 1.0, at_most=1)  # learning rate of a block, as a share of the next one's
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -24,9 +25,14 @@ def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> An
             continue
         before = len(problems)
         value = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
+        if names[key].metadata and isinstance(value, float) and math.isinf(value):
+            problems.append(f"{where}{key} = {value!r}: expected a finite number.")
         minimum = names[key].metadata.get("at_least")
         if minimum is not None and isinstance(value, int | float) and not value >= minimum:
             problems.append(f"{where}{key} = {value!r}: expected {minimum} or more.")
+        limit = names[key].metadata.get("above")
+        if limit is not None and isinstance(value, int | float) and not value > limit:
+            problems.append(f"{where}{key} = {value!r}: expected more than {limit}.")
         maximum = names[key].metadata.get("at_most")
         if maximum is not None and isinstance(value, int | float) and not value <= maximum:
             problems.append(f"{where}{key} = {value!r}: expected at most {maximum}; it is a share.")
@@ -52,7 +58,16 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _coerce(value, next(a for a in args if a is not type(None)), where, problems)
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1:
+            return _coerce(value, kinds[0], where, problems)
+        for kind in kinds:
+            found: list[str] = []
+            coerced = _coerce(value, kind, where, found)
+            if not found:
+                return coerced
+        problems.append(f"{where} = {value!r}: expected {' or '.join(_word(kind) for kind in kinds)}.")
+        return value
     if origin is tuple:
         if not isinstance(value, list):
             problems.append(f"{where} = {value!r}: expected a list.")
@@ -70,3 +85,10 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         problems.append(f"{where} = {value!r} is {type(value).__name__}; expected {kind.__name__}.")
     return value
+
+
+def _word(hint: Any) -> str:
+    """How an annotation is called in a message: `int`, `a list of str`."""
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_word(typing.get_args(hint)[0])}"
+    return (typing.get_origin(hint) or hint).__name__

@@ -87,7 +87,7 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.trainer.save_only_model=true", "a killed run could not go on from its checkpoints"),
         ("sft.trainer.num_train_epochs=0", "trains nothing: give more than 0"),
         ("dpo.trainer.weight_decay=0.1", "decay would shrink the frozen rows"),
-        ("sft.freeze.layers=1", "freeze.layers = 1 beside adapter"),
+        ("sft.regularize.freeze_layers=1", "regularize.freeze_layers = 1 beside adapter"),
         ("sft.trainer.disable_tqdm=false", "is not the recipe's to set"),
         ("sft.data.train=[]", "data.train is missing"),
         ("sft.data.max_bad_rows=-1", "data.max_bad_rows = -1.0: expected 0 or more."),

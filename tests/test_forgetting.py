@@ -1,4 +1,4 @@
-"""A stage that makes a model forget is told so in words; the same stage at a tenth of the rate is not."""
+"""A stage that makes a model forget is told so in words; at a tenth of the rate, or held to its parent, it is not."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
     return recipe
 
 
-def test_a_rate_ten_times_too_high_is_flagged_as_forgetting(folder, tmp_path):
+def test_a_rate_ten_times_too_high_is_flagged_as_forgetting_unless_the_parent_holds_it(folder, tmp_path):
     gentle = hfpipe("run", folder, "--out", tmp_path / "run").stdout
     card = json.loads(hfpipe("report", tmp_path / "run", "--json").stdout)
     assert card["stages"]["pretrain"]["knowledge"]["score"] >= 0.9
@@ -82,6 +82,16 @@ def test_a_rate_ten_times_too_high_is_flagged_as_forgetting(folder, tmp_path):
     assert card["stages"]["sft"]["knowledge"]["arrow"] == "↓"
     (line,) = card["forgotten"]
     assert line.startswith("sft: knowledge ")
-    assert "lower trainer.learning_rate" in line
+    for remedy in (
+        "`as: text`",
+        "regularize.l2_to_parent",
+        "freeze_layers",
+        "lower trainer.learning_rate",
+        "fewer steps",
+    ):
+        assert remedy in line
     assert f"forgotten: {line}" in harsh
     assert line in (tmp_path / "run" / "report.html").read_text().replace("&gt;", ">")
+    settings = ["sft.trainer.learning_rate=3e-2", "sft.regularize.l2_to_parent=0.1"]
+    held = hfpipe("run", folder, "--out", tmp_path / "run", *(a for s in settings for a in ("--set", s))).stdout
+    assert "forgotten" not in held

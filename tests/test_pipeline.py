@@ -276,6 +276,6 @@ def test_another_evaluation_scores_again_and_trains_nothing(run_copy):
 
 
 def test_numbers_and_nulls_written_otherwise_change_nothing(micro_run):
-    settings = ["sft.trainer.num_train_epochs=1.0", "sft.adapter=null", "sft.freeze.layers=0"]
+    settings = ["sft.trainer.num_train_epochs=1.0", "sft.adapter=null", "sft.regularize.freeze_layers=0"]
     rows = plan("micro", "--out", micro_run, *(a for s in settings for a in ("--set", s)))
     assert {row["status"] for row in rows.values()} == {"done"}

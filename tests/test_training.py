@@ -149,7 +149,7 @@ def test_an_adapter_is_kept_beside_the_merged_model(after):
         "--set",
         "sft.adapter={type: lora, r: 4, target_modules: all-linear}",
         "--set",
-        "sft.freeze.embeddings=false",
+        "sft.regularize.freeze_embeddings=false",
     ]
     hfpipe("run", "micro", "--out", run, "--only", "sft", *settings)
     parent, merged = weights(run / "midtrain"), weights(run / "sft")
@@ -248,7 +248,7 @@ def test_midtraining_gives_a_plain_model_the_chat_format(plain_model, recipe, tm
     settings = [
         f"midtrain.model.from={plain_model}",
         "midtrain.tokenizer.chat_template=hfpipe",
-        "midtrain.freeze.embeddings=true",
+        "midtrain.regularize.freeze_embeddings=true",
         "midtrain.trainer.max_length=512",
         "sft.trainer.max_length=512",
     ]
@@ -266,7 +266,7 @@ def test_midtraining_gives_a_plain_model_the_chat_format(plain_model, recipe, tm
 def test_muon_under_an_adapter_trains_the_adapter(after):
     """The optimizer is built after the adapter is in place: it must hold what is trained."""
     run = after("midtrain")
-    settings = ["sft.adapter={type: lora, r: 4, target_modules: all-linear}", "sft.freeze.embeddings=false"]
+    settings = ["sft.adapter={type: lora, r: 4, target_modules: all-linear}", "sft.regularize.freeze_embeddings=false"]
     settings += ["sft.optimizer={type: muon, lr: 0.01}", "sft.trainer.max_steps=4"]
     hfpipe("run", "micro", "--out", run, "--only", "sft", *(a for s in settings for a in ("--set", s)))
     parent, merged = weights(run / "midtrain"), weights(run / "sft")
@@ -275,7 +275,7 @@ def test_muon_under_an_adapter_trains_the_adapter(after):
 
 def test_dpo_with_an_adapter_keeps_its_scores(after):
     run = after("sft")
-    settings = ["dpo.adapter={type: lora, r: 4, target_modules: all-linear}", "dpo.freeze.embeddings=false"]
+    settings = ["dpo.adapter={type: lora, r: 4, target_modules: all-linear}", "dpo.regularize.freeze_embeddings=false"]
     hfpipe("run", "micro", "--out", run, "--only", "dpo", *(a for s in settings for a in ("--set", s)))
     metrics = stage_json(run / "dpo")["metrics"]
     assert abs(metrics["pairs_before"]["margin"]) < 0.02

@@ -17,11 +17,12 @@ ORDER = (
     "knowledge", "robustness",
 )  # fmt: skip
 TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
+_HOLD = "set regularize.l2_to_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"
 _ADVICE = {
-    "knowledge": "replay pretraining text (a source with `as: text`), lower trainer.learning_rate, or train fewer steps",
-    "text": "replay pretraining text (a source with `as: text`), or lower trainer.learning_rate",
+    "knowledge": f"replay pretraining text (a source with `as: text`), {_HOLD}",
+    "text": f"replay pretraining text (a source with `as: text`), {_HOLD}",
 }
-_KEEP_ROWS = "keep some rows of the earlier stage among its data, or lower trainer.learning_rate"
+_KEEP_ROWS = f"keep some rows of the earlier stage among its data, {_HOLD}"
 
 
 @dataclass(frozen=True)

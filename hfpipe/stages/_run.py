@@ -221,7 +221,7 @@ def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, lo
 def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
     from hfpipe.evaluation.basics import prepare_held_out
     from hfpipe.evaluation.text_metrics import load_metrics
-    from hfpipe.training.models import load_tokenizer
+    from hfpipe.training.models import load_tokenizer, try_regularize
 
     load_metrics(recipe.pipeline.evaluate.metrics)
     for name in stages:
@@ -231,6 +231,8 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
         if not hasattr(module, "prepare"):
             continue
         job = make_job(recipe, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
+        if "regularize" in stage.sections:
+            try_regularize(job, about_to_run=stages)
         tokenizer = load_tokenizer(job, about_to_run=stages)
         progress.tell("doing", text="preparing data", stage=name)
         prepared = module.prepare(job, tokenizer)

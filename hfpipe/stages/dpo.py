@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.sections import Data, Freeze, Model, Optimizer, StageType
+from hfpipe.sections import Data, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ TYPE = StageType(
     teaches="preferences, directly",
     leaves="model",
     parents=("model",),
-    sections={"model": Model, "data": Data, "optimizer": Optimizer, "freeze": Freeze},
+    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize},
     rows="preference",
     trainer="trl.DPOConfig",
     adapter=True,

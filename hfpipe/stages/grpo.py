@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.sections import Freeze, Limits, Model, PromptData, Rewards, StageType
+from hfpipe.sections import Limits, Model, PromptData, Regularize, Rewards, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,7 @@ TYPE = StageType(
     teaches="what can be checked, by reinforcement",
     leaves="model",
     parents=("model",),
-    sections={"model": Model, "data": PromptData, "rewards": Rewards, "limits": Limits, "freeze": Freeze},
+    sections={"model": Model, "data": PromptData, "rewards": Rewards, "limits": Limits, "regularize": Regularize},
     rows="prompt",
     trainer="trl.GRPOConfig",
     adapter=True,

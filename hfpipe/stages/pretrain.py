@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.sections import ExtendTokenizer, Freeze, Model, Optimizer, StageType, TextData
+from hfpipe.sections import ExtendTokenizer, Model, Optimizer, Regularize, StageType, TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ TYPE = StageType(
         "tokenizer": ExtendTokenizer,
         "data": TextData,
         "optimizer": Optimizer,
-        "freeze": Freeze,
+        "regularize": Regularize,
     },
     rows="text",
     trainer="transformers.TrainingArguments",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.sections import Data, ExtendTokenizer, Freeze, Model, Optimizer, StageType
+from hfpipe.sections import Data, ExtendTokenizer, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ TYPE = StageType(
         "tokenizer": ExtendTokenizer,
         "data": Data,
         "optimizer": Optimizer,
-        "freeze": Freeze,
+        "regularize": Regularize,
     },
     rows="messages",
     trainer="trl.SFTConfig",

@@ -17,6 +17,8 @@ from hfpipe.errors import UserError
 from hfpipe.run_folder import find_checkpoints
 from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
 from hfpipe.training.hardware import choose_bf16, has_accelerator
+from hfpipe.training.optim import build_muon
+from hfpipe.training.regularize import pull_to_parent, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
     from hfpipe.sections import Stage
@@ -111,6 +113,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     trainer.accelerator.wait_for_everyone()
     checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
     _set_optimizer(job, trainer)
+    if job.stage.sections["regularize"].l2_to_parent:
+        pull_to_parent(job, trainer, progress)
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if checkpoint:
         progress.note(f"resumed from {checkpoint.name}")
@@ -172,12 +176,17 @@ def _rows_per_step(args: Any) -> int:
 
 def _set_optimizer(job: Job, trainer: Trainer) -> None:
     """Give the trainer ours where the stage asks for one; now, because an adapter is in place only now."""
-    section = job.stage.sections.get("optimizer")
-    if section is None or section.type is None:
+    section, decay = job.stage.sections.get("optimizer"), job.stage.sections["regularize"].layerwise_lr_decay
+    if decay < 1:
+        refuse_sharded(job, trainer)
+    if section is not None and section.type is not None:
+        trainer.optimizer = build_muon(trainer.model, section, trainer.args)
+    elif decay < 1:
+        trainer.create_optimizer()
+    else:
         return
-    from hfpipe.training.optim import build_muon
-
-    trainer.optimizer = build_muon(trainer.model, section, trainer.args)
+    if decay < 1:
+        spread_rates(trainer.optimizer, trainer.model, decay, f"{job.stage.file}")
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     left_out = [name for name, p in trainer.model.named_parameters() if p.requires_grad and id(p) not in held]
     assert not left_out, f"parameters that no optimizer trains: {left_out[:5]}"

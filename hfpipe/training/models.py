@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
+from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
 from hfpipe.training.templates import load_chat_template, stop_token_ids
 from hfpipe.training.tokenizers import extend_tokenizer, resize_embeddings
 
@@ -63,7 +63,7 @@ def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress)
         model = _load_parent(job, tokenizer, progress, AutoModelForCausalLM)
     model.config.pad_token_id = tokenizer.pad_token_id
     set_generation_config(model, tokenizer)
-    _freeze(job, model, tokenizer, progress)
+    freeze(job, model, tokenizer, progress)
     return model
 
 
@@ -75,7 +75,7 @@ def load_reward_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Pr
     with suppress_seqcls_warning():
         model = _load_parent(job, tokenizer, progress, AutoModelForSequenceClassification, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
-    _freeze(job, model, tokenizer, progress)
+    freeze(job, model, tokenizer, progress)
     return model
 
 
@@ -95,6 +95,37 @@ def _load_parent(
         progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
     progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
     return model
+
+
+def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
+    """Freeze and spread rates on a model of the stage's shape without weights, before any stage trains.
+
+    The shape is that of the nearest ancestor that is made from scratch or comes from outside the recipe.
+
+    Raises:
+        UserError: what `regularize` says does not fit the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    section, where = job.stage.sections["regularize"], f"{job.stage.file}"
+    if not section.freeze_layers and section.layerwise_lr_decay == 1:
+        return
+    origin = job
+    while not origin.stage.model.config and (parent := job.recipe.parent(origin.stage)):
+        origin = dataclasses.replace(job, stage=parent)
+    head = AutoModelForSequenceClassification if job.stage.type.leaves == "reward_model" else AutoModelForCausalLM
+    with torch.device("meta"):
+        if origin.stage.model.config:
+            config = _from_scratch(origin, load_tokenizer(origin, about_to_run)).config
+        else:
+            config = _from_pretrained(AutoConfig, origin)
+        try:
+            model = head.from_config(config, trust_remote_code=origin.stage.model.trust_remote_code)
+        except ValueError as error:
+            raise UserError(f"{where}: regularize: transformers makes no such model: {_first_line(error)}") from error
+    freeze_layers(model, section.freeze_layers, where)
+    if section.layerwise_lr_decay < 1:
+        blocks_of(model, where)
 
 
 def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -140,7 +171,7 @@ def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
             if Path(path).is_dir()
             else "Hub id, and the Hub was not reached or has no such model; is it a folder"
         )
-        what = "model" if "Model" in auto_class.__name__ else "tokenizer"
+        what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise UserError(
             f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from that {kind}. "
             f"transformers says: {_first_line(error)}"
@@ -149,25 +180,3 @@ def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-    freeze = job.stage.sections.get("freeze")
-    if freeze is None:
-        return
-    if freeze.layers:
-        blocks = model.config.get_text_config().num_hidden_layers
-        if freeze.layers > blocks:
-            raise UserError(f"{job.stage.file}: freeze.layers = {freeze.layers}, but the model has {blocks} blocks.")
-        for name, parameter in model.named_parameters():
-            if (block := re.search(r"\.(\d+)\.", name)) and int(block[1]) < freeze.layers:
-                parameter.requires_grad_(False)
-        progress.note(f"frozen: the first {freeze.layers} blocks")
-    if freeze.embeddings:
-        special = sorted({i for i in tokenizer.added_tokens_decoder if i < len(tokenizer)})
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())  # a reward model has no second one
-        for module in {id(m.weight): m for m in ends if m is not None}.values():
-            keep = torch.zeros(module.weight.shape[0], 1)
-            keep[special] = 1
-            module.weight.register_hook(lambda grad, keep=keep: grad * keep.to(grad.device, grad.dtype))
-        progress.note(f"frozen: embedding rows of ordinary tokens; {len(special)} special tokens' rows train")

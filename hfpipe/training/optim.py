@@ -96,7 +96,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, parts: list[torch.optim.Optimizer]):
         self.parts = parts
         super().__init__([{"params": p} for part in parts for g in part.param_groups for p in g["params"]], {})
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.join_groups()
+
+    def join_groups(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @property
     def state(self) -> dict[Any, Any]:
@@ -122,7 +125,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.join_groups()
 
 
 def build_muon(model: torch.nn.Module, section: Optimizer, args: Any) -> torch.optim.Optimizer:
