@@ -130,7 +130,8 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
         )
         if not getattr(stage.data, "batch_tokens", None):
             trainer["rows_per_step"] = rows * processes
-    config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": stage.adapter, "seed": seed}
+    adapter = dataclasses.asdict(stage.adapter) if stage.adapter else None
+    config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": adapter, "seed": seed}
     return _plain(config)
 
 

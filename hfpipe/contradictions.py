@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hfpipe import adapter_types
 from hfpipe.sections import Stage
 
 
@@ -20,7 +21,7 @@ def split_batch(stage: Stage, processes: int) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints, _rewards)
+    checks = (_optimizer, _batch, _length, _freeze, _weights, _checkpoints, _rewards, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -52,11 +53,6 @@ def _freeze(stage: Stage) -> Iterator[str]:
     freeze = stage.sections.get("freeze")
     if freeze is None:
         return
-    if freeze.layers and stage.adapter is not None:
-        yield (
-            f"freeze.layers = {freeze.layers} beside adapter: an adapter freezes the whole base and changes every block. "
-            "adapter.layers_to_transform chooses the blocks."
-        )
     decay = stage.trainer.get("weight_decay", 0)
     if freeze.embeddings and decay:
         yield (
