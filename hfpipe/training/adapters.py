@@ -65,6 +65,11 @@ def build_trainer(
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UserError(f"{stage.file}: adapter is refused upstream for this model: {error}") from error
     _mend(trainer.model)
+    if find_kind(stage.adapter.type).four_bit:
+        # TRL rounds the adapter to bfloat16, in which small updates are lost, and from a checkpoint it comes as float32.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trained, whole = trainer.model.get_nb_trainable_parameters()
     progress.note(f"adapter: {describe(stage.adapter)}; {trained:,} of {whole:,} parameters train")
     return trainer
@@ -116,25 +121,27 @@ def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
         config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
         config.revision = revision
     if not is_merged(job.stage.adapter):
-        _save_alone(job, model)
+        _save_adapter(job, model, tokenizer, job.work)
         return
-    model.save_pretrained(str(job.work / ADAPTER_FOLDER))
+    _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
     try:
         merged = _merge(job, model, tokenizer)
     except (ValueError, NotImplementedError, AttributeError) as error:
-        progress.note(f"adapter: PEFT could not merge it ({error}), so the stage leaves it alone, on its base")
+        progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")
         shutil.rmtree(job.work / ADAPTER_FOLDER)
-        _save_alone(job, model)
+        _save_adapter(job, model, tokenizer, job.work)
         return
     merged.config.use_cache = True
     merged.save_pretrained(str(job.work))
 
 
-def _save_alone(job: Job, model: PeftModel) -> None:
-    model.save_pretrained(str(job.work))
-    (job.work / "README.md").unlink(missing_ok=True)  # PEFT's; the stage's own card comes last
+def _save_adapter(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The adapter with what a folder needs to be loaded by itself; its base stays where it is."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+    tokenizer.save_pretrained(str(folder))
     if job.stage.type.leaves == "model":
-        model.generation_config.save_pretrained(str(job.work))
+        model.generation_config.save_pretrained(str(folder))
 
 
 def _merge(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
