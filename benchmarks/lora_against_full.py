@@ -52,7 +52,7 @@ def write_recipe(folder: Path, real: str | None, steps: int, rates: list[float],
     if real:
         (folder / "pretrain.yaml").write_text(TEXT.replace("DIR", real))
         (folder / "midtrain.yaml").write_text(TURNS.replace("DIR", real))
-        tokenizer = "stage: tokenizer\ntokenizer: {vocab_size: 2048}\ndata: {train: [{path: DIR/wikitext2_valid.txt}, {path: DIR/alpaca_en_demo.json}]}\n"
+        tokenizer = "stage: tokenizer\ntokenizer: {vocab_size: 2048}\ndata: {train: [{path: DIR/wikitext2_valid.txt}, {path: DIR/c4_demo.jsonl}]}\n"
         (folder / "tokenizer.yaml").write_text(tokenizer.replace("DIR", real))
         train = f"{{path: {real}/alpaca_en_demo.json}}, {{path: {real}/gsm8k_train.jsonl}}"
         held_out = train
@@ -99,7 +99,9 @@ def main() -> None:
     real = str(Path(options.real).resolve()) if options.real else None
     names = write_recipe(options.out / "recipe", real, options.steps, options.rates, options.ranks)
     run = options.out / "run"
-    subprocess.run([sys.executable, "-m", "hfpipe", "run", options.out / "recipe", "--out", run], check=True)
+    done = subprocess.run([sys.executable, "-m", "hfpipe", "run", options.out / "recipe", "--out", run])
+    if done.returncode:
+        sys.exit(done.returncode)  # told already
     quarter, half, whole = options.steps // 4, options.steps // 2, options.steps
     print(f"| trained | thousand parameters | learning rate | loss at step {quarter} | {half} | {whole} | seconds |")
     print("|---|---|---|---|---|---|---|")

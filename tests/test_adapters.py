@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfpipe import artifact
 from hfpipe.adapter_types import _UNMERGED, find_kind
 from hfpipe.config import load_recipe
+from hfpipe.errors import UserError
 from hfpipe.run_folder import damage_at
 from hfpipe.stages import stage_types
 
@@ -123,8 +126,8 @@ def test_every_kind_is_left_and_loaded_again(all_kinds, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_adapter_moves_and_the_base_does_not(all_kinds, kind, tmp_path):
-    from trl import SFTConfig, SFTTrainer
+def test_the_adapter_moves_the_base_does_not_and_a_checkpoint_is_gone_on_from(all_kinds, kind, tmp_path):
+    from trl import SFTTrainer
 
     from hfpipe.stages.sft import prepare
     from hfpipe.training.adapters import build_trainer
@@ -136,27 +139,32 @@ def test_the_adapter_moves_and_the_base_does_not(all_kinds, kind, tmp_path):
     recipe = load_recipe(all_kinds[0], stage_types())
     job, silent = make_job(recipe, recipe.stages[kind], all_kinds[1]), Progress(None)
     tokenizer = load_tokenizer(job)
-    args = construct_args(
-        job.stage, str(tmp_path), 0, save_strategy="no", dataset_kwargs={"skip_prepare_dataset": True}
-    )
-    assert isinstance(args, SFTConfig)
+    args = construct_args(job.stage, str(tmp_path), 0, dataset_kwargs={"skip_prepare_dataset": True})
     assert args.activation_checkpointing == (kind != "prefix")
-    trainer = build_trainer(
-        job,
-        silent,
-        SFTTrainer,
-        load_model(job, tokenizer, silent),
-        args,
-        data_collator=PaddedCollator(tokenizer.pad_token_id),
-        train_dataset=prepare(job, tokenizer).train,
-        processing_class=tokenizer,
-    )
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    def build():
+        return build_trainer(
+            job,
+            silent,
+            SFTTrainer,
+            load_model(job, tokenizer, silent),
+            args,
+            data_collator=PaddedCollator(tokenizer.pad_token_id),
+            train_dataset=prepare(job, tokenizer).train,
+            processing_class=tokenizer,
+        )
+
+    whole = build()
+    before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    trained = {name for name, p in whole.model.named_parameters() if p.requires_grad}
     assert 0 < len(trained) < len(before)
-    trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    whole.train()
+    moved = {name for name, p in whole.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained
+    again = build()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
 
 
 def test_the_bottleneck_begins_as_nothing_and_counts_as_by_hand(tmp_path):
@@ -311,12 +319,32 @@ def test_added_tokens_train_and_are_merged(plain_model, tmp_path, tied, adapter)
     torch.testing.assert_close(logits(adapted), logits(model), atol=1e-4, rtol=1e-4)
 
 
-def test_added_tokens_that_would_stay_untrained_are_refused(plain_model, tmp_path):  # noqa: F811
-    text = SFT.replace("from: midtrain, attn_implementation: eager", f"from: {plain_model}").replace("256", "512")
-    text = f"{text}tokenizer: {{chat_template: hfpipe}}\nadapter: {KINDS['ia3']}\n"
-    folder = write_recipe(tmp_path / "recipe", {"sft": text}, ())
-    done = hfpipe("run", folder, "--out", tmp_path / "run", check=2)
-    assert "adds 13 tokens, whose rows a ia3 adapter would leave untrained" in done.stderr
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (KINDS["ia3"], "adds 13 tokens, whose rows a ia3 adapter would leave untrained"),
+        (
+            "{type: lora, target_modules: [nowhere]}",
+            "refused upstream for this model: Target modules {'nowhere'} not found",
+        ),
+    ],
+)
+def test_what_only_the_model_tells_is_refused_before_training(plain_model, tmp_path, adapter, expected):  # noqa: F811
+    from trl import SFTTrainer
+
+    from hfpipe.training.adapters import build_trainer
+    from hfpipe.training.fit import construct_args
+    from hfpipe.training.job import Progress, make_job
+    from hfpipe.training.models import load_model, load_tokenizer
+
+    text = SFT.replace("from: midtrain, attn_implementation: eager", f"from: {plain_model}")
+    text += f"tokenizer: {{chat_template: hfpipe}}\nadapter: {adapter}\n"
+    recipe = load_recipe(write_recipe(tmp_path / "recipe", {"sft": text}, ()), stage_types())
+    job, silent = make_job(recipe, recipe.stages["sft"], tmp_path / "run"), Progress(None)
+    tokenizer = load_tokenizer(job)
+    model, args = load_model(job, tokenizer, silent), construct_args(job.stage, str(tmp_path), 0)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        build_trainer(job, silent, SFTTrainer, model, args, train_dataset=[{}], processing_class=tokenizer)
 
 
 # --- every stage ---
@@ -352,20 +380,19 @@ def test_a_killed_adapter_goes_on_to_the_same_bits(all_kinds, tmp_path):
     run = tmp_path / "run"
     for name in ("tokenizer", "pretrain", "midtrain", "lora"):
         shutil.copytree(whole / name, run / name)
-    these = ("--from", "qlora", "--to", "bottleneck")
-    for name in ("qlora", "bottleneck"):
-        process = start(run, *these, recipe=str(recipe))
-        assert wait_for(process, lambda name=name: checkpoints(run, name)), process.communicate()[0]
-        kill(process)
-    hfpipe("run", recipe, "--out", run, *these)
-    assert all(stage_json(run / name)["metrics"]["resumed_from_step"] > 0 for name in ("qlora", "bottleneck"))
-    same_result(run, whole, ("qlora", "bottleneck"))
+    process = start(run, "--only", "qlora", recipe=str(recipe))
+    assert wait_for(process, lambda: checkpoints(run, "qlora")), process.communicate()[0]
+    kill(process)
+    assert "resumed from checkpoint-" in hfpipe("run", recipe, "--out", run, "--only", "qlora").stdout
+    same_result(run, whole, ("qlora",))
 
 
 # --- used afterwards ---
 
 
-def test_an_adapter_alone_is_talked_to_moved_and_missed(all_kinds, tmp_path):
+def test_an_adapter_alone_is_talked_to_moved_and_missed(all_kinds, tmp_path, capsys):
+    from hfpipe.apps.compare import compare, evaluate
+
     _, whole = all_kinds
     run = tmp_path / "moved"
     for name in ("midtrain", "prompt"):
@@ -375,17 +402,16 @@ def test_an_adapter_alone_is_talked_to_moved_and_missed(all_kinds, tmp_path):
     answer = json.loads(hfpipe("chat", run / "prompt", "--prompt", "Hello!", "--max-new-tokens", "4", "--json").stdout)
     assert answer["messages"]
     probes = tmp_path / "probes.jsonl"
-    probes.write_text(
-        '{"capability": "a", "messages": [{"role": "user", "content": "Hi"}], "check": {"type": "stops"}}\n'
-    )
-    found = hfpipe("compare", run / "midtrain", run / "prompt", "--probes", probes, "--json").stdout
-    assert len(json.loads(found)["rows"]) == 1
+    probe = {"capability": "a", "messages": [{"role": "user", "content": "Hi"}], "check": {"type": "stops"}}
+    probes.write_text(json.dumps(probe) + "\n")
+    compare(str(run / "midtrain"), str(run / "prompt"), str(probes), True, 0, None, "")
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 1
+    evaluate(str(run / "prompt"), str(probes), True, [])
+    assert json.loads(capsys.readouterr().out)["capabilities"]["a"]["n"] == 1
     record = json.loads((run / "midtrain" / "stage.json").read_text())
-    from hfpipe import artifact
-
     artifact.write_record(run / "midtrain" / "stage.json", {**record, "fingerprint": "another"})
-    done = hfpipe("chat", run / "prompt", "--prompt", "Hello!", check=2)
-    assert "has been made anew since. Make the adapter anew too: hfpipe run micro" in done.stderr
+    with pytest.raises(UserError, match="has been made anew since"):
+        evaluate(str(run / "prompt"), str(probes), True, [])
 
 
 # --- what goes with what ---
@@ -441,16 +467,6 @@ def test_what_cannot_be_is_told_before_anything_loads(recipe, settings, expected
 def test_a_folder_with_an_adapter_alone_is_no_parent(all_kinds, recipe):
     told = problems(recipe(), [f"sft.model.from={all_kinds[1] / 'bottleneck'}"])
     assert "holds an adapter alone, and a stage starts from a whole model. Merge it" in told
-
-
-def test_what_peft_alone_can_refuse_is_told_with_its_words(micro_run, tmp_path):
-    before = ("tokenizer", "pretrain", "midtrain")
-    folder = write_recipe(
-        tmp_path / "recipe", {"sft": f"{SFT}adapter: {{type: lora, target_modules: [nowhere]}}\n"}, before
-    )
-    run = begin(micro_run, tmp_path / "run", before)
-    done = hfpipe("run", folder, "--out", run, "--only", "sft", check=2)
-    assert "sft.yaml: adapter is refused upstream for this model: Target modules {'nowhere'} not found" in done.stderr
 
 
 # --- the preset ---

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 
 
-def build_adapter(stage: Stage, parent: str = "") -> Any | None:
+def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
     """The PEFT configuration of the stage's `adapter` section, or None; `parent` is where its tokenizer is to be had.
 
     Raises:
@@ -126,7 +126,7 @@ def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
     try:
         merged = _merge(job, model, tokenizer)
-    except (ValueError, NotImplementedError, AttributeError) as error:
+    except (ValueError, NotImplementedError) as error:
         progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")
         shutil.rmtree(job.work / ADAPTER_FOLDER)
         _save_adapter(job, model, tokenizer, job.work)
