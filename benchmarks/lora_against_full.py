@@ -4,7 +4,7 @@
     python benchmarks/lora_against_full.py OUT --real DIR         alpaca_en_demo.json and gsm8k_train.jsonl in DIR
 
 Full fine-tuning has the rates of `--rates`, LoRA ten times each, as the preset lora_without_regret would have it, and once the same
-rate. OUT keeps the runs, so that an interrupted benchmark goes on.
+rate; an adapter leaves the embeddings alone, so full fine-tuning is held against it with frozen ones too. OUT keeps the runs, so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def write_recipe(folder: Path, real: str | None, steps: int, rates: list[float],
     variants = {}
     for rate in rates:
         variants[f"full_{rate:g}"] = text.replace("RATE", str(rate))
+        variants[f"inner_{rate:g}"] = variants[f"full_{rate:g}"] + "freeze: {embeddings: true}\n"
     for rank in ranks:
         for rate in [10 * rate for rate in rates]:
             adapter = f"adapter: {{preset: lora_without_regret, r: {rank}}}\n"
@@ -84,7 +85,7 @@ def row(run: Path, name: str, steps: int) -> str:
     weights = run / name / "adapter" / "adapter_model.safetensors"
     size = (weights if weights.is_file() else run / name / "model.safetensors").stat().st_size / 4
     shown = " | ".join(f"{losses[step]:.3f}" for step in (steps // 4, steps // 2, steps))
-    what = "full" if kind == "full" else f"LoRA, r {kind[1:]}"
+    what = {"full": "full", "inner": "full, embeddings frozen"}.get(kind) or f"LoRA, r {kind[1:]}"
     return f"| {what} | {size / 1e3:,.0f} | {float(rate):g} | {shown} | {record['metrics']['train_runtime_s']:.0f} |"
 
 

@@ -160,7 +160,7 @@ def contradictions(stage: Stage) -> Iterator[str]:
     """What the stage's adapter cannot be combined with, a line each."""
     if stage.adapter is None:
         return
-    for check in (_merge, _prompts, _llama_adapter, _targets, _start, _bits, _frozen):
+    for check in (_merge, _prompts, _projection, _llama_adapter, _targets, _start, _bits, _frozen):
         yield from check(stage, stage.adapter, find_kind(stage.adapter.type))
 
 
@@ -192,6 +192,14 @@ def _prompts(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:
         yield (
             f"adapter.type = '{adapter.type}' with trainer.{on[0]}: its tokens live in the cache, which checkpointing does "
             "without. Remove it: hfpipe switches it off."
+        )
+
+
+def _projection(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:
+    if adapter.options.get("prefix_projection") and stage.trainer.get("save_strategy") != "no":
+        yield (
+            "adapter.prefix_projection: PEFT's checkpoints hold what the projection gives and not itself, so a killed run "
+            "could not go on from them. Leave it out, or set trainer.save_strategy: 'no'."
         )
 
 

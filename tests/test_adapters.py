@@ -446,6 +446,7 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
         (["sft.adapter={type: lora, merge: false}"], "Set adapter.merge: true in sft.yaml, where it is false"),
         (["dpo.adapter={type: prompt, num_virtual_tokens: 4, merge: true}"], "adapter.merge = true: a prompt adapter"),
         ([f"dpo.adapter={PREFIX}", "dpo.trainer.gradient_checkpointing=true"], "with trainer.gradient_checkpointing"),
+        (["dpo.adapter={type: prefix, num_virtual_tokens: 4, prefix_projection: true}"], "could not go on from them"),
         ([f"dpo.stage=reward dpo.adapter={PROMPT}"], "scores would be read from padding"),
         ([f"dpo.stage=reward dpo.adapter={ADAPTION}"], "PEFT would neither train nor save the new head"),
         ([f"dpo.adapter={ADAPTION}", "pretrain.model.config.model_type=qwen3"], "and this model is a qwen3"),

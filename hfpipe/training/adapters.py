@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from hfpipe import artifact, upstream
 from hfpipe.adapter_types import describe, find_kind, is_adapter_folder, is_merged
 from hfpipe.errors import UserError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job, Progress
 
 ADAPTER_FOLDER = "adapter"
+ENCODER_FILE = "prompt_encoder.safetensors"
 
 
 def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
@@ -59,6 +62,8 @@ def build_trainer(
     if stage.adapter is None:
         return trainer_class(model, *args, **options)
     config = build_adapter(stage, job.parent_path)
+    if find_kind(stage.adapter.type).method == "p_tuning":
+        trainer_class = type(trainer_class.__name__, (KeepsEncoder, trainer_class), {})
     _train_new_rows(job, config, model, options["processing_class"], progress)
     try:
         trainer = trainer_class(model, *args, peft_config=config, **options)
@@ -73,6 +78,19 @@ def build_trainer(
     trained, whole = trainer.model.get_nb_trainable_parameters()
     progress.note(f"adapter: {describe(stage.adapter)}; {trained:,} of {whole:,} parameters train")
     return trainer
+
+
+class KeepsEncoder:
+    """Mixed into a trainer: a checkpoint holds the network that writes the prompt; PEFT 0.21 keeps what it wrote alone."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        encoder = self.accelerator.unwrap_model(self.model).prompt_encoder
+        save_file(encoder.state_dict(), Path(output_dir or self.args.output_dir) / ENCODER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.prompt_encoder.load_state_dict(load_file(Path(resume_from_checkpoint) / ENCODER_FILE))
 
 
 def _train_new_rows(
