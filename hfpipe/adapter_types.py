@@ -50,6 +50,7 @@ _OURS = ("type", "preset", "merge")
 _MANAGED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode")  # fmt: skip
 # They change the base's own weights, so that the model without its adapter is no longer the reference (PEFT 0.21).
 _REWRITES_BASE = ("pissa", "olora", "corda", "eva", "lora_ga")
+_FROM_DATA = ("corda", "eva", "lora_ga")
 _BY_REWARDS = "prompt"  # the rows of stages that learn from rewards
 
 
@@ -149,6 +150,8 @@ def describe(adapter: Adapter) -> str:
     told = adapter.type
     if adapter.preset:
         told += f"; the preset {adapter.preset} sets {', '.join(f'{k} {v}' for k, v in adapter.from_preset.items())}"
+        if "trainer.learning_rate" not in adapter.from_preset:
+            told += " and leaves your learning_rate, which should be ten times that of full fine-tuning"
     left = "the adapter and the merged model" if is_merged(adapter) else "the adapter alone, on its base"
     return f"{told}; leaves {left}"
 
@@ -228,6 +231,16 @@ def _start(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:
         yield (
             f"adapter.init_lora_weights = {start!r} rewrites the base's weights, so the reference would be wrong. "
             f"Leave it out in a {stage.type.name} stage."
+        )
+    elif start.startswith(_FROM_DATA):
+        yield (
+            f"adapter.init_lora_weights = {start!r} needs a pass over data before training, which hfpipe does not make. "
+            "Take pissa or olora, or leave it out."
+        )
+    elif start.startswith("pissa_niter"):
+        yield (
+            f"adapter.init_lora_weights = {start!r} starts from a random projection, which is another one whenever the adapter "
+            "is loaded again. Take pissa, which is exact."
         )
     elif kind.four_bit:
         yield f"adapter.init_lora_weights = {start!r} rewrites the base's weights, and 4-bit ones can't be rewritten."

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hfpipe import artifact
-from hfpipe.adapter_types import _UNMERGED, find_kind
+from hfpipe.adapter_types import _UNMERGED, describe, find_kind
 from hfpipe.config import load_recipe
 from hfpipe.errors import UserError
 from hfpipe.run_folder import damage_at
@@ -452,6 +452,8 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
         ([f"dpo.adapter={ADAPTION}", "pretrain.model.config.model_type=qwen3"], "and this model is a qwen3"),
         (["dpo.adapter={type: lora, target_modules: [lm_head]}"], "holds lm_head, whose weights TRL reads directly"),
         (["dpo.adapter={type: lora, init_lora_weights: pissa}"], "so the reference would be wrong"),
+        (["sft.adapter={type: lora, init_lora_weights: eva}"], "needs a pass over data before training"),
+        (["sft.adapter={type: lora, init_lora_weights: pissa_niter_4}"], "Take pissa, which is exact"),
         (["sft.adapter={type: qlora, init_lora_weights: olora}"], "4-bit ones can't be rewritten"),
         (["dpo.adapter={type: ia3, preset: lora_without_regret}"], "is for lora, qlora and dora, not for ia3"),
         (["dpo.adapter={type: lora, preset: regret}"], "adapter.preset = 'regret': expected"),
@@ -490,6 +492,7 @@ def test_the_preset_says_what_it_sets_and_gives_way(recipe):
     assert kept.adapter.options["r"] == 8
     assert kept.trainer["learning_rate"] == 3e-4
     assert not {"r", "trainer.learning_rate"} & kept.adapter.from_preset.keys()
+    assert "leaves your learning_rate, which should be ten times" in describe(kept.adapter)
     dpo = (ROOT / "stage_configs" / "micro" / "dpo.yaml").read_text().replace("  learning_rate: 1.0e-3\n", "")
     other = load_recipe(recipe({"dpo": dpo}), stage_types(), ["dpo.adapter={preset: lora_without_regret}"]).stages[
         "dpo"
