@@ -56,7 +56,8 @@ _BY_REWARDS = "prompt"  # the rows of stages that learn from rewards
 
 def find_kind(name: str) -> Kind:
     """The kind behind a recipe's `adapter.type`; KeyError for an unknown one."""
-    return _NAMES.get(name) or Kind(name, upstream.peft_methods()[name])
+    plain = {kind.method: kind for kind in _NAMES.values() if not kind.options and not kind.four_bit}
+    return _NAMES.get(name) or plain.get(name) or Kind(name, upstream.peft_methods()[name])
 
 
 def is_merged(adapter: Adapter) -> bool:

@@ -428,6 +428,7 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
             ["dpo.adapter={type: prompt}"],
             "adapter.num_virtual_tokens is missing: a prompt adapter has no size without it",
         ),
+        (["dpo.adapter={type: prefix_tuning}"], "adapter.num_virtual_tokens is missing: a prefix_tuning adapter"),
         (["dpo.adapter={type: llama_adapter, adapter_len: 4}"], "adapter.adapter_layers is missing"),
         (["dpo.adapter={type: lora, rank: 4}"], "adapter.rank = 4 is not a field of peft.LoraConfig"),
         (["dpo.adapter={type: lora, mrge: false}"], "Did you mean `merge`?"),

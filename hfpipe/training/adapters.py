@@ -67,7 +67,7 @@ def build_trainer(
     _train_new_rows(job, config, model, options["processing_class"], progress)
     try:
         trainer = trainer_class(model, *args, peft_config=config, **options)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"{stage.file}: adapter is refused upstream for this model: {error}") from error
     _mend(trainer.model)
     if find_kind(stage.adapter.type).four_bit:
@@ -90,7 +90,14 @@ class KeepsEncoder:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.prompt_encoder.load_state_dict(load_file(Path(resume_from_checkpoint) / ENCODER_FILE))
+        self._load_encoder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_encoder(self.state.best_model_checkpoint)
+
+    def _load_encoder(self, checkpoint: str) -> None:
+        self.model.prompt_encoder.load_state_dict(load_file(Path(checkpoint) / ENCODER_FILE))
 
 
 def _train_new_rows(
@@ -100,20 +107,22 @@ def _train_new_rows(
     from hfpipe.training.models import added_tokens
 
     added = added_tokens(job, tokenizer)
-    if not added or getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-        return
-    if "trainable_token_indices" not in upstream.fields(find_kind(job.stage.adapter.type).config):
-        raise UserError(
-            f"{job.stage.file}: this stage adds {added} tokens, whose rows a {job.stage.adapter.type} adapter would leave "
-            "untrained. Add them in a stage that is trained whole, take lora, qlora or dora, or name the embeddings in "
-            "adapter.modules_to_save."
-        )
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     ends = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() is not None:
         ends.append(model.get_output_embeddings())
-    rows = list(range(len(tokenizer) - added, len(tokenizer)))
-    config.trainable_token_indices = {names[id(module)]: rows for module in ends}
+    ends = [names[id(module)] for module in ends]
+    given = getattr(config, "trainable_token_indices", None)
+    if not added or given or set(ends) <= set(getattr(config, "modules_to_save", None) or ()):
+        return
+    if "trainable_token_indices" not in upstream.fields(find_kind(job.stage.adapter.type).config):
+        raise UserError(
+            f"{job.stage.file}: this stage adds {added} tokens, whose rows a {job.stage.adapter.type} adapter would leave "
+            f"untrained. Add them in a stage that is trained whole, take lora, qlora or dora, or name {' and '.join(ends)} in "
+            "adapter.modules_to_save."
+        )
+    rows = range(len(tokenizer) - added, len(tokenizer))
+    config.trainable_token_indices = {name: list(rows) for name in ends}
     progress.note(f"adapter: the rows of the {added} added tokens train with it (trainable_token_indices)")
 
 
