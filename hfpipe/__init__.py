@@ -2,7 +2,7 @@
 
 Import order, left may import right (tests/test_house.py holds it):
 cli > apps > pipeline > processes > stages > publishing, evaluation > training > data > plan > run_folder > artifact
-> config > graph, contradictions, upstream, strict, yaml_files > sections > paths, progress > errors, faults
+> config > graph, contradictions, adapter_types, upstream, strict, yaml_files > sections > paths, progress > errors, faults
 """
 
 __version__ = "0.1.0"

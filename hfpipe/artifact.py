@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.sections import Stage
 
@@ -130,7 +131,8 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
         )
         if not getattr(stage.data, "batch_tokens", None):
             trainer["rows_per_step"] = rows * processes
-    config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": stage.adapter, "seed": seed}
+    adapter = dataclasses.asdict(stage.adapter) if stage.adapter else None
+    config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": adapter, "seed": seed}
     return _plain(config)
 
 
@@ -228,9 +230,11 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
         if reason := damage(folder, record["files"], trust_times=True):
             raise UserError(f"{folder} is damaged: {reason}. Make that stage again, or give another model.")
         return record["fingerprint"]
-    names = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    names = [folder / "config.json", folder / ADAPTER_FILE, folder / "tokenizer.json", *weight_files(folder)]
     found = {p.name: file_sha256(p) for p in names if p.is_file()}
-    if "config.json" not in found and ("tokenizer" not in leaves or "tokenizer.json" not in found):
+    if not {"config.json", ADAPTER_FILE} & found.keys() and (
+        "tokenizer" not in leaves or "tokenizer.json" not in found
+    ):
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise UserError(
             f"{folder} is not a model folder: it holds {there}, but no config.json. "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import upstream
+from hfpipe.adapter_types import apply_preset, read_adapter
 from hfpipe.contradictions import contradictions, sharded, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.graph import check_graph
@@ -36,7 +37,12 @@ _MANAGED = {
     "seed": "set `seed` in pipeline.yaml",
     "disable_tqdm": "progress is one line of hfpipe's own",
 }
-ADAPTERS = {"lora": "LoraConfig"}
+
+_NO_ADAPTER = {
+    "model": "what is made from scratch is trained whole. For more text on a finished model take a midtrain stage whose "
+    "sources have `as: text`.",
+    "tokenizer": "it trains no model.",
+}
 
 
 def recipe_folder(name: str) -> Path:
@@ -95,6 +101,7 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         built = _stage(stage, files[stage], raw, stage_types, problems)
         if built:
             stages[stage] = built
+    stages = {name: apply_preset(stages, stage) for name, stage in stages.items()}
     if pipeline:
         if not re.fullmatch(r"[\w.-]+", pipeline.name):
             problems.append(
@@ -223,7 +230,9 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
     kind = stage_types[type_name]
     known = {"stage", *kind.sections, *(["trainer"] if kind.trainer else []), *(["adapter"] if kind.adapter else [])}
     for key in raw:
-        if key not in known:
+        if key == "adapter" and not kind.adapter:
+            problems.append(f"{where}adapter has no place in a {type_name} stage: {_NO_ADAPTER[kind.leaves]}")
+        elif key not in known:
             problems.append(f"{where}{key} is not a section of a {type_name} stage.{nearest(key, known)}")
     sections = {}
     for key, section_type in kind.sections.items():
@@ -246,15 +255,9 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
                 f"{where}trainer.max_length is null: give a number of tokens; nothing is cut silently here."
             )
         problems += upstream.check(given, upstream.fields(owner.split(".")[-1]), owner, f"{where}trainer")
-    adapter = raw.get("adapter")
-    if adapter is not None:
-        adapter = _upstream_section(adapter, f"{where}adapter", problems)
-        if not isinstance(adapter.get("type"), str) or adapter["type"] not in ADAPTERS:
-            problems.append(f"{where}adapter.type = {adapter.get('type')!r}: expected one of {', '.join(ADAPTERS)}.")
-        else:
-            owner = ADAPTERS[adapter["type"]]
-            rest = {k: v for k, v in adapter.items() if k != "type"}
-            problems += upstream.check(rest, upstream.fields(owner), f"peft.{owner}", f"{where}adapter")
+    adapter = None
+    if kind.adapter and raw.get("adapter") is not None:
+        adapter = read_adapter(raw["adapter"], f"{where}adapter", problems)
     if "model" in sections and sections["model"].config:
         problems += _model_config(sections["model"].config, f"{where}model.config")
     if "data" in sections and not sections["data"].train:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hfpipe import adapter_types
 from hfpipe.sections import Stage
 
+_PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
 # Options of PEFT's LoRA whose change to a weight is another than scaling * B @ A.
 _NO_PRODUCT = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "loftq_config", "monteclora_config",
@@ -42,7 +44,8 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    checks = (_optimizer, _batch, _length, _regularize, _pull, _weights, _checkpoints, _rewards)
+    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _checkpoints, _rewards)
+    checks = (*ours, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -103,13 +106,15 @@ def _pull(stage: Stage) -> Iterator[str]:
         return
     if stage.model.config:
         yield f"regularize.l2_to_parent = {l2}: the model is made from scratch, by model.config: there is no parent to hold it to."
-    adapter = stage.adapter or {}
-    if adapter.get("type", "lora") != "lora":
-        yield f"regularize.l2_to_parent = {l2} beside adapter.type = {adapter['type']!r}: the delta is defined for lora alone."
+    if stage.adapter is None:
+        return
+    kind, options = stage.adapter.type, stage.adapter.options
+    if kind not in _PRODUCT:
+        yield f"regularize.l2_to_parent = {l2} beside adapter.type = {kind!r}: the delta is defined for {' and '.join(_PRODUCT)} alone."
     for key in _NO_PRODUCT:
-        if adapter.get(key):
+        if options.get(key):
             yield f"regularize.l2_to_parent = {l2} beside adapter.{key}: the delta is not scaling * B @ A. Leave one of the two out."
-    start = adapter.get("init_lora_weights", True)
+    start = options.get("init_lora_weights", True)
     if not isinstance(start, bool) and start not in _STARTS:
         yield (
             f"regularize.l2_to_parent = {l2} with adapter.init_lora_weights = {start!r}, which changes the base too: the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from hfpipe.adapter_types import check_lineage
 from hfpipe.errors import nearest
 from hfpipe.sections import Stage
 
@@ -15,6 +16,7 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
         if "model" not in stage.sections:
             continue
         _check_rewards_from(listed, name, stages, problems)
+        problems += (f"{stage.file}: {problem}" for problem in check_lineage(stages, stage))
         source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
         if source is None:
             if stage.type.parents:

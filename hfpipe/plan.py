@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfpipe.adapter_types import describe
 from hfpipe.progress import quantity
 from hfpipe.sections import Recipe, Stage
 
@@ -38,6 +39,8 @@ def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         described["parameters"] = count_parameters(stage.model.config, stage.model.config.get("vocab_size", vocab))
         if described["parameters"]:
             notes.append(f"model: {stage.model.config['model_type']}, {quantity(described['parameters'])} parameters")
+    if stage.adapter:
+        notes.append(f"adapter: {describe(stage.adapter)}")
     if stage.trainer:
         batch = stage.trainer.get("per_device_train_batch_size", 8) * stage.trainer.get(
             "gradient_accumulation_steps", 1

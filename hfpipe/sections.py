@@ -101,6 +101,17 @@ class Regularize:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter: keys that are not here are fields of PEFT's configuration class for the type, kept in `options`."""
+
+    type: str  # a name of hfpipe.adapter_types, or any of PEFT's methods
+    preset: Literal["lora_without_regret"] | None = None
+    merge: bool | None = None  # leave the merged model, for the next stage; None: where the type can be merged
+    options: dict[str, Any] = field(default_factory=dict)
+    from_preset: dict[str, Any] = field(default_factory=dict)  # what the preset has set, trainer's keys among it
+
+
+@dataclass(frozen=True)
 class RewardFunction:
     """One of the two: a check of `hfpipe.evaluation.checks`, or a function with the arguments of TRL's reward functions."""
 
@@ -201,7 +212,7 @@ class Stage:
     file: Path
     sections: dict[str, Any]  # section name -> frozen dataclass
     trainer: dict[str, Any]
-    adapter: dict[str, Any] | None
+    adapter: Adapter | None
     raw: dict[str, Any]  # as written, overrides and settings applied: what is fingerprinted and saved
 
     @property

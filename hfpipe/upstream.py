@@ -17,7 +17,9 @@ _FILES = {
     "PreTrainedConfig": ("transformers", "configuration_utils.py"),
     "PeftConfigMixin": ("peft", "config.py"),
     "PeftConfig": ("peft", "config.py"),
-    "LoraConfig": ("peft", "tuners/lora/config.py"),
+    "PromptLearningConfig": ("peft", "config.py"),
+    "LycorisConfig": ("peft", "tuners/lycoris_utils.py"),
+    "BottleneckConfig": ("hfpipe", "training/bottleneck.py"),
     "GRPOConfig": ("trl", "trainer/grpo_config.py"),
     "PPOConfig": ("hfpipe", "training/ppo.py"),
 }
@@ -37,6 +39,10 @@ _AT_LEAST = {
     "max_length": 2,
     "logging_steps": 0,
     "weight_decay": 0,
+    "r": 1,
+    "num_virtual_tokens": 1,
+    "adapter_len": 1,
+    "adapter_layers": 1,
 }
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
 
@@ -48,6 +54,7 @@ class Field:
     annotation: str
     types: tuple[type, ...] | None
     choices: tuple[object, ...] = ()
+    default: object = None  # where it is written as a literal
 
 
 def _package_file(package: str, file: str) -> Path:
@@ -101,7 +108,7 @@ def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
     node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
     found: dict[str, Field] = {}
     for base in node.bases:
-        if ast.unparse(base) in _FILES:
+        if ast.unparse(base) in {**_FILES, **_peft_files()}:
             found |= fields(ast.unparse(base))
     for item in node.body:
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
@@ -109,16 +116,59 @@ def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
         annotation = ast.unparse(item.annotation)
         if annotation.startswith("ClassVar") or item.target.id.startswith("_") or "init=False" in ast.unparse(item):
             continue
-        found[item.target.id] = Field(annotation, *_types(item.annotation))
+        found[item.target.id] = Field(annotation, *_types(item.annotation), _default(item.value))
     return found
+
+
+def _default(value: ast.expr | None) -> object:
+    """Of `x: int = 1` and of `x: int = field(default=1)`."""
+    if isinstance(value, ast.Call):
+        value = next((word.value for word in value.keywords if word.arg == "default"), None)
+    try:
+        return ast.literal_eval(value) if value else None
+    except ValueError:
+        return None
 
 
 @functools.cache
 def fields(class_name: str) -> dict[str, Field]:
     """Option name -> Field of `SFTConfig`, `LoraConfig` ..., inherited ones included."""
     trl_file = ("trl", f"trainer/{class_name.removesuffix('Config').lower()}_config.py")
-    package, file = _FILES.get(class_name, trl_file)
+    package, file = _FILES.get(class_name) or _peft_files().get(class_name, trl_file)
     return _fields_in(_package_file(package, file), class_name)
+
+
+@functools.cache
+def peft_methods() -> dict[str, str]:
+    """Name of every method of PEFT -> its configuration class, as the calls of `register_peft_method` give them."""
+    found = {}
+    for file in _package_file("peft", "tuners").glob("*/__init__.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "register_peft_method":
+                given = {word.arg: word.value for word in node.keywords}
+                found[ast.literal_eval(given["name"])] = ast.unparse(given["config_cls"])
+    return found
+
+
+@functools.cache
+def _peft_files() -> dict[str, tuple[str, str]]:
+    """Configuration class of a PEFT method -> (package, file)."""
+    files = _package_file("peft", "tuners").glob("*/config.py")
+    text = {f"tuners/{file.parent.name}/config.py": file.read_text(encoding="utf-8") for file in files}
+    return {
+        name: ("peft", next(file for file in text if f"class {name}(" in text[file]))
+        for name in peft_methods().values()
+    }
+
+
+@functools.cache
+def adaption_prompt_models() -> tuple[str, ...]:
+    """Model types for which PEFT has LLaMA-Adapter's attention."""
+    file = _package_file("peft", "tuners/adaption_prompt/config.py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    node = next(n for n in tree.body if isinstance(n, ast.Assign) and "MODEL_CONFIG" in ast.unparse(n.targets[0]))
+    assert isinstance(node.value, ast.Dict)
+    return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
 
 
 @functools.cache

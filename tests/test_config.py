@@ -170,7 +170,7 @@ def test_overrides_set_values_and_settings(recipe):
     )
     assert loaded.stages["sft"].trainer["learning_rate"] == 1e-4
     assert loaded.pipeline.seed == 3
-    assert loaded.stages["sft"].adapter == {"type": "lora", "r": 2}
+    assert loaded.stages["sft"].adapter.options == {"r": 2}
 
 
 def test_a_setting_without_a_value_names_itself():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
@@ -26,17 +27,19 @@ def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTr
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hfpipe.training.adapters import load_pretrained
+
     path, revision = source, None
     if not Path(source).expanduser().exists():
         path, _, named = source.partition("@")
         revision = named or None
-    elif not (Path(source).expanduser() / "config.json").is_file():
+    elif not any((Path(source).expanduser() / name).is_file() for name in ("config.json", ADAPTER_FILE)):
         inside = sorted(p.parent.name for p in Path(source).expanduser().glob("*/config.json"))
         hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
         raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(path, revision=revision)
+        model = load_pretrained(AutoModelForCausalLM, path, revision)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None

@@ -126,8 +126,11 @@ def generate_all(
 
 
 def positions(model: PreTrainedModel) -> int:
-    """Tokens that the model can read and write in all, by its configuration."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """Tokens that the model can read and write in all, by its configuration; a learnt prompt takes some of them."""
+    from peft import PeftModel
+
+    taken = getattr(model.active_peft_config, "num_virtual_tokens", 0) if isinstance(model, PeftModel) else 0
+    return (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - taken
 
 
 def stop_ids(model: PreTrainedModel) -> set[int]:

@@ -50,6 +50,8 @@ def evaluate_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from hfpipe.training.adapters import load_pretrained
+
     gc.collect()  # the trainer and its optimizer are done with
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -59,7 +61,7 @@ def evaluate_model(
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(str(folder), **options).to(device).eval()
+    model = load_pretrained(AutoModelForCausalLM, str(folder), **options).to(device).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     if prepared.eval is not None and job.stage.type.rows != "prompt":  # prompts have no answers to lose on
@@ -113,7 +115,8 @@ def _token_losses(
     inputs = {k: v.to(model.device) for k, v in PaddedCollator(tokenizer.pad_token_id)(batch).items()}
     labels = inputs.pop("labels")[:, 1:]
     with torch.inference_mode():
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        # From the right: a prompt that was learnt stands before the text, and has logits of its own.
+        logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] - 1 : -1].float()
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
         )

@@ -41,12 +41,13 @@ def reward_judge(source: str) -> Judge:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from hfpipe.training.adapters import load_pretrained
     from hfpipe.training.templates import neutralise, neutralise_row, special_strings
 
     path, _, revision = source.partition("@")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
-        model = AutoModelForSequenceClassification.from_pretrained(path, revision=revision or None).eval()
+        model = load_pretrained(AutoModelForSequenceClassification, path, revision or None).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"judge {source}: no reward model there: {str(error).splitlines()[0]}") from None
     if model.config.num_labels != 1:

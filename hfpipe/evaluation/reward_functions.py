@@ -109,10 +109,11 @@ def by_model(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from hfpipe.training.adapters import load_pretrained
     from hfpipe.training.templates import closing_ids, encode_prompts
 
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, revision=revision).eval()
+        model = load_pretrained(AutoModelForSequenceClassification, path, revision).eval()
         own = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: no reward model in {path}: {str(error).splitlines()[0]}") from None

@@ -30,10 +30,12 @@ def evaluate_reward_model(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from hfpipe.training.adapters import load_pretrained
+
     options = {"trust_remote_code": job.stage.model.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = AutoModelForSequenceClassification.from_pretrained(str(folder), **options).to(device).eval()
+    model = load_pretrained(AutoModelForSequenceClassification, str(folder), **options).to(device).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.adapter_types import ADAPTER_FILE
+
 if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
@@ -24,9 +26,9 @@ def write_card(job: Job, folder: Path, record: dict[str, Any]) -> None:
 def build_card(job: Job, record: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
-    head = ModelCardData(library_name="transformers", tags=["hfpipe", record["type"]])
+    library, snippet = _how_to_load(job, record)
+    head = ModelCardData(library_name=library, tags=["hfpipe", record["type"]])
     parent = record["parent"]["from"] if record["parent"] else "nothing"
-    auto = _LOADED_BY[job.stage.type.leaves]
     lines = [
         "---",
         head.to_yaml(),
@@ -38,9 +40,7 @@ def build_card(job: Job, record: dict[str, Any]) -> str:
         f"made from {parent} by hfpipe {record['versions']['hfpipe']}.",
         "",
         "```python",
-        f"from transformers import {auto}",
-        "",
-        f'{auto}.from_pretrained("path/to/{record["stage"]}")',
+        *snippet,
         "```",
         "",
         "| metric | value |",
@@ -51,6 +51,18 @@ def build_card(job: Job, record: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _how_to_load(job: Job, record: dict[str, Any]) -> tuple[str, list[str]]:
+    """The library that loads what the stage left, and the lines to do it with: PEFT where that is an adapter alone."""
+    auto, library, first, more = _LOADED_BY[job.stage.type.leaves], "transformers", [], ""
+    if ADAPTER_FILE in record["files"]:
+        auto, library = auto.replace("Auto", "AutoPeft"), "peft"
+        more = ", num_labels=1" if job.stage.type.leaves == "reward_model" else ""
+        if job.stage.adapter.type == "bottleneck":
+            first = ["import hfpipe.training.bottleneck  # makes it known to PEFT"]
+    call = f'{auto}.from_pretrained("path/to/{record["stage"]}"{more})'
+    return library, [*first, f"from {library} import {auto}", "", call]
 
 
 def _short(value: Any) -> Any:

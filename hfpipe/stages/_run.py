@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import __version__, artifact
+from hfpipe.adapter_types import find_kind
 from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
@@ -247,8 +248,11 @@ def check_trainer(stage: Stage) -> None:
         return
     from hfpipe.training.adapters import build_adapter
     from hfpipe.training.fit import construct_args, try_optimizer
+    from hfpipe.training.quantised import try_out
 
     build_adapter(stage)
+    if stage.adapter and find_kind(stage.adapter.type).four_bit:
+        try_out()
     with tempfile.TemporaryDirectory() as folder:
         try_optimizer(stage, construct_args(stage, folder, seed=0))
 

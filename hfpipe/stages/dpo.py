@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.adapter_types import starts_as_no_change
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Model, Optimizer, Regularize, StageType
 
@@ -50,7 +51,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
-    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
@@ -68,16 +69,21 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     progress.tell("doing", text="log-probabilities of the reference")
-    trainer = PreparedDPOTrainer(
+    trainer = build_trainer(
+        job,
+        progress,
+        PreparedDPOTrainer,
         model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=build_adapter(job.stage),
     )
     before = _scores(trainer, data)
-    _check_reference(job, before["margin"], args.beta)
+    if job.stage.adapter is None or starts_as_no_change(job.stage.adapter):
+        _check_reference(job, before["margin"], args.beta)
+    else:
+        progress.note(f"before training the margin is {before['margin']}: untrained virtual tokens change the model")
     metrics = fit(job, trainer, data, progress)
     if data.eval is None:
         return metrics

@@ -70,7 +70,7 @@ def train_by_rewards(
 
     from hfpipe.evaluation.answers import stop_ids
     from hfpipe.evaluation.reward_functions import build_rewards
-    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts, held_out_reward
@@ -83,14 +83,16 @@ def train_by_rewards(
     args = build_args(job, config_class, progress, reward_weights=weights, **one)
     check_rollouts(job, args)
     set_seed(args.seed)
-    trainer = trainer_class(
+    trainer = build_trainer(
+        job,
+        progress,
+        trainer_class,
         model,
         rewards,
         args,
         train_dataset=as_prompts(data.train),
         eval_dataset=as_prompts(data.eval),
         processing_class=tokenizer,
-        peft_config=build_adapter(job.stage),
         **more(rewards),
     )
     trainer.random_reward = job.stage.sections["rewards"].control == "random_reward"

@@ -44,7 +44,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from transformers import set_seed
     from trl import KTOConfig, KTOTrainer
 
-    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
@@ -64,13 +64,15 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     progress.tell("doing", text="log-probabilities of the reference")
-    trainer = PreparedKTOTrainer(
+    trainer = build_trainer(
+        job,
+        progress,
+        PreparedKTOTrainer,
         model,
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=build_adapter(job.stage),
     )
     before = _held_out(trainer, data)
     metrics = fit(job, trainer, data, progress)

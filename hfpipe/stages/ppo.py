@@ -31,7 +31,10 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
 
 def _critic(rewards: list[Any]) -> dict[str, Any]:
+    from peft import PeftModel
+
     fitting = [reward.model for reward in rewards if getattr(reward, "same_vocabulary", False)]
+    fitting = [model for model in fitting if not isinstance(model, PeftModel)]  # a critic is a whole model
     return {"value_model": fitting[0] if fitting else None}
 
 

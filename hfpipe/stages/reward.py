@@ -46,7 +46,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
-    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.collate import PairCollator
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_reward_model, load_tokenizer
@@ -56,14 +56,16 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     # Longer pairs are left out already, and the collator takes columns that upstream does not know.
     args = build_args(job, RewardConfig, progress, max_length=None, remove_unused_columns=False)
     set_seed(args.seed)
-    trainer = RewardTrainer(
+    trainer = build_trainer(
+        job,
+        progress,
+        RewardTrainer,
         load_reward_model(job, tokenizer, progress),
         args=args,
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=build_adapter(job.stage),
     )
     return fit(job, trainer, data, progress)
 

@@ -66,7 +66,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
-    from hfpipe.training.adapters import build_adapter
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
@@ -77,14 +77,16 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     )  # packed already
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
-    trainer = SFTTrainer(
+    trainer = build_trainer(
+        job,
+        progress,
+        SFTTrainer,
         model,
         args,
         data_collator=build_collator(job, model, tokenizer, packing=job.stage.trainer.get("packing", False)),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=build_adapter(job.stage),
     )
     return fit(job, trainer, data, progress)
 

@@ -1,40 +1,235 @@
-"""PEFT adapters from a recipe's `adapter` section."""
+"""PEFT adapters: from a recipe's `adapter` section to a trainer, and from there to what a stage leaves.
+
+Where the kind can be merged a stage leaves a whole model, and the adapter beside it in `adapter/`. Else its folder is that of
+an adapter: `adapter_config.json`, its weights and the tokenizer, on a base that stays where it is.
+"""
 
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
+from hfpipe import artifact, upstream
+from hfpipe.adapter_types import describe, find_kind, is_adapter_folder, is_merged
 from hfpipe.errors import UserError
+from hfpipe.training import bottleneck  # noqa: F401  makes the method known to PEFT
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from hfpipe.sections import Stage
+    from hfpipe.training.job import Job, Progress
+
+ADAPTER_FOLDER = "adapter"
+ENCODER_FILE = "prompt_encoder.safetensors"
 
 
-# They change the base's own weights, so that the model without its adapter is no longer the reference (PEFT 0.21).
-_REWRITES_BASE = ("pissa", "olora", "corda", "eva", "lora_ga")
-
-
-def build_adapter(stage: Stage) -> Any | None:
-    """The PEFT configuration of the stage's `adapter` section, or None.
+def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
+    """The PEFT configuration of the stage's `adapter` section, or None; `parent` is where its tokenizer is to be had.
 
     Raises:
-        UserError: PEFT refuses it, or it would give the stage a wrong reference.
+        UserError: PEFT refuses it.
     """
     if stage.adapter is None:
         return None
     from peft import get_peft_config
 
-    options = copy.deepcopy(stage.adapter)
-    start = str(options.get("init_lora_weights"))
-    if stage.type.rows == "preference" and stage.type.leaves == "model" and start.startswith(_REWRITES_BASE):
-        raise UserError(
-            f"{stage.file}: adapter.init_lora_weights = {start!r} rewrites the base's weights, so the reference would be wrong. "
-            "Leave it out in a stage of preferences."
-        )
-    kind = options.pop("type")
+    options = copy.deepcopy(stage.adapter.options)
+    if options.get("prompt_tuning_init") == "TEXT":
+        options.setdefault("tokenizer_name_or_path", parent)
     task = "SEQ_CLS" if stage.type.leaves == "reward_model" else "CAUSAL_LM"
+    method = find_kind(stage.adapter.type).method
     try:
-        return get_peft_config({"peft_type": kind.upper(), "task_type": task, **options})
+        return get_peft_config({"peft_type": method.upper(), "task_type": task, **options})
     except (TypeError, ValueError) as error:
         raise UserError(f"{stage.file}: adapter is refused by PEFT: {error}") from error
+
+
+def build_trainer(
+    job: Job, progress: Progress, trainer_class: type, model: PreTrainedModel, *args: Any, **options: Any
+) -> Any:
+    """A trainer of upstream's with the stage's adapter on the model.
+
+    Raises:
+        UserError: PEFT or TRL refuses the adapter for this model.
+    """
+    stage = job.stage
+    if stage.adapter is None:
+        return trainer_class(model, *args, **options)
+    config = build_adapter(stage, job.parent_path)
+    if find_kind(stage.adapter.type).method == "p_tuning":
+        trainer_class = type(trainer_class.__name__, (KeepsEncoder, trainer_class), {})
+    _train_new_rows(job, config, model, options["processing_class"], progress)
+    try:
+        trainer = trainer_class(model, *args, peft_config=config, **options)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{stage.file}: adapter is refused upstream for this model: {error}") from error
+    _mend(trainer.model)
+    if find_kind(stage.adapter.type).four_bit:
+        # TRL rounds the adapter to bfloat16, in which small updates are lost, and from a checkpoint it comes as float32.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    trained, whole = trainer.model.get_nb_trainable_parameters()
+    progress.note(f"adapter: {describe(stage.adapter)}; {trained:,} of {whole:,} parameters train")
+    return trainer
+
+
+class KeepsEncoder:
+    """Mixed into a trainer: a checkpoint holds the network that writes the prompt; PEFT 0.21 keeps what it wrote alone."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        encoder = self.accelerator.unwrap_model(self.model).prompt_encoder
+        save_file(encoder.state_dict(), Path(output_dir or self.args.output_dir) / ENCODER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_encoder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_encoder(self.state.best_model_checkpoint)
+
+    def _load_encoder(self, checkpoint: str) -> None:
+        self.model.prompt_encoder.load_state_dict(load_file(Path(checkpoint) / ENCODER_FILE))
+
+
+def _train_new_rows(
+    job: Job, config: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> None:
+    """Tokens that the stage adds have to be learnt, and an adapter freezes the embeddings: let their rows train with it."""
+    from hfpipe.training.models import added_tokens
+
+    added = added_tokens(job, tokenizer)
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    ends = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings and model.get_output_embeddings() is not None:
+        ends.append(model.get_output_embeddings())
+    ends = [names[id(module)] for module in ends]
+    given = getattr(config, "trainable_token_indices", None)
+    if not added or given or set(ends) <= set(getattr(config, "modules_to_save", None) or ()):
+        return
+    if "trainable_token_indices" not in upstream.fields(find_kind(job.stage.adapter.type).config):
+        raise UserError(
+            f"{job.stage.file}: this stage adds {added} tokens, whose rows a {job.stage.adapter.type} adapter would leave "
+            f"untrained. Add them in a stage that is trained whole, take lora, qlora or dora, or name {' and '.join(ends)} in "
+            "adapter.modules_to_save."
+        )
+    rows = range(len(tokenizer) - added, len(tokenizer))
+    config.trainable_token_indices = {name: list(rows) for name in ends}
+    progress.note(f"adapter: the rows of the {added} added tokens train with it (trainable_token_indices)")
+
+
+def _mend(model: PeftModel) -> None:
+    """What TRL 1.16 asks of a model and two of PEFT's wrappers do not hand on (each by a test of its kind)."""
+    from peft.tuners.adaption_prompt import AdaptionPromptModel
+    from peft.utils import TrainableTokensWrapper
+
+    if isinstance(model.base_model, AdaptionPromptModel):
+        model.base_model.forward = model.base_model.model.forward  # it kept the one before TRL gave the model its own
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = getattr(head.original_module, "bias", None)  # of tied embeddings there is none
+
+
+# --- what a stage leaves ---
+
+
+def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
+    """Write the adapter, and the merged model where the kind allows one, into the job's working folder."""
+    base, revision = job.parent_path, job.parent_revision
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+        config.revision = revision
+    if not is_merged(job.stage.adapter):
+        _save_adapter(job, model, tokenizer, job.work)
+        return
+    _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
+    try:
+        merged = _merge(job, model, tokenizer)
+    except (ValueError, NotImplementedError) as error:
+        progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")
+        shutil.rmtree(job.work / ADAPTER_FOLDER)
+        _save_adapter(job, model, tokenizer, job.work)
+        return
+    merged.config.use_cache = True
+    merged.save_pretrained(str(job.work))
+
+
+def _save_adapter(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The adapter with what a folder needs to be loaded by itself; its base stays where it is."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
+    tokenizer.save_pretrained(str(folder))
+    if job.stage.type.leaves == "model":
+        model.generation_config.save_pretrained(str(folder))
+
+
+def _merge(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model with the adapter written into its weights; the trainer's own stays as it was trained.
+
+    Four-bit weights would be rounded again, so for those the base is loaded anew and whole, and merged in float32.
+    """
+    if not find_kind(job.stage.adapter.type).four_bit:
+        return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    from peft import PeftModel
+
+    from hfpipe.training.models import load_whole
+
+    base = load_whole(job, tokenizer)
+    dtype = base.dtype
+    merged = PeftModel.from_pretrained(base.float(), str(job.work / ADAPTER_FOLDER)).merge_and_unload(safe_merge=True)
+    return merged.to(dtype)
+
+
+# --- and how it is loaded again ---
+
+
+def load_pretrained(auto_class: Any, source: str, revision: str | None = None, **options: Any) -> Any:
+    """`auto_class.from_pretrained`, and for a folder that holds an adapter alone its base with the adapter on it.
+
+    Raises:
+        UserError: the base is not there any more, or is another one by now.
+    """
+    folder = Path(source).expanduser()
+    if not is_adapter_folder(folder):
+        return auto_class.from_pretrained(source, revision=revision, **options)
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    reads_scores = config.task_type == "SEQ_CLS"
+    if reads_scores:
+        options["num_labels"] = 1
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    base = auto_class.from_pretrained(_base_of(folder, config), revision=config.revision, **options)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # their rows are the adapter's
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = PeftModel.from_pretrained(base, str(folder))
+    if not reads_scores:
+        model.generation_config = base.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model
+
+
+def _base_of(folder: Path, config: Any) -> str:
+    """Where the base of an adapter is: the stage beside it that it was made from, else what PEFT wrote down."""
+    record = artifact.read_record(folder / artifact.STAGE_FILE) or {}
+    parent = record.get("parent") or {}
+    beside = folder.parent / str(parent.get("from"))
+    base = str(beside) if (beside / artifact.STAGE_FILE).is_file() else str(config.base_model_name_or_path)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise UserError(f"{folder} is an adapter on {base}, which is not there any more. Put that model back.")
+    now = (artifact.read_record(Path(base) / artifact.STAGE_FILE) or {}).get("fingerprint")
+    if now and parent and now != parent["fingerprint"]:
+        raise UserError(
+            f"{folder} is an adapter on {base}, and that has been made anew since. Make the adapter anew too: "
+            f"hfpipe run {record['recipe']} --out {folder.parent} --only {record['stage']}"
+        )
+    return base

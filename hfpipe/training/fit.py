@@ -13,8 +13,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
 from hfpipe import artifact
+from hfpipe.adapter_types import checkpointing_off
 from hfpipe.errors import UserError
 from hfpipe.run_folder import find_checkpoints
+from hfpipe.training.adapters import save_adapted
 from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
@@ -36,6 +38,8 @@ def build_args(job: Job, config_class: type, progress: Progress, **ours: Any) ->
     if not job.stage.trainer.get("fp16"):
         wanted = job.stage.trainer.get("bf16", bf16)
         progress.note(reason if wanted == bf16 else f"bf16: {wanted}, as the recipe says")
+    if checkpointing_off(job.stage):
+        progress.note(f"activation_checkpointing: false, since {job.stage.adapter.type} keeps its tokens in the cache")
     args = construct_args(job.stage, str(job.checkpoints), job.recipe.pipeline.seed, **ours)
     assert isinstance(args, config_class)
     return args
@@ -50,6 +54,8 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
         given.setdefault("bf16", choose_bf16()[0])
     defaults = {"report_to": "none", "save_total_limit": 2, "logging_steps": 10, "logging_first_step": True}
     defaults["logging_nan_inf_filter"] = False  # upstream's default logs a NaN as 0.0
+    if checkpointing_off(stage):
+        defaults["activation_checkpointing"] = False
     managed = {
         "output_dir": output_dir,
         "seed": seed,
@@ -123,7 +129,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if checkpoint and trainer.state.global_step < resumed:
         raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
     progress.tell("doing", text="writing weights")
-    save(job, trainer)
+    save(job, trainer, progress)
     steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
     tokens = data.tokens_per_row * steps * _rows_per_step(trainer.args)
     metrics = {
@@ -145,15 +151,12 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     return metrics
 
 
-def save(job: Job, trainer: Trainer) -> None:
-    """Weights, configuration and tokenizer as an ordinary model folder; an adapter is kept beside the merged model."""
+def save(job: Job, trainer: Trainer, progress: Progress) -> None:
+    """Weights, configuration and tokenizer as an ordinary model folder, an adapter as `hfpipe.training.adapters` has it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
+    if job.stage.adapter is not None:
         if trainer.is_world_process_zero():
-            model.save_pretrained(str(job.work / "adapter"))
-            merged = copy.deepcopy(model).merge_and_unload()  # the trainer's own stays as it was trained
-            merged.config.use_cache = True
-            merged.save_pretrained(str(job.work))
+            save_adapted(job, model, trainer.processing_class, progress)
     else:
         model.config.use_cache = True
         trainer.save_model(str(job.work))

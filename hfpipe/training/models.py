@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
+from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
 from hfpipe.training.templates import load_chat_template, stop_token_ids
 from hfpipe.training.tokenizers import extend_tokenizer, resize_embeddings
@@ -74,7 +76,6 @@ def load_reward_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Pr
 
     with suppress_seqcls_warning():
         model = _load_parent(job, tokenizer, progress, AutoModelForSequenceClassification, num_labels=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
     freeze(job, model, tokenizer, progress)
     return model
 
@@ -82,18 +83,57 @@ def load_reward_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Pr
 def _load_parent(
     job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress, auto_class: Any, **options: Any
 ) -> PreTrainedModel:
-    """The parent's weights, with rows for the tokens that the stage adds."""
+    """The parent's weights, in 4 bits where the adapter says so, with rows for the tokens that the stage adds."""
+    adapter = job.stage.adapter
+    if adapter and find_kind(adapter.type).four_bit:
+        options |= load_options()
+    model = _load_and_resize(job, tokenizer, auto_class, **options)
+    if added := added_tokens(job, tokenizer):
+        progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
+    progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
+    if "quantization_config" in options:
+        dtype = str(options["quantization_config"].bnb_4bit_compute_dtype).removeprefix("torch.")
+        progress.note(f"4 bits: {hold_layout(model)} linear layers in nf4, double quantisation, computed in {dtype}")
+    return model
+
+
+def load_whole(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The stage's parent as it is before training, not quantised."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if job.stage.type.leaves == "reward_model":
+        return _load_and_resize(job, tokenizer, AutoModelForSequenceClassification, num_labels=1)
+    model = _load_and_resize(job, tokenizer, AutoModelForCausalLM)
+    set_generation_config(model, tokenizer)
+    return model
+
+
+def added_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the stage adds to its parent's."""
     from transformers import AutoTokenizer
 
+    return len(tokenizer) - len(_from_pretrained(AutoTokenizer, job))
+
+
+def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: Any, **options: Any) -> PreTrainedModel:
     section = job.stage.model
     options["dtype"] = section.dtype or ("auto" if job.stage.adapter else "float32")
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
     model = _from_pretrained(auto_class, job, **options)
-    if added := len(tokenizer) - len(_from_pretrained(AutoTokenizer, job)):
+    if model._hf_peft_config_loaded:
+        raise UserError(
+            f"{job.stage.file}: model.from = {section.from_!r} holds an adapter alone, and a stage starts from a whole "
+            "model. Give one that has been merged."
+        )
+    if model.config.to_dict().get("quantization_config") and "quantization_config" not in options:
+        raise UserError(
+            f"{job.stage.file}: model.from = {section.from_!r} is quantised already, and a stage trains and merges whole "
+            "weights. Give the model that it was made from; adapter.type: qlora keeps it in 4 bits while it trains."
+        )
+    if added := added_tokens(job, tokenizer):
         resize_embeddings(model, tokenizer, added)
-        progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
-    progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 

@@ -40,7 +40,7 @@ def freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     if not all(p.requires_grad for p in parameters):
         frozen, total = sum(p.numel() for p in parameters if not p.requires_grad), model.num_parameters()
         progress.note(f"frozen: {frozen:,} of {total:,} parameters, by regularize.freeze_layers")
-    if section.freeze_embeddings:
+    if section.freeze_embeddings and job.stage.adapter is None:  # an adapter leaves them alone in any case
         special = _freeze_ordinary_rows(model, tokenizer)
         progress.note(f"frozen: embedding rows of ordinary tokens; {special} special tokens' rows train")
 
