@@ -4,7 +4,8 @@
     python benchmarks/lora_against_full.py OUT --real DIR         alpaca_en_demo.json and gsm8k_train.jsonl in DIR
 
 Full fine-tuning has the rates of `--rates`, LoRA ten times each, as the preset lora_without_regret would have it, and once the same
-rate; an adapter leaves the embeddings alone, so full fine-tuning is held against it with frozen ones too. OUT keeps the runs, so that an interrupted benchmark goes on.
+rate; an adapter leaves the embeddings alone, so full fine-tuning is held against it with frozen ones too. OUT keeps the runs,
+so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -80,13 +81,12 @@ def row(run: Path, name: str, steps: int) -> str:
     """One line of the table: what trained, the rate, and the held-out loss after a quarter, a half and all of the steps."""
     lines = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    record = json.loads((run / name / "stage.json").read_text())
     kind, _, rate = name.partition("_")
     weights = run / name / "adapter" / "adapter_model.safetensors"
     size = (weights if weights.is_file() else run / name / "model.safetensors").stat().st_size / 4
     shown = " | ".join(f"{losses[step]:.3f}" for step in (steps // 4, steps // 2, steps))
     what = {"full": "full", "inner": "full, embeddings frozen"}.get(kind) or f"LoRA, r {kind[1:]}"
-    return f"| {what} | {size / 1e3:,.0f} | {float(rate):g} | {shown} | {record['metrics']['train_runtime_s']:.0f} |"
+    return f"| {what} | {size / 1e3:,.0f} | {float(rate):g} | {shown} |"
 
 
 def main() -> None:
@@ -104,8 +104,8 @@ def main() -> None:
     if done.returncode:
         sys.exit(done.returncode)  # told already
     quarter, half, whole = options.steps // 4, options.steps // 2, options.steps
-    print(f"| trained | thousand parameters | learning rate | loss at step {quarter} | {half} | {whole} | seconds |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| trained | thousand parameters | learning rate | loss at step {quarter} | {half} | {whole} |")
+    print("|---|---|---|---|---|---|")
     for name in names:
         print(row(run, name, options.steps))
 
