@@ -148,7 +148,7 @@ def _curves(stages: list[StageStory]) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    trained = [stage for stage in stages if stage.curve]
+    trained = [stage for stage in stages if stage.curve and "held_out" not in stage.metrics]  # no loss of a rollout's
     if not trained:
         return ""
     mpl.rcParams["svg.fonttype"] = "none"  # text stays text

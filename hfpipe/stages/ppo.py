@@ -24,15 +24,15 @@ prepare = grpo.prepare
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
-    """As grpo's, with a critic that starts from the reward model where that has the policy's vocabulary."""
+    """As grpo's, with a critic; one of its own starts from the reward model where that has the policy's vocabulary."""
     from hfpipe.training.ppo import PPOConfig, PPOTrainer
 
-    return grpo.train_by_rewards(job, progress, PPOTrainer, PPOConfig, _critic, kl_per_token=False)
+    def value_model(rewards: list[Any]) -> dict[str, Any]:
+        fitting = [reward.model for reward in rewards if getattr(reward, "same_vocabulary", False)]
+        separate = job.stage.trainer.get("critic") != "head"
+        return {"value_model": fitting[0] if fitting and separate else None}
 
-
-def _critic(rewards: list[Any]) -> dict[str, Any]:
-    fitting = [reward.model for reward in rewards if getattr(reward, "same_vocabulary", False)]
-    return {"value_model": fitting[0] if fitting else None}
+    return grpo.train_by_rewards(job, progress, PPOTrainer, PPOConfig, value_model, kl_per_token=False)
 
 
 if __name__ == "__main__":
