@@ -201,8 +201,8 @@ def _report(options: argparse.Namespace) -> None:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
     words = [*(f"forgotten: {line}" for line in card.forgotten), *(f"gained: {line}" for line in card.beyond)]
-    lines = [*table(card), *words] if card.capabilities or card.text else []
-    print("\n".join([*lines, f"report: {path}"]))
+    scores = table(card) if card.capabilities or card.text else []
+    print("\n".join([*scores, *words, f"report: {path}"]))
 
 
 def _eval(options: argparse.Namespace) -> None:

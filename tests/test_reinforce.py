@@ -70,11 +70,19 @@ def test_what_is_rewarded_is_learnt(steered, tmp_path, kind):
     assert row["rewards"]["vowels"] == pytest.approx(text.count("e") / max(len(text), 1), abs=1e-5)
 
 
-def test_the_control_learns_nothing(steered, tmp_path):
+def test_the_control_learns_nothing_and_the_scorecard_says_what_was_gained_beyond(steered, tmp_path):
     folder = steered("grpo")
-    hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.rewards.control=random_reward")
-    metrics = stage_json(tmp_path / "run" / "rl")["metrics"]
-    assert metrics["held_out"]["reward"] < metrics["held_out_before"]["reward"] + 0.05
+    written = (folder / "rl.yaml").read_text()
+    (folder / "chance.yaml").write_text(written.replace("rewards: {", "rewards: {control: random_reward, "))
+    (folder / "pipeline.yaml").write_text(
+        "name: steered\nstages: [rl, chance]\nevaluate: {samples: 1, max_new_tokens: 4}\n"
+    )
+    hfpipe("run", folder, "--out", tmp_path / "run")
+    told = {name: stage_json(tmp_path / "run" / name)["metrics"] for name in ("rl", "chance")}
+    assert told["chance"]["held_out"]["reward"] < told["chance"]["held_out_before"]["reward"] + 0.05
+    gained = told["rl"]["held_out"]["reward"] - told["chance"]["held_out"]["reward"]
+    assert gained > 0.05
+    assert f"gained: rl beyond chance: held-out reward {gained:+.2f}" in hfpipe("report", tmp_path / "run").stdout
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(steered, tmp_path):
@@ -169,9 +177,10 @@ def test_checks_as_rewards():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
-def test_gsm8k_as_it_is(steered, tmp_path):
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
+def test_gsm8k_as_it_is(steered, tmp_path, kind):
     folder = steered(
-        "grpo",
+        kind,
         data=f"{{train: [{{path: {REAL / 'gsm8k_train.jsonl'}, limit: 16}}]}}",
         rewards="{functions: [{check: number}, {check: length, value: {max_words: 200}, weight: 0.1}]}",
     )
@@ -180,6 +189,8 @@ def test_gsm8k_as_it_is(steered, tmp_path):
     )
     logged = lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]
     assert {"rewards/number/mean", "rewards/length/mean"} <= logged.keys()
+    kept = lines(tmp_path / "run" / "rl" / "rollouts.jsonl")
+    assert all(row["rewards"]["number"] in (0, 1) for row in kept)  # every row has a number to compare with
 
 
 def test_a_reward_model_of_the_recipe(micro_run, steered, tmp_path):

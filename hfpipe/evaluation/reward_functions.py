@@ -125,11 +125,19 @@ def by_model(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
     same = own.get_vocab() == tokenizer.get_vocab()
     closing = closing_ids(tokenizer)
 
-    def encode(prompt: list[dict], messages: list[dict], ids: list[int], row: dict[str, Any]) -> list[int]:
+    def encode(
+        prompts: list[Any], completions: list[Any], sampled: list[list[int]], rows: list[Any]
+    ) -> list[list[int]]:
         if not same:
-            return own.apply_chat_template([*prompt, *messages], return_dict=True)["input_ids"]
-        asked = encode_prompts(tokenizer, [{"prompt": prompt, "tools": row.get("tools")}])[0]
-        return [*asked, *ids, *closing.get(ids[-1] if ids else None, [])]
+            talks = [[*prompt, *messages] for prompt, messages in zip(prompts, completions, strict=True)]
+            return own.apply_chat_template(talks, return_dict=True)["input_ids"]
+        asked = encode_prompts(
+            tokenizer, [{"prompt": p, "tools": row.get("tools")} for p, row in zip(prompts, rows, strict=True)]
+        )
+        return [
+            [*before, *ids, *closing.get(ids[-1] if ids else None, [])]
+            for before, ids in zip(asked, sampled, strict=True)
+        ]
 
     def reward_model(
         prompts: list[Any],
@@ -138,7 +146,7 @@ def by_model(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
         row: list[dict[str, Any]],
         **_: Any,
     ) -> list[float | None]:
-        whole = [encode(*parts) for parts in zip(prompts, completions, completion_ids, row, strict=True)]
+        whole = encode(prompts, completions, completion_ids, row)
         order = sorted(range(len(whole)), key=lambda i: len(whole[i]))
         scores: list[float | None] = [None] * len(whole)
         for start in range(0, len(order), _ROWS_AT_ONCE):

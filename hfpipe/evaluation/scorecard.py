@@ -144,7 +144,8 @@ def _beyond_control(card: Scorecard, records: dict[str, dict[str, Any]]) -> list
         control = controls.get(key(stage))
         if control is None or control == stage:
             continue
-        gains = []
+        rewarded = [(records[one].get("metrics", {}).get("held_out") or {}).get("reward") for one in (stage, control)]
+        gains = [] if None in rewarded else [f"held-out reward {rewarded[0] - rewarded[1]:+.2f}"]
         for name in card.capabilities:
             own, other = card.cells.get((stage, name)), card.cells.get((control, name))
             if own is None or other is None:

@@ -24,18 +24,17 @@ prepare = grpo.prepare
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
-    """As grpo's, with a critic that starts from the reward model where that has the policy's vocabulary."""
-    from hfpipe.training.ppo import PPOConfig, PPOTrainer
-
-    return grpo.train_by_rewards(job, progress, PPOTrainer, PPOConfig, _critic, kl_per_token=False)
-
-
-def _critic(rewards: list[Any]) -> dict[str, Any]:
+    """As grpo's, with a critic; one of its own starts from the reward model where that has the policy's vocabulary."""
     from peft import PeftModel
 
-    fitting = [reward.model for reward in rewards if getattr(reward, "same_vocabulary", False)]
-    fitting = [model for model in fitting if not isinstance(model, PeftModel)]  # a critic is a whole model
-    return {"value_model": fitting[0] if fitting else None}
+    from hfpipe.training.ppo import PPOConfig, PPOTrainer
+
+    def value_model(rewards: list[Any]) -> dict[str, Any]:
+        fitting = [reward.model for reward in rewards if getattr(reward, "same_vocabulary", False)]
+        whole = [model for model in fitting if not isinstance(model, PeftModel)]
+        return {"value_model": whole[0] if whole and job.stage.trainer.get("critic") != "head" else None}
+
+    return grpo.train_by_rewards(job, progress, PPOTrainer, PPOConfig, value_model, kl_per_token=False)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ Departures from the papers (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al
 - both losses are means over the tokens of an optimizer step, so that a long completion counts for more than a short one;
 - beta is constant; nothing of the pretraining loss is mixed in (PPO-ptx): replay is another stage's business;
 - policy and critic are clipped apart, each to `max_grad_norm`, and share the optimizer, not their rate.
+
+`critic: head` needs no second network: a value head reads the policy's last hidden states in the very pass that gives the
+log-probabilities, and the value loss trains the policy's backbone too. It is no part of the policy's module, so no saved
+weights, adapter, generation or vLLM know of it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import contextlib
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import is_peft_model
@@ -60,6 +64,9 @@ class PPOConfig(GRPOConfig):
     lam: float = field(default=0.95, metadata={"help": "Lambda of the generalised advantage estimate."})
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    critic: Literal["separate", "head"] = field(
+        default="separate", metadata={"help": "A network of its own, or a value head on the policy: less memory."}
+    )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "Default: `learning_rate`."})
     whiten_rewards: bool = field(default=False, metadata={"help": "Scale the tokens' rewards to unit variance."})
     missing_eos_penalty: float = field(default=0.0, metadata={"help": "Taken off the score of a completion cut off."})
@@ -103,19 +110,21 @@ def clipped_value_loss(
 
 
 class Critic(nn.Module):
-    """A value for every position: a decoder's backbone with a head of one number."""
+    """A value for every position: a head of one number on hidden states, those of a backbone of its own or the policy's."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear | None = None):
+    def __init__(self, hidden_size: int, backbone: nn.Module | None = None, head: nn.Linear | None = None):
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+        self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if head is not None:
             self.head.weight.data.copy_(head.weight.data)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    def forward(self, hidden: torch.Tensor | None = None, **tokens: torch.Tensor) -> torch.Tensor:
+        """`hidden`, or the `input_ids` and `attention_mask` that its own backbone reads; (rows, tokens)."""
+        if self.backbone is not None:
+            hidden = self.backbone(**tokens, use_cache=False).last_hidden_state
         return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1).float()
 
 
@@ -137,7 +146,7 @@ class PPOTrainer(Steered, GRPOTrainer):
     """GRPOTrainer's arguments, and `value_model`: a path, a Hub id or a model whose backbone the critic starts from.
 
     By default that is the policy's own checkpoint. A reward model of the policy's vocabulary is the better start: its
-    head is taken over too. Text models alone, in one process or under DDP.
+    head is taken over too. With `critic="head"` there is none. Text models alone, in one process or under DDP.
     """
 
     _tag_names = ("trl", "ppo")
@@ -156,12 +165,17 @@ class PPOTrainer(Steered, GRPOTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._is_vlm:
             raise NotImplementedError("PPOTrainer takes text models, in one process or under DDP")
         self.beta = 0.0  # none in the loss: see _generate_and_score_completions
+        self._head_values: list[torch.Tensor] = []  # of the last passes through the policy, for `critic: head`
         self.critic = self.accelerator.prepare_model(self._build_critic(value_model).to(self.accelerator.device))
         self.add_callback(_CriticStep(self))
 
     def _build_critic(self, source: str | PreTrainedModel | None) -> Critic:
-        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        source = policy.config._name_or_path if source is None else source
+        config = self.model.config
+        if self.args.critic == "head":
+            if source is not None:
+                raise ValueError("`critic='head'` puts the critic on the policy: there is no use for a `value_model`")
+            return Critic(config.get_text_config().hidden_size)
+        source = config._name_or_path if source is None else source
         if isinstance(source, str):
             backbone, head = AutoModel.from_pretrained(source, dtype=torch.float32), None
         else:
@@ -171,11 +185,26 @@ class PPOTrainer(Steered, GRPOTrainer):
         if self.args.gradient_checkpointing:
             backbone.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
             backbone.enable_input_require_grads()
-        return Critic(backbone.train(), head)
+        return Critic(backbone.config.get_text_config().hidden_size, backbone.train(), head)
 
-    def _values(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The value of the state before each token of the completions: (rows, tokens)."""
-        return self.critic(*_whole(inputs))[:, -inputs["completion_ids"].size(1) - 1 : -1]
+    # --- values: of the state before each token of the completions, (rows, tokens) ---
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's. A value head reads the hidden states of the same pass; its values go to `_head_values`."""
+        if self.args.critic == "separate":
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        seen: list[torch.Tensor] = []  # nothing, where `model` is a reference with a backbone of its own
+        policy = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        with policy.base_model.register_forward_hook(
+            lambda module, given, output: seen.append(output.last_hidden_state)
+        ):
+            found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if seen:
+            self._head_values.append(self.critic(torch.cat(seen)[:, -found[0].size(1) - 1 : -1]))
+        return found
+
+    def _critic_values(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.critic(**_whole(inputs))[:, -inputs["completion_ids"].size(1) - 1 : -1]
 
     # --- rollouts ---
 
@@ -187,6 +216,7 @@ class PPOTrainer(Steered, GRPOTrainer):
         # Upstream computes the reference's log-probabilities where beta is set, and then adds the KL to its loss too.
         # In PPO it belongs to the reward, so beta is set here and nowhere else.
         self.beta = self.args.beta
+        self._head_values.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -200,9 +230,20 @@ class PPOTrainer(Steered, GRPOTrainer):
         args, mode = self.args, "train" if self.model.training else "eval"
         mask = output["completion_mask"] * output.get("tool_mask", 1)
         rows, size = len(mask), getattr(args, f"per_device_{mode}_batch_size")
-        parts = [{name: output[name][i : i + size] for name in _ROLLOUT} for i in range(0, rows, size)]
-        values = torch.cat([self._values(part) for part in parts]) * mask
-        log_ratio = self._log_ratio(output, mask, size)
+        if "old_per_token_logps" not in output and (args.beta or args.critic == "head"):
+            # One step a rollout: upstream has no use for them.
+            self._head_values.clear()
+            output["old_per_token_logps"] = self._get_per_token_logps_and_entropies(
+                self.model, **_whole(output), logits_to_keep=mask.size(1), batch_size=size
+            )[0]
+        log_ratio = torch.zeros(mask.shape, device=mask.device)  # policy against reference: the k1 estimate of the KL
+        if args.beta:
+            log_ratio = (output["old_per_token_logps"] - output.pop("ref_per_token_logps")) * mask
+        if args.critic == "head":
+            values = self._head_values[0] * mask  # the policy is asked first: a reference may share its backbone
+        else:
+            parts = [{name: output[name][i : i + size] for name in _ROLLOUT} for i in range(0, rows, size)]
+            values = torch.cat([self._critic_values(part) for part in parts]) * mask
         per_func = self._rewards_per_func[self.accelerator.process_index * rows :][:rows]
         scores = (per_func * self.reward_weights.to(per_func.device)).nansum(dim=1)
         if args.missing_eos_penalty:
@@ -226,16 +267,6 @@ class PPOTrainer(Steered, GRPOTrainer):
         log["critic/value"].append(self._mean(values, mask).item())
         log["critic/explained_variance"].append(1 - (missed / spread.clamp(min=1e-8)).item())
 
-    def _log_ratio(self, output: dict[str, Any], mask: torch.Tensor, size: int) -> torch.Tensor:
-        """Policy against reference for every token, (rows, tokens): the k1 estimate of the KL. 0 where beta is 0."""
-        reference = output.pop("ref_per_token_logps", None)
-        if reference is None:
-            return torch.zeros(mask.shape, device=mask.device)
-        if "old_per_token_logps" not in output:  # one step a rollout: upstream has no use for them
-            found = self._get_per_token_logps_and_entropies(self.model, *_whole(output), mask.size(1), size)
-            output["old_per_token_logps"] = found[0]
-        return (output["old_per_token_logps"] - reference) * mask
-
     def _mean(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Over the tokens of all processes."""
         total = self.accelerator.reduce(torch.stack([(x * mask).sum(), mask.sum().float()]), reduction="sum")
@@ -249,12 +280,12 @@ class PPOTrainer(Steered, GRPOTrainer):
     # --- training ---
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._head_values.clear()
         loss = super()._compute_loss(model, inputs)
+        values = self._head_values.pop() if self.args.critic == "head" else self._critic_values(inputs)
         mode = "train" if self.model.training else "eval"
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        losses = clipped_value_loss(
-            self._values(inputs), inputs["old_values"], inputs["returns"], self.args.cliprange_value
-        )
+        losses = clipped_value_loss(values, inputs["old_values"], inputs["returns"], self.args.cliprange_value)
         # A mean over the tokens of an optimizer step, as upstream's "dapo" has it.
         normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
@@ -288,9 +319,7 @@ class PPOTrainer(Steered, GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self._critic_state().items()}, folder / CRITIC_FILE
-            )
+            save_file({name: one.contiguous() for name, one in self._critic_state().items()}, folder / CRITIC_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -304,7 +333,9 @@ class PPOTrainer(Steered, GRPOTrainer):
 _ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
-def _whole(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of prompts and completions together."""
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    return ids, torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+def _whole(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Prompts and completions together."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+    }
