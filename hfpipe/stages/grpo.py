@@ -79,8 +79,7 @@ def train_by_rewards(
     data = prepare(job, tokenizer)
     model = load_model(job, tokenizer, progress)
     rewards, weights = build_rewards(job, tokenizer, stop_ids(model))
-    one = {} if "num_generations_eval" in job.stage.trainer else {"num_generations_eval": 1}
-    args = build_args(job, config_class, progress, reward_weights=weights, **one)
+    args = build_args(job, config_class, progress, reward_weights=weights, **_held_out(job.stage.trainer))
     check_rollouts(job, args)
     set_seed(args.seed)
     trainer = build_trainer(
@@ -101,6 +100,14 @@ def train_by_rewards(
     metrics = fit(job, trainer, data, progress)
     metrics["tokens"] = trainer.state.num_input_tokens_seen
     return {**metrics, "held_out_before": before, "held_out": held_out_reward(trainer, data.eval)}
+
+
+def _held_out(given: dict[str, Any]) -> dict[str, Any]:
+    """Held-out prompts, unless the recipe says otherwise: one completion each, in batches as large as training's."""
+    if "num_generations_eval" in given:
+        return {}
+    rows = given.get("per_device_eval_batch_size", given.get("per_device_train_batch_size", 8))
+    return {"num_generations_eval": 1, "per_device_eval_batch_size": rows}
 
 
 if __name__ == "__main__":
