@@ -51,6 +51,7 @@ _MANAGED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 # They change the base's own weights, so that the model without its adapter is no longer the reference (PEFT 0.21).
 _REWRITES_BASE = ("pissa", "olora", "corda", "eva", "lora_ga")
 _FROM_DATA = ("corda", "eva", "lora_ga")
+_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _BY_REWARDS = "prompt"  # the rows of stages that learn from rewards
 
 
@@ -113,7 +114,7 @@ def read_adapter(raw: Any, where: str, problems: list[str]) -> Adapter | None:
 # --- the preset ---
 
 
-def apply_preset(recipe_stages: dict[str, Stage], stage: Stage) -> Stage:
+def apply_preset(stages: dict[str, Stage], stage: Stage) -> Stage:
     """The stage with what `adapter.preset` sets, in `adapter` and `trainer`; what the recipe says itself stays.
 
     Schulman et al. 2025, "LoRA Without Regret" (thinkingmachines.ai/blog/lora), and TRL's page of that name: all linear
@@ -125,7 +126,7 @@ def apply_preset(recipe_stages: dict[str, Stage], stage: Stage) -> Stage:
         return stage
     r = 32 if stage.type.rows == _BY_REWARDS else 256
     options = {"target_modules": "all-linear", "r": r, "lora_alpha": 32}
-    parent = recipe_stages.get(stage.model.from_ or "")
+    parent = stages.get(stage.model.from_ or "")
     like = parent if parent and parent.adapter is None and parent.type.rows == stage.type.rows else None
     trainer = {key: like.trainer[key] for key in _SCHEDULE if like and key in like.trainer}
     owner = str(stage.type.trainer).rpartition(".")[2]
@@ -141,9 +142,6 @@ def apply_preset(recipe_stages: dict[str, Stage], stage: Stage) -> Stage:
         from_preset={**options, **{f"trainer.{key}": value for key, value in trainer.items()}},
     )
     return dataclasses.replace(stage, adapter=adapter, trainer={**stage.trainer, **trainer})
-
-
-_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 
 def describe(adapter: Adapter) -> str:

@@ -324,8 +324,8 @@ def test_added_tokens_train_and_are_merged(plain_model, tmp_path, tied, adapter)
     [
         (KINDS["ia3"], "adds 13 tokens, whose rows a ia3 adapter would leave untrained"),
         (
-            "{type: lora, target_modules: [nowhere]}",
-            "refused upstream for this model: Target modules {'nowhere'} not found",
+            "{type: lora, target_modules: [norm]}",
+            "refused upstream for this model: Target module LlamaRMSNorm",
         ),
     ],
 )
