@@ -111,6 +111,10 @@ def test_no_checkpoint_within_a_rollout(steered, tmp_path):
     done = hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.num_iterations=3", check=2)
     assert "trainer.save_steps = 4, but 3 steps share one rollout" in done.stderr
     assert "Give a multiple of 3, such as 3." in done.stderr
+    done = hfpipe(
+        "run", folder, "--out", tmp_path / "run", "--set", "rl.data.train=[{path: tinyworld/sft, limit: 7}]", check=2
+    )
+    assert "7 prompts, but one rollout takes 8" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_gsm8k_as_it_is(steered, tmp_path, kind):
         rewards="{functions: [{check: number}, {check: length, value: {max_words: 200}, weight: 0.1}]}",
     )
     hfpipe(
-        "run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.max_steps=2", "--set", "rl.trainer.save_steps=2"
+        "run", folder, "--out", tmp_path / "run", "--set", "rl.trainer.max_steps=4", "--set", "rl.trainer.save_steps=4"
     )
     logged = lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]
     assert {"rewards/number/mean", "rewards/length/mean"} <= logged.keys()

@@ -80,7 +80,7 @@ def train_by_rewards(
     model = load_model(job, tokenizer, progress)
     rewards, weights = build_rewards(job, tokenizer, stop_ids(model))
     args = build_args(job, config_class, progress, reward_weights=weights, **_held_out(job.stage.trainer))
-    check_rollouts(job, args)
+    check_rollouts(job, args, len(data.train))
     set_seed(args.seed)
     trainer = build_trainer(
         job,

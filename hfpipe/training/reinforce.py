@@ -44,8 +44,14 @@ def _decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     }
 
 
-def check_rollouts(job: Job, args: Any) -> None:
-    """UserError where a checkpoint would fall between the steps that share one rollout."""
+def check_rollouts(job: Job, args: Any, prompts: int) -> None:
+    """UserError where a rollout takes more than the `prompts` there are, or a checkpoint would fall within one."""
+    needed = args.generation_batch_size // args.num_generations
+    if prompts < needed:
+        raise UserError(
+            f"{job.stage.file}: data.train has {prompts} prompts, but one rollout takes {needed}, so nothing would be learnt. "
+            "Give more rows, a smaller trainer.per_device_train_batch_size, or more trainer.num_generations of each."
+        )
     steps = max(args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps, 1)
     if args.save_strategy == "steps" and (args.save_steps < 1 or args.save_steps % steps):
         raise UserError(
