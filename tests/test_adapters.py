@@ -344,8 +344,8 @@ def test_what_only_the_model_tells_is_refused_before_training(plain_model, tmp_p
     job, silent = make_job(recipe, recipe.stages["sft"], tmp_path / "run"), Progress(None)
     tokenizer = load_tokenizer(job)
     model, args = load_model(job, tokenizer, silent), construct_args(job.stage, str(tmp_path), 0)
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(UserError, match=re.escape(expected)):
-        rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
         build_trainer(job, silent, SFTTrainer, model, args, train_dataset=rows, processing_class=tokenizer)
 
 
