@@ -330,6 +330,7 @@ def test_added_tokens_train_and_are_merged(plain_model, tmp_path, tied, adapter)
     ],
 )
 def test_what_only_the_model_tells_is_refused_before_training(plain_model, tmp_path, adapter, expected):  # noqa: F811
+    from datasets import Dataset
     from trl import SFTTrainer
 
     from hfpipe.training.adapters import build_trainer
@@ -343,8 +344,9 @@ def test_what_only_the_model_tells_is_refused_before_training(plain_model, tmp_p
     job, silent = make_job(recipe, recipe.stages["sft"], tmp_path / "run"), Progress(None)
     tokenizer = load_tokenizer(job)
     model, args = load_model(job, tokenizer, silent), construct_args(job.stage, str(tmp_path), 0)
+    rows = Dataset.from_list([{"input_ids": [1, 2], "labels": [1, 2]}])
     with pytest.raises(UserError, match=re.escape(expected)):
-        build_trainer(job, silent, SFTTrainer, model, args, train_dataset=[{}], processing_class=tokenizer)
+        build_trainer(job, silent, SFTTrainer, model, args, train_dataset=rows, processing_class=tokenizer)
 
 
 # --- every stage ---
