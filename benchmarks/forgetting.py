@@ -236,7 +236,7 @@ def draw(found: dict[str, Values], file: Path) -> None:
     for name, variant in shown.items():
         place += 1.7 if places and variant.group != group else 1.0
         places[name], group = place, variant.group
-    figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(11, 6.6), sharey=True)
+    figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(11, 1.6 + 0.3 * place), sharey=True)
     for panel, (key, title) in zip(panels, MEASURES.items(), strict=True):
         before = sorted(found["before"][key])[len(found["before"][key]) // 2]
         panel.axvline(before, color="#444444", linestyle="--", linewidth=1, zorder=0)
