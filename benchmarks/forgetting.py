@@ -1,6 +1,6 @@
 """What a narrow, aggressive fine-tuning makes a model forget, and what each remedy keeps: one table and one picture.
 
-    python benchmarks/forgetting.py runs/tiny [--out runs/forgetting] [--seeds 0 1 2] [--plot docs/forgetting.png]
+    python benchmarks/forgetting.py runs/tiny [--out runs/forgetting] [--seeds 0 1 2] [--variants l2 both ...]
 
 `RUN` is a finished run of tiny. Its sft stage is tuned on nothing but requests for a line of code, with every weight free and
 at a high rate; then again with one remedy at a time. Each is a stage of a recipe that this script writes and `hfpipe run` runs:
@@ -156,14 +156,14 @@ def _code(pair: tuple[str, str]) -> str:
 
 
 def old_probes() -> list[dict]:
-    """Held-out questions of the world, 100 of each: facts left open in plain text, and questions asked in chat."""
+    """Held-out questions of the world, about 120 of each: facts left open in plain text, and questions asked in chat."""
     kinds = {"cloze": "knowledge", "question": "chat"}
     rows = [row for row in tinyworld.rows("probes", "test", size=31 * 100) if row["kind"] in kinds]
     return [{**row, "capability": kinds[row["kind"]]} for row in rows]
 
 
-def write_recipe(folder: Path, parent: Path, seed: int) -> None:
-    """A recipe with a stage for each variant, all from `parent`. JSON is YAML."""
+def write_recipe(folder: Path, parent: Path, seed: int, names: list[str]) -> None:
+    """A recipe with a stage for each variant named, all from `parent`. JSON is YAML."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, probes = code_rows()
     artifact.write_jsonl(folder / "code.jsonl", rows)
@@ -175,9 +175,10 @@ def write_recipe(folder: Path, parent: Path, seed: int) -> None:
         "max_new_tokens": 40,
         "max_rows": 200,
     }
-    head = {"name": folder.name, "seed": seed, "stages": list(VARIANTS), "evaluate": evaluate}
+    head = {"name": folder.name, "seed": seed, "stages": names, "evaluate": evaluate}
     (folder / "pipeline.yaml").write_text(json.dumps(head, indent=1))
-    for name, variant in VARIANTS.items():
+    for name in names:
+        variant = VARIANTS[name]
         left = 1 - sum(source["weight"] for source in variant.replay)
         code = {"path": str(folder / "code.jsonl"), "split": "all", **({"weight": left} if variant.replay else {})}
         trainer = {
@@ -198,7 +199,7 @@ def write_recipe(folder: Path, parent: Path, seed: int) -> None:
 
 def measure(run: Path, found: dict[str, Values]) -> None:
     """Add what the stages of one seed scored."""
-    for name in VARIANTS:
+    for name in found:
         scores = artifact.read_json(run / name / "eval.json")
         for key in MEASURES:
             found[name][key].append(scores["capabilities"][key]["score"])
@@ -215,45 +216,34 @@ def cell(values: list[float], digits: int) -> str:
 
 def table(found: dict[str, Values]) -> list[str]:
     lines = ["| remedy | variant | knowledge | perplexity of text | chat | code learnt |", "|---|---|---|---|---|---|"]
-    for name, variant in VARIANTS.items():
-        values = found[name]
-        cells = [
-            cell(values["knowledge"], 2),
-            cell(values["perplexity"], 1),
-            cell(values["chat"], 2),
-            cell(values["code"], 2),
-        ]
+    for name, values in found.items():
+        variant = VARIANTS[name]
+        digits = {"knowledge": 2, "perplexity": 1, "chat": 2, "code": 2}
+        cells = [cell(values[key], places) for key, places in digits.items()]
         lines.append(f"| {variant.group} | {variant.label} | {' | '.join(cells)} |")
     return lines
 
 
 def draw(found: dict[str, Values], file: Path) -> None:
     """A row a variant, a panel a measure: the median seed as a dot, lowest to highest as a line, before as a dashed one."""
+    shown = {name: VARIANTS[name] for name in found}
     groups = list(dict.fromkeys(variant.group for variant in VARIANTS.values()))
     colours = dict(
         zip(groups, ("#444444", "#1f77b4", "#17a2a2", "#8c564b", "#9467bd", "#2ca02c", "#999999"), strict=True)
     )
-    places, ticks, place = {}, [], 0.0
-    for name, variant in VARIANTS.items():
-        starts = not ticks or VARIANTS[ticks[-1]].group != variant.group
-        place += 1.7 if starts and ticks else 1.0
-        places[name] = place
-        ticks.append(name)
-    figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(11, 6.6), sharey=True)
+    colour = {name: "#d62728" if name == "aggressive" else colours[variant.group] for name, variant in shown.items()}
+    places, place, group = {}, 0.0, None
+    for name, variant in shown.items():
+        place += 1.7 if places and variant.group != group else 1.0
+        places[name], group = place, variant.group
+    figure, panels = pyplot.subplots(1, len(MEASURES), figsize=(11, 1.6 + 0.3 * place), sharey=True)
     for panel, (key, title) in zip(panels, MEASURES.items(), strict=True):
         before = sorted(found["before"][key])[len(found["before"][key]) // 2]
         panel.axvline(before, color="#444444", linestyle="--", linewidth=1, zorder=0)
-        for name, variant in VARIANTS.items():
-            values, colour = sorted(found[name][key]), "#d62728" if name == "aggressive" else colours[variant.group]
-            panel.plot(
-                [values[0], values[-1]],
-                [places[name]] * 2,
-                color=colour,
-                linewidth=3,
-                alpha=0.45,
-                solid_capstyle="round",
-            )
-            panel.plot(values[len(values) // 2], places[name], "o", color=colour, markersize=8)
+        for name, at in places.items():
+            values = sorted(found[name][key])
+            panel.hlines(at, values[0], values[-1], color=colour[name], linewidth=4, alpha=0.45)
+            panel.plot(values[len(values) // 2], at, "o", color=colour[name], markersize=8)
         panel.set_title(title, fontsize=12)
         panel.set_xlim(-0.03, 1.03)
         panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
@@ -262,10 +252,10 @@ def draw(found: dict[str, Values], file: Path) -> None:
         panel.tick_params(axis="y", length=0)
         for side in ("top", "right", "left"):
             panel.spines[side].set_visible(False)
-    panels[0].set_yticks(list(places.values()), [_label(name, VARIANTS[name]) for name in places], fontsize=10.5)
+    panels[0].set_yticks(list(places.values()), [_label(variant) for variant in shown.values()], fontsize=10.5)
     panels[0].set_ylim(place + 0.8, 0.2)
     for tick, name in zip(panels[0].get_yticklabels(), places, strict=True):
-        tick.set_color("#d62728" if name == "aggressive" else colours[VARIANTS[name].group])
+        tick.set_color(colour[name])
     seeds = len(found["before"]["code"])
     figure.suptitle("Tuned hard on code alone: what is kept, with no remedy and with one", fontsize=14, x=0.5)
     note = f"Dot: the median of {seeds} seeds; bar: lowest to highest; dashed line: before tuning."
@@ -275,7 +265,7 @@ def draw(found: dict[str, Values], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def _label(name: str, variant: Variant) -> str:
+def _label(variant: Variant) -> str:
     return f"{variant.group}: {variant.label}" if variant.group else variant.label
 
 
@@ -290,19 +280,21 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run of tiny")
     parser.add_argument("--out", type=Path, default=Path("runs/forgetting"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--plot", type=Path, default=Path("docs/forgetting.png"))
     options = parser.parse_args()
     parent = (options.run / "sft").resolve()
     if not (parent / artifact.STAGE_FILE).is_file():
         raise SystemExit(f"{options.run} holds no finished sft stage: hfpipe run tiny --out {options.run} --to sft")
-    found: dict[str, Values] = {name: {key: [] for key in (*MEASURES, "perplexity")} for name in VARIANTS}
+    names = [name for name in VARIANTS if name in {"before", "aggressive", *options.variants}]
+    found: dict[str, Values] = {name: {key: [] for key in (*MEASURES, "perplexity")} for name in names}
     for seed in options.seeds:
         recipe, run = options.out.resolve() / f"recipe-{seed}", options.out.resolve() / f"seed-{seed}"
-        write_recipe(recipe, parent, seed)
+        write_recipe(recipe, parent, seed, names)
         subprocess.run([sys.executable, "-m", "hfpipe", "run", str(recipe), "--out", str(run)], check=True)
         measure(run, found)
     print("\n".join(table(found)))
-    for name in ("before", "aggressive", "l2", "both"):
+    for name in ("before", "aggressive"):
         question = "What is the capital of France?"
         print(f"{VARIANTS[name].label}: {question} -> {ask(options.out / f'seed-{options.seeds[0]}' / name, question)}")
     draw(found, options.plot)
