@@ -31,7 +31,7 @@ from hfpipe.faults import beat, explain
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
-from hfpipe.training.hardware import use_all_cores_alone
+from hfpipe.training.hardware import keep_freed_memory, use_all_cores_alone
 from hfpipe.training.identity import evaluation_identity, processes_now, scores_missing
 from hfpipe.training.job import Job, Progress, make_job
 
@@ -153,6 +153,7 @@ def main(stage_type: StageType) -> None:
     quiet_environment()
     _leave_with(os.environ.get(PARENT_VARIABLE))
     use_all_cores_alone()
+    keep_freed_memory()
     overrides = [*options.set, *(f"{options.file.stem}.{text}" for text in options.overrides)]
     progress = Progress(
         options.progress if is_main_process() else None, echo=is_main_process() and not options.progress
@@ -267,6 +268,7 @@ def _in_child(events: Path, log: Path, act: Any) -> None:
     os.dup2(stream, 2)
     progress = Progress(events)
     quiet_environment()
+    keep_freed_memory()
     _show_life(progress)
     try:
         act(progress)

@@ -56,21 +56,23 @@ class BatchedMuon(torch.optim.Muon):
             averages.append(state["momentum_buffer"])
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, averages, group["momentum"]) if group["nesterov"] else averages
-        updates = orthogonalise(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = orthogonalise(
+            torch.stack([u.bfloat16() for u in updates]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
         rows, columns = params[0].shape
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        alpha = -group["lr"] * max(1, rows / columns) ** 0.5
-        torch._foreach_add_(params, [update.to(params[0].dtype) for update in updates], alpha=alpha)
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        for p, update in zip(params, updates, strict=True):
+            p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
 def orthogonalise(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Newton-Schulz iteration towards the nearest orthogonal matrix of each: (n, rows, columns) -> the same, bfloat16."""
+    """Newton-Schulz iteration towards the nearest orthogonal matrix of each: (n, rows, columns) in bfloat16 -> the same."""
     a, b, c = coefficients
-    x = matrices.bfloat16()
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
