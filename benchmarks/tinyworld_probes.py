@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +29,9 @@ def paired(kinds: Iterable[dict[str, list[bool]]], before: str, after: str) -> t
 Scores = dict[tuple[str, str], dict[str, list[bool]]]  # (capability, kind) -> stage -> whether each answer was right
 
 
-def score(run: Path, rows: list[dict], show: str | None) -> Scores:
+def score(run: Path, stages: list[str], rows: list[dict], show: str | None) -> Scores:
     scores: Scores = defaultdict(lambda: defaultdict(list))
-    for stage in stages_of(run):
+    for stage in stages:
         folder = run / stage
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         _, told = score_probes(model, AutoTokenizer.from_pretrained(folder), rows, max_new_tokens=64)
@@ -45,8 +44,16 @@ def score(run: Path, rows: list[dict], show: str | None) -> Scores:
 
 
 def stages_of(run: Path) -> list[str]:
+    """The stages that left a language model."""
     stages = (artifact.read_json(run / "run.json") or {}).get("stages", [])
-    return [s for s in stages if (run / s / "model.safetensors").is_file()]
+    return [s for s in stages if (run / s / "generation_config.json").is_file()]
+
+
+def branches_of(run: Path, stages: list[str]) -> list[tuple[str, str]]:
+    """(a stage that starts from one of these, where it starts from)."""
+    records = {stage: artifact.read_json(run / stage / artifact.STAGE_FILE) or {} for stage in stages}
+    starts = {stage: str((record.get("parent") or {}).get("from")) for stage, record in records.items()}
+    return [(stage, Path(start).name) for stage, start in starts.items() if Path(start).name in stages]
 
 
 def cell(shares: list[float]) -> str:
@@ -62,11 +69,11 @@ def main() -> None:
     parser.add_argument("--show", metavar="KIND", help="print the answers of one kind")
     options = parser.parse_args()
     rows = list(tinyworld.rows("probes", options.split, size=options.size))
-    stages = stages_of(options.runs[0])
+    stages = [stage for stage in stages_of(options.runs[0]) if all(stage in stages_of(run) for run in options.runs)]
     if not stages:
-        raise SystemExit(f"{options.runs[0]} holds no finished stage that left a model.")
-    found = [score(run, rows, options.show) for run in options.runs]
-    for before, after in pairwise(stages):
+        raise SystemExit(f"No stage that left a model is finished in every one of {', '.join(map(str, options.runs))}.")
+    found = [score(run, stages, rows, options.show) for run in options.runs]
+    for after, before in branches_of(options.runs[0], stages):
         for run, scores in zip(options.runs, found, strict=True):
             better, worse = paired(scores.values(), before, after)
             low, high = wilson(better, better + worse)
