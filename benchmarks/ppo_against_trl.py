@@ -1,7 +1,7 @@
 """PPOTrainer against the PPOTrainer that TRL had until 1.12, in one run: reward at equal episodes, episodes a second.
 
-    python -m venv /tmp/trl112 && /tmp/trl112/bin/pip install trl==1.12.0 torch==2.13.0 transformers==5.23.0
-    python benchmarks/ppo_against_trl.py --trl112 /tmp/trl112/bin/python [--seeds 3] [--rollouts 100]
+    python -m venv trl112 && trl112/bin/pip install trl==1.12.0 torch==2.13.0 transformers==5.23.0
+    python benchmarks/ppo_against_trl.py --trl112 trl112/bin/python [--seeds 3] [--rollouts 100]
 
 Letters are rewarded that have the case of the prompt's first letter; a reward model is trained on pairs that this
 orders, decoys among them. Every side starts from the same policy and reward model, in a process of its own, the sides
