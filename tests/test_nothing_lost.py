@@ -495,6 +495,8 @@ def test_a_killed_rank_and_another_number_of_processes(micro_run, tmp_path):
         "sft.trainer.logging_steps=1",
     ]
     setting += ["--set", "sft.trainer.per_device_train_batch_size=2", "--to", "sft"]
+    # 37 steps of 8 rows: of a last batch that two processes can't share evenly accelerate repeats rows.
+    setting += ["--set", "sft.trainer.packing=false", "--set", "sft.data.train=[{path: tinyworld/sft, limit: 296}]"]
     one = [*setting, "--set", "sft.trainer.gradient_accumulation_steps=4"]
     two = [*setting, "--set", "sft.trainer.gradient_accumulation_steps=2", "--set", "launch.processes=2"]
     whole = begun(micro_run, tmp_path / "whole", "sft")
@@ -513,10 +515,7 @@ def test_a_killed_rank_and_another_number_of_processes(micro_run, tmp_path):
         assert "resumed from checkpoint-" in done.stdout
         found, expected = losses(folder / "sft"), losses(whole / "sft")
         assert found.keys() == expected.keys()
-        apart = {step: abs(found[step] - expected[step]) for step in expected}
-        if folder != run:  # accelerate fills up the last batch of two processes with rows from the beginning
-            assert apart.pop(max(apart)) < 0.2
-        assert max(apart.values()) < 2e-3, apart
+        assert all(found[step] == pytest.approx(expected[step], abs=2e-3) for step in expected)
 
 
 # --- the order on the disk ---
@@ -530,7 +529,7 @@ def test_stage_json_is_written_when_all_that_it_names_is_on_the_disk(tmp_path, m
     recipe = load_recipe("micro", stage_types())
     job = Job(recipe, recipe.stages["sft"], tmp_path, "f", {}, None)
     done: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync, rename = os.fsync, Path.rename  # both are still called: what is looked at is their order
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", str(self))), rename(self, to))[1])
     job.start(print)
