@@ -30,15 +30,21 @@ def split_batch(stage: Stage, processes: int) -> list[str]:
 
 def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
     """Keys that take a model which is whole on each device, where the recipe's launch or the trainer divides it."""
-    section = stage.sections.get("regularize")
     divides = distributed_type in ("FSDP", "DEEPSPEED") or stage.trainer.get("fsdp") or stage.trainer.get("deepspeed")
-    if section is None or not divides:
+    if not divides:
         return []
-    return [
-        f"{stage.file}: regularize.{key} = {getattr(section, key)} takes a model that is whole on each device: one process, "
-        "or several under DDP. Leave it out under FSDP and DeepSpeed."
+    section = stage.sections.get("regularize")
+    keys = [
+        f"regularize.{key} = {getattr(section, key)}"
         for key, off in _NEED_WHOLE
-        if getattr(section, key) != off
+        if section and getattr(section, key) != off
+    ]
+    if stage.type.name == "ppo":
+        keys.append("stage: ppo, whose critic is trained beside the policy,")
+    return [
+        f"{stage.file}: {key} takes a model that is whole on each device: one process, or several under DDP. "
+        "It does not go together with FSDP and DeepSpeed."
+        for key in keys
     ]
 
 

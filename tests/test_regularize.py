@@ -389,7 +389,7 @@ def test_muon_s_rates_fall_too_and_schedules_and_checkpoints_keep_the_ratio():
         ("sft.trainer.optim=lomo", "regularize.l2_to_parent = 0.1 with trainer.optim = 'lomo'"),
         ("sft.trainer.optim=galore_adamw_layerwise", "which steps inside the backward pass"),
         ("launch.accelerate_config=fsdp2", "regularize.l2_to_parent = 0.1 takes a model that is whole on each device"),
-        ("launch.accelerate_config=zero3", "Leave it out under FSDP and DeepSpeed"),
+        ("launch.accelerate_config=zero3", "does not go together with FSDP and DeepSpeed"),
         ("sft.trainer.fsdp=true", "takes a model that is whole on each device"),
         ("sft.adapter={type: lora, use_dora: true}", "beside adapter.use_dora: the delta is not scaling * B @ A."),
         ("sft.adapter={type: lora, init_lora_weights: pissa_niter_4}", "which changes the base too"),
