@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parent.parent
 # Slices of public data: other people's, so not shipped; tests that need them skip where the folder is absent.
 REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))
+REPO_NUMBERS = itertools.count(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,10 +26,12 @@ def cache(tmp_path_factory):
         os.environ["HFPIPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-def hfpipe(*arguments: object, cwd: Path | None = None, check: int | None = 0) -> subprocess.CompletedProcess:
-    """The command line as a user has it; `check` is the exit code that is expected."""
+def hfpipe(
+    *arguments: object, cwd: Path | None = None, check: int | None = 0, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """The command line as a user has it; `check` is the exit code that is expected, `env` changes the environment."""
     command = [sys.executable, "-m", "hfpipe", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd or ROOT, env=os.environ | (env or {}), capture_output=True, text=True)
     if check is not None:
         assert done.returncode == check, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
@@ -60,6 +64,38 @@ def recipe(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def hub_server(tmp_path_factory):
+    """Two Hubs of the tests' own, by how they take large files: {"lfs": ..., "xet": ...}."""
+    from .localhub import LocalHub
+
+    root = tmp_path_factory.mktemp("hubs")
+    with LocalHub(root / "lfs") as lfs, LocalHub(root / "xet", xet=True) as xet:
+        yield {"lfs": lfs, "xet": xet}
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def hub(request, hub_server):
+    """A test's Hub, once with LFS and once with Xet. Other tests use it too: take a `repo_id` of your own."""
+    hub = hub_server[request.param]
+    hub.reset()
+    yield hub
+    hub.reset()
+
+
+@pytest.fixture
+def hub_env(hub, tmp_path) -> dict[str, str]:
+    """What makes a process use `hub` as alice, with an empty Hugging Face cache of the test's own."""
+    home = tmp_path / "hf_home"
+    return hub.env() | {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_XET_CACHE": f"{home}/xet"}
+
+
+@pytest.fixture
+def repo_id() -> str:
+    """The name of a repo that no other test has, in a namespace where alice may write."""
+    return f"alice/r{next(REPO_NUMBERS)}"
 
 
 CALL = {"type": "function", "function": {"name": "calculator", "arguments": "12 * 34"}}
