@@ -146,7 +146,7 @@ def ours(folder: Path, options: argparse.Namespace, critic: str) -> tuple[Any, A
         {"prompt": [{"role": "user", "content": p}], "row": {}}
         for p in prompts(ROLLOUT * options.rollouts, options.seed)
     ]
-    reward = by_model(str(folder / "judge"), None, tokenizer, "")
+    reward = by_model(str(folder / "judge"), tokenizer, "")
     args = PPOConfig(
         **common(folder, options), beta=KL, epsilon=CLIP, num_iterations=EPOCHS, max_completion_length=LENGTH,
         max_steps=options.rollouts * EPOCHS, logging_steps=EPOCHS, critic=critic,

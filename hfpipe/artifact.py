@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -104,6 +105,18 @@ def write_record(path: Path, value: dict[str, Any]) -> None:
     """`write_json` with a `seal`, the hash of all the rest, by which `read_record` knows that nothing in it changed."""
     plain = json.loads(json.dumps({k: v for k, v in value.items() if k != "seal"}, default=str))
     write_json(path, {**plain, "seal": digest(plain)})
+
+
+def amend_record(path: Path, **values: Any) -> dict[str, Any]:
+    """Replace some values of a record and leave the others as they are by now, whoever else writes to it."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        record = {**(read_record(path) or {}), **values}
+        write_record(path, record)
+        return record
+    finally:
+        os.close(folder)
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -105,6 +105,35 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="one JSON object a turn")
     command.set_defaults(command=_chat)
 
+    command = commands.add_parser("status", help="the stages of a run: finished, published where, left to push")
+    command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_status)
+
+    command = commands.add_parser(
+        "push", help="publish finished stages that are not on the Hub yet, or not as they are"
+    )
+    command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
+    command.add_argument("--stage", action="append", metavar="STAGE", help="this stage; may be given several times")
+    command.add_argument("--repo-id", metavar="ID", help="where to: me/tiny; default: the recipe's hub.repo_id")
+    command.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    command.set_defaults(command=_push)
+
+    command = commands.add_parser("pull", help="a published run with all its stages, or one model, each file verified")
+    command.add_argument("model", help="me/tiny, me/tiny@TAG, me/tiny@sft, or any org/model@revision")
+    command.add_argument(
+        "--out", type=Path, help="the run's folder; default: runs/RECIPE; of one model: a folder for it"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_pull)
+
+    command = commands.add_parser(
+        "lineage", help="from a model back to its raw data, and whether each link still holds"
+    )
+    command.add_argument("model", help="a stage's folder, or org/model@revision")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_lineage)
+
     command = commands.add_parser("list", help="the shipped recipes and the stages there are")
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_list)
@@ -272,6 +301,30 @@ def _chat(options: argparse.Namespace) -> None:
         as_json=options.json,
         max_new_tokens=options.max_new_tokens,
     )
+
+
+def _status(options: argparse.Namespace) -> None:
+    from hfpipe.apps.hub import status
+
+    status(options.run, options.json)
+
+
+def _push(options: argparse.Namespace) -> int:
+    from hfpipe.apps.hub import push
+
+    return push(options.run, options.stage, options.repo_id, options.background)
+
+
+def _pull(options: argparse.Namespace) -> None:
+    from hfpipe.apps.hub import pull
+
+    pull(options.model, options.out, options.json)
+
+
+def _lineage(options: argparse.Namespace) -> int:
+    from hfpipe.apps.hub import lineage
+
+    return lineage(options.model, options.json)
 
 
 def _plan(options: argparse.Namespace) -> None:

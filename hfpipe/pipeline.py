@@ -10,8 +10,10 @@ from pathlib import Path
 from hfpipe import artifact
 from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.scorecard import changes, read_scorecard, result
+from hfpipe.hub_client import notes
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
+from hfpipe.publishing.publisher import Publisher
 from hfpipe.run_folder import claim, complete_at, damage_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
 from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing
@@ -133,6 +135,10 @@ def run_recipe(
         claim(recipe, run)
         chosen = select(plan_run(recipe, run), start, end, only)
         waiting = [p for p in chosen if p.runs]
+        publisher = Publisher(recipe, run, display, [p.stage.name for p in waiting])
+        publisher.begin()
+        for note in notes:
+            display.line("hub", note)
         for item in chosen:
             if not item.runs:
                 display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
@@ -152,6 +158,8 @@ def run_recipe(
                 display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
             for line in _scored(run, item.stage.name):
                 display.line("", f"  {line}")
+            publisher.wake(item.stage.name)
+        publisher.finish()
         return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -43,7 +44,10 @@ def lock(run: Path) -> Iterator[None]:
 def claim(recipe: Recipe, run: Path) -> None:
     """Mark the folder as this recipe's; one that another recipe made is refused."""
     check_owner(recipe, run)
-    artifact.write_json(run / "run.json", {"recipe": recipe.name, "stages": list(recipe.stages)})
+    record = {"recipe": recipe.name, "stages": list(recipe.stages)}
+    if recipe.pipeline.hub.repo_id:
+        record["hub"] = dataclasses.asdict(recipe.pipeline.hub)
+    artifact.write_json(run / "run.json", record)
 
 
 def check_owner(recipe: Recipe, run: Path) -> None:

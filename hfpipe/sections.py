@@ -179,6 +179,19 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Hub:
+    """Where finished stages are published. Nothing is, unless `repo_id` says where."""
+
+    repo_id: str | None = None  # `me/tiny`
+    private: bool = True
+    layout: Literal["revisions", "repos"] = "revisions"  # me/tiny@sft, or me/tiny-sft
+    license: str | None = None  # of the card, as the Hub spells it: apache-2.0
+    language: tuple[str, ...] = ()  # of the card: en
+    carbon_intensity: float | None = at_least(0, None)  # of the card: g of CO2 for a kWh of the electricity used
+    timeout_minutes: float | None = above(0, None)  # for one stage; None: 10, and the time of its bytes at 1 MB/s
+
+
+@dataclass(frozen=True)
 class Pipeline:
     name: str
     stages: tuple[str, ...]
@@ -186,6 +199,7 @@ class Pipeline:
     settings: dict[str, Any] = field(default_factory=dict)  # `{name}` in a path of any stage
     launch: Launch = Launch()
     evaluate: Evaluate = Evaluate()
+    hub: Hub = Hub()
 
 
 @dataclass(frozen=True)

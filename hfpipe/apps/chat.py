@@ -12,6 +12,7 @@ from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
+from hfpipe.hub_client import locate, notes
 from hfpipe.progress import printable
 
 if TYPE_CHECKING:
@@ -29,18 +30,18 @@ def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTr
 
     from hfpipe.training.adapters import load_pretrained
 
-    path, revision = source, None
-    if not Path(source).expanduser().exists():
-        path, _, named = source.partition("@")
-        revision = named or None
-    elif not any((Path(source).expanduser() / name).is_file() for name in ("config.json", ADAPTER_FILE)):
-        inside = sorted(p.parent.name for p in Path(source).expanduser().glob("*/config.json"))
+    folder = Path(source).expanduser()
+    if folder.exists() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
         raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model = load_pretrained(AutoModelForCausalLM, path, revision)
-    except (OSError, ValueError, SafetensorError) as error:
+        folder = locate(source)
+        for note in notes:
+            print(note, file=sys.stderr)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = load_pretrained(AutoModelForCausalLM, folder)
+    except (UserError, OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
     if takes_turns and tokenizer.chat_template is None:

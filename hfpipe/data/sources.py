@@ -9,10 +9,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hfpipe import artifact
 from hfpipe.data.forms import Form, recognise_source
 from hfpipe.data.messages import RowProblem
 from hfpipe.data.readers import DOCUMENT_UNITS, Located, files_of, kind_of_file, read_file
@@ -20,11 +21,11 @@ from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
 from hfpipe.errors import UserError, nearest
+from hfpipe.hub_client import fetch, resolve
 from hfpipe.paths import cache_dir
 
 _TINYWORLD = "tinyworld/"
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ROWS_RECOGNISED = 20
 _EXAMPLES = 3
 
@@ -167,8 +168,7 @@ def content_hash(path, *, split=None, seed=0, size=None, revision=None, name=Non
     if local := _local(path):
         files = [file for group in files_of(local).values() for file in group]
         return _sha256("".join(f"{file.relative_to(local)} {_file_hash(file)}\n" for file in files).encode())
-    pinned = revision and _COMMIT.fullmatch(revision)
-    return f"{path}@{revision if pinned else _hub_commit(path, revision)}" + (f" {name}" if name else "")
+    return f"{path}@{_hub_commit(path, revision)}" + (f" {name}" if name else "")
 
 
 def is_hub_id(path: str) -> bool:
@@ -233,10 +233,12 @@ def _near(local: Path) -> str:
 def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Located]]:
     import datasets
 
-    if not datasets.config.HF_HUB_OFFLINE:
-        revision = _hub_commit(path, revision)  # fails at once where load_dataset would retry
+    commit = _hub_commit(path, revision)
     try:
-        splits = datasets.load_dataset(path, name, revision=revision, streaming=streaming)
+        if streaming:
+            splits = datasets.load_dataset(path, name, revision=commit, streaming=True)
+        else:
+            splits = datasets.load_dataset(**_verified(path, commit, name, revision))
     except ConnectionError:
         raise UserError(_unreachable(path)) from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -247,17 +249,36 @@ def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Lo
     return own_splits, (Located(path, "row", number, row) for number, row in enumerate(rows, 1))
 
 
-def _hub_commit(path: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import httpx
+def _verified(path: str, commit: str, name: str | None, revision: str | None) -> dict[str, Any]:
+    """Arguments of `load_dataset` for a Hub dataset: its format and its files, fetched and held to the Hub's digests."""
+    import datasets
 
+    memory = cache_dir() / "hub" / f"{_sha256(f'{path}@{commit} {name}'.encode())}.json"
+    known = artifact.read_json(memory)
+    if known is None:
+        found = datasets.load_dataset_builder(path, name, revision=commit)
+        at = f"hf://datasets/{path}@{commit}/"
+        files = {
+            str(part): [str(url).removeprefix(at) for url in urls] for part, urls in found.config.data_files.items()
+        }
+        general = {field.name for field in fields(datasets.BuilderConfig)}
+        of_format = {f.name: getattr(found.config, f.name) for f in fields(found.config) if f.name not in general}
+        plain = {key: value for key, value in of_format.items() if isinstance(value, str | int | float | list)}
+        known = {"path": type(found).__module__.split(".")[-1], "options": plain, "files": files}
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(memory, known)
+    wanted = tuple(sorted({file for urls in known["files"].values() for file in urls}))
+    folder = fetch(path, commit, "dataset", name=revision or "main", only=wanted)
+    data_files = {part: [str(folder / file) for file in urls] for part, urls in known["files"].items()}
+    return {"path": known["path"], "data_files": data_files, **known["options"]}
+
+
+def _hub_commit(path: str, revision: str | None) -> str:
     try:
-        return HfApi().dataset_info(path, revision=revision).sha
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise UserError(f"{path} is not a local file or folder, nor a dataset of the Hub: {error}") from None
-    except (ConnectionError, httpx.HTTPError):
-        raise UserError(_unreachable(path)) from None
+        return resolve(path, revision, "dataset")
+    except UserError as error:
+        near = "" if Path(path).is_absolute() else _near(Path(path))
+        raise UserError(f"{error}{near}") from None
 
 
 def _unreachable(path: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hfpipe.errors import UserError
+from hfpipe.hub_client import locate
 
 # For each question 1 where the second answer is better, 0 where the first is, 0.5 for a tie.
 Judge = Callable[[Sequence[dict[str, Any]], Sequence[str], Sequence[str]], list[float]]
@@ -44,11 +45,11 @@ def reward_judge(source: str) -> Judge:
     from hfpipe.training.adapters import load_pretrained
     from hfpipe.training.templates import neutralise, neutralise_row, special_strings
 
-    path, _, revision = source.partition("@")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
-        model = load_pretrained(AutoModelForSequenceClassification, path, revision or None).eval()
-    except (OSError, ValueError) as error:
+        folder = locate(source)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = load_pretrained(AutoModelForSequenceClassification, folder).eval()
+    except (UserError, OSError, ValueError) as error:
         raise UserError(f"judge {source}: no reward model there: {str(error).splitlines()[0]}") from None
     if model.config.num_labels != 1:
         raise UserError(f"judge {source}: {model.config.num_labels} labels; a reward model has one.")

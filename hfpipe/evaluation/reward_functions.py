@@ -65,7 +65,7 @@ def build_rewards(job: Job, tokenizer: PreTrainedTokenizerBase, stops: set[int])
     section = job.stage.sections["rewards"]
     rewards, weights = [], []
     if section.model:
-        rewards.append(by_model(*job.reward_path(), tokenizer, f"{job.stage.file}: rewards.model"))
+        rewards.append(by_model(job.reward_path(), tokenizer, f"{job.stage.file}: rewards.model"))
         weights.append(section.weight)
     for item in section.functions:
         rewards.append(by_check(item, stops) if item.check else _import(str(item.function)))
@@ -100,7 +100,7 @@ def by_check(item: RewardFunction, stops: set[int]) -> Reward:
     return reward
 
 
-def by_model(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> Reward:
+def by_model(path: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Reward:
     """A reward model's score at the conversation's last token.
 
     One with the policy's own vocabulary reads the very tokens that were sampled; another one's template renders the
@@ -113,8 +113,8 @@ def by_model(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase
     from hfpipe.training.templates import closing_ids, encode_prompts
 
     try:
-        model = load_pretrained(AutoModelForSequenceClassification, path, revision).eval()
-        own = AutoTokenizer.from_pretrained(path, revision=revision)
+        model = load_pretrained(AutoModelForSequenceClassification, Path(path)).eval()
+        own = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: no reward model in {path}: {str(error).splitlines()[0]}") from None
     if model.config.num_labels != 1:

@@ -31,7 +31,7 @@ from hfpipe.faults import beat, explain
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
-from hfpipe.training.hardware import keep_freed_memory, use_all_cores_alone
+from hfpipe.training.hardware import energy_meter, keep_freed_memory, use_all_cores_alone
 from hfpipe.training.identity import evaluation_identity, processes_now, scores_missing
 from hfpipe.training.job import Job, Progress, make_job
 
@@ -60,7 +60,10 @@ def run_stage(job: Job, progress: Progress) -> None:
             job.check_parents(read_all=True)
             if job.processes != processes_now(job.recipe):
                 progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
+        spent = energy_meter()
         metrics = module.train(job, progress)
+        if energy := spent():
+            metrics["energy"] = energy
         if is_main_process():
             job.mark_trained(metrics)
     else:
@@ -75,7 +78,7 @@ def run_stage(job: Job, progress: Progress) -> None:
     from hfpipe.publishing.card import write_card
 
     record = {**stage_record(job, metrics, time.monotonic() - began), "sources": sources}
-    write_card(job, job.work, record)
+    write_card(job.work, record)
     job.finish(record)
     progress.tell("finished", metrics=metrics)
 
@@ -101,9 +104,9 @@ def score_again(job: Job, progress: Progress) -> None:
     progress.note(f"{why}: scoring the weights on disk")
     scores, sources = evaluate(job, job.folder)
     identity = evaluation_identity(job.recipe)
-    record |= {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
-    write_card(job, job.folder, record)
-    artifact.write_record(job.folder / artifact.STAGE_FILE, record)
+    scored = {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
+    write_card(job.folder, record | scored)
+    artifact.amend_record(job.folder / artifact.STAGE_FILE, **scored)
 
 
 def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -111,6 +114,7 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
     import importlib.metadata
 
     from hfpipe.training.hardware import describe_machine
+    from hfpipe.training.templates import render_example
 
     files = job.trained_files()
     versions = {"hfpipe": __version__, "python": sys.version.split()[0]}
@@ -118,10 +122,13 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
     return {
         "stage": job.stage.name,
         "type": job.stage.type.name,
+        "teaches": job.stage.type.teaches,
+        "leaves": job.stage.type.leaves,
         "recipe": job.recipe.name,
         "fingerprint": job.fingerprint,
         "processes": job.processes,
         "parent": job.parent_record(),
+        "pins": job.pins,
         "config": artifact.hashed_config(job.stage, job.recipe.pipeline.seed, job.processes),
         "written": job.stage.raw,
         "data": job.data_hashes,
@@ -131,6 +138,7 @@ def stage_record(job: Job, metrics: dict[str, Any], seconds: float) -> dict[str,
         "versions": versions,
         "machine": {**describe_machine(), "processes": int(os.environ.get("WORLD_SIZE", 1))},
         "metrics": metrics,
+        "chat": render_example(job.work) if job.stage.type.rows not in (None, "text") else None,
         "wall_s": round(seconds, 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

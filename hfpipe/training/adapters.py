@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from hfpipe import artifact, upstream
 from hfpipe.adapter_types import describe, find_kind, is_adapter_folder, is_merged
 from hfpipe.errors import UserError
+from hfpipe.hub_client import locate
 from hfpipe.training import bottleneck  # noqa: F401  makes the method known to PEFT
 
 if TYPE_CHECKING:
@@ -143,10 +144,8 @@ def _mend(model: PeftModel) -> None:
 
 def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
     """Write the adapter, and the merged model where the kind allows one, into the job's working folder."""
-    base, revision = job.parent_path, job.parent_revision
     for config in model.peft_config.values():
-        config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-        config.revision = revision
+        config.base_model_name_or_path, config.revision = job.parent_id, job.parent_revision
     if not is_merged(job.stage.adapter):
         _save_adapter(job, model, tokenizer, job.work)
         return
@@ -191,15 +190,15 @@ def _merge(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Pr
 # --- and how it is loaded again ---
 
 
-def load_pretrained(auto_class: Any, source: str, revision: str | None = None, **options: Any) -> Any:
+def load_pretrained(auto_class: Any, folder: str | Path, **options: Any) -> Any:
     """`auto_class.from_pretrained`, and for a folder that holds an adapter alone its base with the adapter on it.
 
     Raises:
         UserError: the base is not there any more, or is another one by now.
     """
-    folder = Path(source).expanduser()
+    folder = Path(folder)
     if not is_adapter_folder(folder):
-        return auto_class.from_pretrained(source, revision=revision, **options)
+        return auto_class.from_pretrained(str(folder), **options)
     from peft import PeftConfig, PeftModel
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -208,7 +207,7 @@ def load_pretrained(auto_class: Any, source: str, revision: str | None = None, *
     if reads_scores:
         options["num_labels"] = 1
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    base = auto_class.from_pretrained(_base_of(folder, config), revision=config.revision, **options)
+    base = auto_class.from_pretrained(str(locate(_base_of(folder, config), config.revision)), **options)
     if len(tokenizer) > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # their rows are the adapter's
     base.config.pad_token_id = tokenizer.pad_token_id

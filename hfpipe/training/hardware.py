@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def cpu_flags() -> frozenset[str]:
@@ -72,6 +74,59 @@ def choose_bf16() -> tuple[bool, str]:
     if found:
         return True, f"bf16: the CPU has {', '.join(found)}"
     return False, "fp32: the CPU has no bf16 instructions (avx512_bf16, amx_bf16)"
+
+
+def energy_meter(rapl: Path = Path("/sys/class/powercap")) -> Callable[[], dict[str, Any] | None]:
+    """Start counting; the function that is returned gives the Wh since, or None where nothing here can be read.
+
+    CPUs count by RAPL (packages; on most systems for root alone), NVIDIA cards by NVML where `pynvml` is installed.
+    """
+    packages = {
+        p: int((p / "max_energy_range_uj").read_text()) for p in rapl.glob("*-rapl:?") if _readable(p / "energy_uj")
+    }
+    before = {p: int((p / "energy_uj").read_text()) for p in packages}
+    cards = _card_joules()
+
+    def spent() -> dict[str, Any] | None:
+        joules, how = 0.0, []
+        if before:
+            joules += (
+                sum((int((p / "energy_uj").read_text()) - start) % packages[p] for p, start in before.items()) / 1e6
+            )
+            how.append("CPU, by RAPL")
+        if cards is not None and (now := _card_joules()) is not None:
+            joules += now - cards
+            how.append("GPU, by NVML")
+        return {"wh": round(joules / 3600, 4), "how": "; ".join(how)} if how else None
+
+    return spent
+
+
+def _readable(file: Path) -> bool:
+    try:
+        file.read_text()
+    except OSError:
+        return False
+    return True
+
+
+def _card_joules() -> float | None:
+    """What the visible NVIDIA cards have used since their driver was loaded."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [
+            pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(i).uuid}")
+            for i in range(torch.cuda.device_count())
+        ]
+        return sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) for handle in handles) / 1000
+    except Exception:  # no such package, an old card, a slice of one: not known, and no reason to fail
+        return None
 
 
 def describe_machine() -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
+from hfpipe.hub_client import resolve, split_id
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
 
 
@@ -107,7 +107,7 @@ def _identity_of(
         return artifact.folder_identity(folder, leaves)
     if made_by is None and folder.exists():
         raise UserError(f"{stage.file}: {key} = {source!r} is a file. Give the model's folder.")
-    return hub_commit(stage, key, source) if made_by is None else None
+    return hub_commit(stage, key, source, run) if made_by is None else None
 
 
 def hash_source(source: Source, split: str, seed: int) -> str:
@@ -144,25 +144,19 @@ def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str 
     return None
 
 
-@functools.cache
-def _commit(model: str, revision: str | None) -> str | None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> str:
+    """The commit that a Hub id and its revision stand for.
 
+    What `run` holds of the stage, finished or begun, keeps the commit that it was begun with.
+
+    Raises:
+        UserError: there is none to be had.
+    """
+    for name, file in ((stage.name, artifact.STAGE_FILE), (f"{stage.name}.partial", artifact.BEGUN_FILE)):
+        record = artifact.read_record(run / name / file) if run else None
+        if record and source in record.get("pins", {}):
+            return record["pins"][source]
     try:
-        return HfApi().model_info(model, revision=revision, timeout=10).sha
-    except Exception:
-        # Offline, or no such model: what the cache holds is what would be loaded.
-        cached = try_to_load_from_cache(model, "config.json", revision=revision)
-        return Path(cached).parent.name if isinstance(cached, str) else None
-
-
-def hub_commit(stage: Stage, key: str, source: str) -> str:
-    """The commit that a Hub id and its revision stand for now; UserError where there is none to be had."""
-    model, _, revision = source.partition("@")
-    commit = revision if len(revision) == 40 else _commit(model, revision or None)
-    if commit is None:
-        raise UserError(
-            f"{stage.file}: {key} = {source!r} is not a folder, and neither the Hub nor its cache has such "
-            "a model (is there a connection, is HF_HUB_OFFLINE set?). Give a local folder, or connect."
-        )
-    return commit
+        return resolve(*split_id(source))
+    except UserError as error:
+        raise UserError(f"{stage.file}: {key} = {source!r}: {error}") from None

@@ -13,6 +13,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
+from hfpipe.hub_client import fetch, split_id
 from hfpipe.run_folder import CHECKPOINTS, complete_at, damage_at, put_in_place, set_aside
 from hfpipe.sections import Recipe, Stage
 from hfpipe.training.identity import hub_commit, identify, parent_identity
@@ -58,7 +59,17 @@ class Job:
                 )
             return str(folder)
         source = str(self.stage.model.from_)
-        return str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source.partition("@")[0]
+        if Path(source).expanduser().is_dir():
+            return str(Path(source).expanduser())
+        repo_id, revision = split_id(source)
+        return str(fetch(repo_id, str(self.parent_revision), name=revision or "main"))
+
+    @property
+    def parent_id(self) -> str:
+        """What the parent is known by elsewhere: its Hub id, or its folder's whole path."""
+        if self.parent_revision:
+            return split_id(str(self.stage.model.from_))[0]
+        return str(Path(self.parent_path).resolve())
 
     def check_parents(self, read_all: bool = False) -> None:
         """UserError where the parent is damaged or not finished; names the first stage that must run.
@@ -94,18 +105,30 @@ class Job:
     @property
     def parent_revision(self) -> str | None:
         """The commit of a Hub model; None for a folder."""
-        if Path(self.parent_path).is_dir():
+        source = self.stage.model.from_
+        if source is None or self.recipe.parent(self.stage) or Path(source).expanduser().is_dir():
             return None
-        return hub_commit(self.stage, "model.from", str(self.stage.model.from_))
+        return hub_commit(self.stage, "model.from", source, self.run)
 
-    def reward_path(self) -> tuple[str, str | None]:
-        """Folder of the reward model, or its Hub id and commit."""
+    def reward_path(self) -> str:
+        """Folder of the reward model, fetched and verified where it is the Hub's."""
         source = str(self.stage.sections["rewards"].model)
         made_by = self.recipe.reward_stage(self.stage)
-        folder = self.run / made_by.name if made_by else Path(source).expanduser()
-        if made_by or folder.is_dir():
-            return str(folder), None
-        return source.partition("@")[0], hub_commit(self.stage, "rewards.model", source)
+        if made_by:
+            return str(self.run / made_by.name)
+        if Path(source).expanduser().is_dir():
+            return str(Path(source).expanduser())
+        repo_id, revision = split_id(source)
+        return str(fetch(repo_id, hub_commit(self.stage, "rewards.model", source, self.run), name=revision or "main"))
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The commits of the Hub ids that the stage reads models from; it keeps them."""
+        found = {str(self.stage.model.from_): self.parent_revision}
+        judge = getattr(self.stage.sections.get("rewards"), "model", None)
+        if judge and not self.recipe.reward_stage(self.stage) and not Path(judge).expanduser().is_dir():
+            found[judge] = hub_commit(self.stage, "rewards.model", judge, self.run)
+        return {source: commit for source, commit in found.items() if commit}
 
     def start(self, note: Callable[[str], None]) -> bool:
         """Make the working folder; returns False where the stage turns out to be finished already.
@@ -125,7 +148,7 @@ class Job:
         if begun.get("fingerprint") != self.fingerprint and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        begun = {"fingerprint": self.fingerprint, "processes": self.processes}
+        begun = {"fingerprint": self.fingerprint, "processes": self.processes, "pins": self.pins}
         artifact.write_record(self.work / artifact.BEGUN_FILE, begun)
         return True
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +89,7 @@ def _load_parent(
     model = _load_and_resize(job, tokenizer, auto_class, **options)
     if added := added_tokens(job, tokenizer):
         progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
-    progress.note(f"model: {job.parent_path}, {model.num_parameters():,} parameters")
+    progress.note(f"model: {_named(job)}, {model.num_parameters():,} parameters")
     if "quantization_config" in options:
         dtype = str(options["quantization_config"].bnb_4bit_compute_dtype).removeprefix("torch.")
         progress.note(f"4 bits: {hold_layout(model)} linear layers in nf4, double quantisation, computed in {dtype}")
@@ -201,21 +200,18 @@ def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
     path = job.parent_path
-    if job.parent_revision:
-        options["revision"] = job.parent_revision
     try:
         return auto_class.from_pretrained(path, trust_remote_code=job.stage.model.trust_remote_code, **options)
     except (OSError, ValueError, KeyError) as error:
-        kind = (
-            "folder"
-            if Path(path).is_dir()
-            else "Hub id, and the Hub was not reached or has no such model; is it a folder"
-        )
         what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise UserError(
-            f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from that {kind}. "
+            f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from it. "
             f"transformers says: {_first_line(error)}"
         ) from error
+
+
+def _named(job: Job) -> str:
+    return f"{job.parent_id}@{job.parent_revision}" if job.parent_revision else job.parent_path
 
 
 def _first_line(error: Exception) -> str:

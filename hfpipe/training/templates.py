@@ -84,6 +84,19 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) ->
         tokenizer.response_template = OUR_RESPONSE_TEMPLATE
 
 
+def render_example(folder: Path) -> str | None:
+    """A short conversation in the template of the tokenizer in a folder; None where it has none, or one that refuses it."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    talk = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "2+2 equals 4."}]
+    try:
+        return str(tokenizer.apply_chat_template(talk, tokenize=False)) if tokenizer.chat_template else None
+    except TemplateError:
+        return None
+
+
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's template with `{% generation %}` marks: its own, or the variant that TRL keeps for it."""
     if tokenizer.chat_template is None:

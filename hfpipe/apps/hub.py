@@ -1,0 +1,170 @@
+"""`hfpipe status`, `push`, `pull` and `lineage`: a run and the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.errors import StageFailed, UserError, nearest
+from hfpipe.hub_client import Unreachable, fetch, notes, resolve, split_id
+from hfpipe.progress import duration
+from hfpipe.publishing.hub import ERROR_FILE, push_run
+from hfpipe.publishing.lineage import trace
+from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
+from hfpipe.publishing.pull import pull_run, read_run
+from hfpipe.run_folder import damage_at, unfinished_step
+
+
+def _stages(run: Path) -> list[str]:
+    record = artifact.read_json(run / "run.json")
+    if record is None:
+        raise UserError(f"{run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
+    return record["stages"]
+
+
+def status(run: Path, as_json: bool) -> None:
+    """Print where each stage of a run stands; asks nothing of the Hub."""
+    hub, rows = hub_of(run), []
+    for stage in _stages(run):
+        row: dict[str, Any] = {"stage": stage, **_state(run, stage)}
+        if hub.repo_id and row["state"] == "finished":
+            repo_id, branch = place_of(hub, stage)
+            row |= {"repo_id": repo_id, "revision": branch, "commit": published_at(run, hub, stage)}
+        rows.append(row)
+    failure = artifact.read_json(run / "logs" / ERROR_FILE)
+    left = [row["stage"] for row in rows if row.get("commit", "") is None]
+    if as_json:
+        print(json.dumps({"run": str(run), "stages": rows, "to_push": left, "last_failure": failure}, indent=2))
+        return
+    for row in rows:
+        where = ""
+        if "commit" in row:
+            at = f"{row['repo_id']}@{row['revision']}"
+            where = f"  published: {at}, commit {row['commit'][:12]}" if row["commit"] else f"  not published yet: {at}"
+        print(f"{row['stage']:<10} {row['state']}{where}")
+    if left:
+        why = f" The last push ended with: {failure['reason']}" if failure else ""
+        print(f"{len(left)} to push: hfpipe push {run}{why}")
+
+
+def _state(run: Path, stage: str) -> dict[str, Any]:
+    folder, work = run / stage, run / f"{stage}.partial"
+    if folder.is_dir():
+        reason = damage_at(folder)
+        return {"state": f"damaged: {reason}" if reason else "finished"}
+    step = unfinished_step(work)
+    if work.is_dir():
+        return {"state": f"begun, at step {step}" if step else "begun"}
+    return {"state": "not begun"}
+
+
+def push(run: Path, stages: list[str] | None, repo_id: str | None, background: bool) -> int:
+    """Publish what is finished and not on the Hub as it stands here."""
+    known = _stages(run)
+    for stage in stages or []:
+        if stage not in known:
+            raise UserError(f"--stage {stage}: no such stage; the run has {', '.join(known)}.{nearest(stage, known)}")
+        if stage not in finished_stages(run):
+            raise UserError(
+                f"--stage {stage}: it is {_state(run, stage)['state']}, and only what is finished is published."
+            )
+    if not finished_stages(run):
+        raise UserError(f"{run}: no stage is finished yet.")
+    told: list[str] = []
+
+    def say(stage: str, text: str) -> None:
+        told.append(stage)
+        print(f"{stage:<10} {text}", flush=True)
+
+    try:
+        done = push_run(run, say, _watch, stages, hub_of(run, repo_id))
+    except Unreachable as error:
+        raise StageFailed(
+            f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
+        ) from None
+    if not told and not background:
+        print(f"{len(done)} stages are published already, as they stand here: {done[0]['repo_id']}")
+    return 0
+
+
+@contextlib.contextmanager
+def _watch(what: str, patience_s: float) -> Iterator[None]:
+    """End this process when a push takes longer than it may: nothing else stops a request that hangs in an upload."""
+
+    def give_up() -> None:
+        print(
+            f"hfpipe: pushing {what} took more than {duration(patience_s)} and was ended; nothing here is lost. "
+            "hub.timeout_minutes sets the patience.",
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(patience_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def pull(source: str, out: Path | None, as_json: bool) -> None:
+    """Restore a published run, or fetch one model; every file is verified."""
+    repo_id, commit, record = read_run(source)
+    for note in notes:
+        print(note)
+    if record is None:
+        _, revision = split_id(source)
+        folder = fetch(repo_id, resolve(repo_id, revision), name=revision or "main")
+        if out:
+            if out.exists():
+                raise UserError(f"--out {out} is there already. Give another folder.")
+            beside = out.with_name(f"{out.name}.pulled")
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(folder, beside)
+            beside.rename(out)
+            folder = out
+        told = {"model": repo_id, "commit": commit, "folder": str(folder)}
+        print(json.dumps(told, indent=2) if as_json else f"{repo_id}@{commit[:12]}, every file verified: {folder}")
+        return
+    run = out or Path("runs") / str(record.get("recipe"))
+    stages = pull_run(repo_id, record, run)
+    if as_json:
+        print(json.dumps({"run": str(run), "commit": commit, "stages": stages}, indent=2))
+        return
+    for stage, what in stages.items():
+        print(f"{stage:<10} {what}, every file verified: commit {record['commits'][stage][:12]}")
+    left = [stage for stage in record["stages"] if stage not in stages]
+    print(
+        f"{run} is restored"
+        + (f"; not published there: {', '.join(left)}. `hfpipe run` goes on from here." if left else ".")
+    )
+
+
+def lineage(source: str, as_json: bool) -> int:
+    """Print the stages that led to a model and what of each still holds; 2 where something does not."""
+    links = trace(source)
+    if as_json:
+        rows = [
+            {
+                "stage": link.name,
+                "where": link.where,
+                "fingerprint": link.record["fingerprint"],
+                "checks": [{"what": w, "verdict": v, "why": y} for w, v, y in link.checks],
+            }
+            for link in links
+        ]
+        print(json.dumps({"model": source, "links": rows, "holds": not any(link.broken for link in links)}, indent=2))
+    else:
+        for link in links:
+            print(f"{link.name:<10} {link.where}")
+            for what, verdict, why in link.checks:
+                print(f"{'':<10}   {verdict:<9} {what}: {why}")
+    return 2 if any(link.broken for link in links) else 0

@@ -1,0 +1,252 @@
+"""Publishing: one commit of a stage's files to its own branch, compared before and verified after, and never made twice.
+
+Trainer's own `push_to_hub` is not used: its uploads read a folder that the next save overwrites.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.hub_client import Refused, Unreachable, ask
+from hfpipe.publishing.package import RUN_FILE, Package, finished_stages, hub_of, pack, place_of, published_at
+from hfpipe.run_folder import damage_at
+from hfpipe.sections import Hub
+
+_ATTEMPTS = 5  # of a commit and what goes with it, after the client's own of every upload
+_WAIT_S = (1.0, 2.0, 4.0, 8.0)
+_MANAGED = (".gitattributes",)  # the Hub's own
+ERROR_FILE = "push.json"  # in a run's logs: why the last push did not get through
+
+
+def check_access(hub: Hub, stages: list[str]) -> str | None:
+    """Try, before anything trains, all that publishing needs: token, namespace, repo, a branch for each stage.
+
+    Returns what must be said where the Hub is not reached: a run goes on without it.
+
+    Raises:
+        UserError: the Hub says no.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    api = HfApi()
+    where = f"hub.repo_id = {hub.repo_id!r}"
+    if get_token() is None:
+        raise UserError(
+            f"{where}: no token to publish with. Run `hf auth login`, set HF_TOKEN, or leave hub.repo_id out."
+        )
+    try:
+        who = ask(api.whoami)
+        if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+            raise UserError(f"{where}: the token of {who['name']} may only read. Make one that may write.")
+        for repo in dict.fromkeys(place_of(hub, stage)[0] for stage in stages):
+            _make_repo(api, repo, hub, where)
+        for stage in stages:
+            _make_branch(api, *place_of(hub, stage))
+    except Refused as error:
+        raise UserError(
+            f"{where}: the Hub refuses: {error}. Give a namespace and a token that may write there."
+        ) from None
+    except Unreachable as error:
+        return f"the Hub is not reached ({error}); the run goes on, and its results wait on the disk to be pushed"
+    return None
+
+
+def _make_repo(api: Any, repo_id: str, hub: Hub, where: str) -> None:
+    ask(api.create_repo, repo_id, private=hub.private, exist_ok=True)
+    if hub.private and ask(api.repo_info, repo_id, timeout=20).private is False:
+        raise UserError(
+            f"{where}: {repo_id} is public, and hub.private is true. Make it private on the Hub, set hub.private: false, "
+            "or give another repo_id."
+        )
+
+
+def _make_branch(api: Any, repo_id: str, branch: str) -> None:
+    if branch != "main":
+        ask(api.create_branch, repo_id, branch=branch, exist_ok=True)
+
+
+def commit_package(
+    api: Any, package: Package, repo_id: str, branch: str, message: str, sleep: Callable[[float], Any] = time.sleep
+) -> tuple[str, int]:
+    """Make a branch hold exactly a package's files; returns the commit that does, and the files that were sent.
+
+    What the branch holds is compared first, and after every failure: a commit whose answer was lost is not made again.
+
+    Raises:
+        Refused: the Hub says no.
+        Unreachable: it did not get through, `_ATTEMPTS` times.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    sent = 0
+    for attempt in range(_ATTEMPTS):
+        try:
+            head = ask(api.repo_info, repo_id, revision=branch, timeout=20).sha
+            wrong, extra = differences(api, package, repo_id, head)
+            if wrong or extra:
+                contents = {name: package.files[name] for name in wrong}
+                adds = [
+                    CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+                    for name, content in contents.items()
+                ]
+                deletes = [CommitOperationDelete(name) for name in extra]
+                head = ask(
+                    api.create_commit,
+                    repo_id,
+                    operations=[*adds, *deletes],
+                    commit_message=message,
+                    revision=branch,
+                    parent_commit=head,
+                ).oid
+                sent = len(wrong)
+                wrong, extra = differences(api, package, repo_id, head)
+                if wrong or extra:
+                    raise Unreachable(f"{', '.join([*wrong, *extra])} stand there other than here after the commit")
+            return head, sent
+        except Unreachable as error:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            sleep(error.wait_s if error.wait_s is not None else 0.1 if error.moved else _WAIT_S[attempt])
+    raise AssertionError
+
+
+def differences(api: Any, package: Package, repo_id: str, commit: str) -> tuple[list[str], list[str]]:
+    """Files of the package that a commit lacks or has with another content, and files that it has beyond them."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = ask(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path not in _MANAGED}
+    wrong = [path for path in package.files if path not in there or not package.same(there[path])]
+    return wrong, [path for path in there if path not in package.files]
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """One push at a time of a run."""
+    with open(run / ".push.lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{run} is being pushed by another process. Wait for it; what is left then can be pushed."
+            ) from None
+        yield
+
+
+def push_run(
+    run: Path,
+    say: Callable[[str, str], None],
+    watch: Callable[[str, float], contextlib.AbstractContextManager[Any]],
+    stages: list[str] | None = None,
+    hub: Hub | None = None,
+) -> list[dict[str, Any]]:
+    """Publish the finished stages of a run, or of these those named, in order; idempotent.
+
+    Args:
+        watch: of a stage and the seconds it may take, a context that ends the process when they are over.
+
+    Returns what was published, a mapping for each stage.
+
+    Raises:
+        UserError: the Hub says no.
+        Unreachable: it did not get through; stages before it are published and written down.
+    """
+    from huggingface_hub import HfApi
+
+    hub = hub or hub_of(run)
+    if hub.repo_id is None:
+        raise UserError(f"{run}: no repo to push to. Give --repo-id me/NAME, or set hub.repo_id in the recipe.")
+    api, done = HfApi(), []
+    with _alone(run):
+        try:
+            for stage in stages if stages is not None else finished_stages(run):
+                if reason := damage_at(run / stage):
+                    raise UserError(f"{run / stage} is not published: {reason}. Make that stage again.")
+                with watch(stage, _patience_s(hub, run / stage)):
+                    done.append(_push_stage(api, run, hub, stage, say))
+            if done:
+                with watch("main", _patience_s(hub, run / done[-1]["stage"])):
+                    _push_main(api, run, hub, say)
+        except Refused as error:
+            _note_failure(run, str(error))
+            raise UserError(
+                f"{hub.repo_id}: the Hub refuses: {error}. Nothing here is lost; mend it and push again."
+            ) from None
+        except (Unreachable, UserError) as error:
+            _note_failure(run, str(error))
+            raise
+        (run / "logs" / ERROR_FILE).unlink(missing_ok=True)
+    return done
+
+
+def _patience_s(hub: Hub, folder: Path) -> float:
+    if hub.timeout_minutes is not None:
+        return hub.timeout_minutes * 60
+    return 600 + sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
+
+
+def _push_stage(api: Any, run: Path, hub: Hub, stage: str, say: Callable[[str, str], None]) -> dict[str, Any]:
+    repo_id, branch = place_of(hub, stage)
+    commit = published_at(run, hub, stage)
+    if commit is None:
+        _make_repo(api, repo_id, hub, f"--repo-id {hub.repo_id}")
+        _make_branch(api, repo_id, branch)
+        package = pack(run, hub, stage)
+        commit, sent = commit_package(api, package, repo_id, branch, f"{stage}, by hfpipe")
+        told = {"repo_id": repo_id, "revision": branch, "commit": commit, "content": package.content}
+        artifact.amend_record(run / stage / artifact.STAGE_FILE, hub={**told, "section": dataclasses.asdict(hub)})
+        say(
+            stage,
+            f"published: {repo_id}@{branch}, commit {commit[:12]}, {sent or 'no'} files sent, all digests as here",
+        )
+    return {"stage": stage, "repo_id": repo_id, "revision": branch, "commit": commit}
+
+
+def _push_main(api: Any, run: Path, hub: Hub, say: Callable[[str, str], None]) -> None:
+    """`main` is the last published stage, with `run.json`: the commit of every one. A run that is whole gets a tag."""
+    record = artifact.read_json(run / RUN_FILE) or {}
+    stages = record.get("stages", [])
+    commits = {stage: commit for stage in stages if (commit := published_at(run, hub, stage))}
+    last = list(commits)[-1]
+    record = {"recipe": record.get("recipe"), "stages": stages, "commits": commits, "layout": hub.layout}
+    content = (json.dumps(record, indent=2) + "\n").encode()
+    repo_id = str(hub.repo_id) if hub.layout == "revisions" else place_of(hub, last)[0]
+    package = pack(run, hub, last)
+    package = Package(last, {**package.files, RUN_FILE: content}, package.known)
+    commit, _ = commit_package(api, package, repo_id, "main", f"{last} is the last stage so far, by hfpipe")
+    if list(commits) == stages:
+        finished = str((artifact.read_record(run / last / artifact.STAGE_FILE) or {}).get("finished"))[:10]
+        tag = f"run-{finished}-{artifact.digest(commits)[:8]}"
+        if _tag(api, repo_id, tag, commit):
+            say("main", f"published: {repo_id}, which is {last} with the commits of all stages, tagged {tag}")
+
+
+def _tag(api: Any, repo_id: str, tag: str, commit: str) -> bool:
+    """Put a tag on a commit; True where it is new. An older tag of that name on another commit is moved."""
+    tags = {ref.name: ref.target_commit for ref in ask(api.list_repo_refs, repo_id).tags}
+    if tags.get(tag) == commit:
+        return False
+    if tag in tags:
+        ask(api.delete_tag, repo_id, tag=tag)
+    with contextlib.suppress(Unreachable):  # the answer may be lost and the tag be there: looked at below
+        ask(api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
+    tags = {ref.name: ref.target_commit for ref in ask(api.list_repo_refs, repo_id).tags}
+    if tags.get(tag) != commit:
+        raise Unreachable(f"the tag {tag} is not on commit {commit[:12]}")
+    return True
+
+
+def _note_failure(run: Path, reason: str) -> None:
+    (run / "logs").mkdir(exist_ok=True)
+    artifact.write_json(
+        run / "logs" / ERROR_FILE, {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    )

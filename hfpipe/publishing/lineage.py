@@ -1,0 +1,170 @@
+"""From a model back to its raw data: every stage with its parent's commit, and whether each hash still holds. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.hub_client import ask, fetch, is_commit, locate, resolve, same, split_id
+from hfpipe.sections import DEFAULT_SPLIT, Source
+from hfpipe.strict import build
+from hfpipe.training.identity import hash_source
+
+HOLDS, BROKEN, UNKNOWN = "holds", "broken", "not here"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A stage, and what of it was checked: (what, `holds` | `broken` | `not here`, why)."""
+
+    name: str
+    where: str
+    record: dict[str, Any]
+    checks: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        return any(verdict == BROKEN for _, verdict, _ in self.checks)
+
+
+def trace(source: str) -> list[Link]:
+    """The stages that led to a model, the last one first.
+
+    Raises:
+        UserError: there is no such model, or it was not made by hfpipe.
+    """
+    folder, where = _read(source)
+    record = artifact.read_json(folder / artifact.STAGE_FILE)
+    if record is None:
+        raise UserError(
+            f"{source} has no {artifact.STAGE_FILE}: it was not made by hfpipe, so nothing is known of its making."
+        )
+    links: list[Link] = []
+    while record is not None:
+        link = Link(str(record.get("stage")), where, record, _checks(folder, where, record))
+        links.append(link)
+        parent = record.get("parent")
+        if not parent:
+            break
+        folder_of_parent, where = _parent(folder, parent)
+        if folder_of_parent is None:
+            link.checks.append(("parent", UNKNOWN, where))
+            break
+        record, folder = artifact.read_json(folder_of_parent / artifact.STAGE_FILE), folder_of_parent
+        if record is None:  # a model from outside, which has no record of ours
+            known = is_commit(parent.get("revision")) or artifact.folder_identity(folder, ("model", "tokenizer"))
+            fine = known is True or known == parent["fingerprint"]
+            link.checks.append(("parent", HOLDS if fine else BROKEN, f"{where}, made elsewhere"))
+            break
+        fine = record.get("fingerprint") == parent["fingerprint"]
+        why = (
+            where if fine else f"{where} holds {str(record.get('fingerprint'))[:12]}, not {parent['fingerprint'][:12]}"
+        )
+        link.checks.append(("parent", HOLDS if fine else BROKEN, why))
+    return links
+
+
+def _read(source: str) -> tuple[Path, str]:
+    """A folder with the record, and what the model is known by. Of the Hub's only the small files are fetched."""
+    if Path(source).expanduser().exists():
+        return locate(source), source
+    repo_id, revision = split_id(source)
+    commit = resolve(repo_id, revision)
+    return _small(repo_id, commit, revision), f"{repo_id}@{commit}"
+
+
+def _small(repo_id: str, commit: str, name: str | None = None) -> Path:
+    return fetch(repo_id, commit, name=name or "main", only=("*.json", "*.jinja", "*.md"))
+
+
+def _parent(folder: Path, parent: dict[str, Any]) -> tuple[Path | None, str]:
+    """Where the parent's record is: its commit on the Hub, the folder beside, or the folder that it was."""
+    beside = folder.parent / str(parent["from"])
+    if (beside / artifact.STAGE_FILE).is_file():
+        return beside, str(beside)
+    if "commit" in parent:
+        where = f"{parent['repo_id']}@{parent['commit']}"
+        try:
+            return _small(parent["repo_id"], parent["commit"]), where
+        except UserError as error:
+            return None, str(error)
+    if is_commit(parent.get("revision")):
+        repo_id = split_id(parent["from"])[0]
+        return _small(repo_id, parent["revision"]), f"{repo_id}@{parent['revision']}"
+    elsewhere = Path(str(parent["from"])).expanduser()
+    return (elsewhere, str(elsewhere)) if elsewhere.is_dir() else (None, f"{parent['from']} is not here")
+
+
+def _checks(folder: Path, where: str, record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sealed = artifact.read_record(folder / artifact.STAGE_FILE) is not None
+    found = [("record", HOLDS if sealed else BROKEN, "its seal" if sealed else "changed after it was written")]
+    if not sealed:
+        return found
+    parent = (record.get("parent") or {}).get("fingerprint")
+    again = artifact.fingerprint(record["config"], record["data"], parent)
+    fine = again == record["fingerprint"]
+    found.append(("fingerprint", HOLDS if fine else BROKEN, record["fingerprint"][:16]))
+    found.append(_weights(folder, where, record))
+    return found + [_data(record, role, number) for role in DEFAULT_SPLIT for number in range(_count(record, role))]
+
+
+def _weights(folder: Path, where: str, record: dict[str, Any]) -> tuple[str, str, str]:
+    """A folder's files by reading them; the Hub's by the digests that it gives, without a download."""
+    size = sum(file["bytes"] for file in record["files"].values())
+    told = f"{len(record['files'])} files, {size / 1e6:.1f} MB"
+    repo_id, commit = split_id(where)
+    if not is_commit(commit):
+        reason = artifact.damage(folder, record["files"])
+        return ("files", BROKEN if reason else HOLDS, reason or told)
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = ask(lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)))
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    for name, file in record["files"].items():
+        entry = there.get(name)
+        if entry is None:
+            return ("files", BROKEN, f"{name} is missing")
+        fine = entry.lfs.sha256 == file["sha256"] if entry.lfs else _same_small(folder / name, entry, file)
+        if not fine:
+            return ("files", BROKEN, f"{name} has another digest than the record names")
+    return ("files", HOLDS, told)
+
+
+def _same_small(path: Path, entry: Any, file: dict[str, Any]) -> bool:
+    """A file that git itself stores is named by another digest: it is read, where it was fetched, else its size is held."""
+    if not path.is_file():
+        return entry.size == file["bytes"]
+    return same(entry, path) and artifact.file_sha256(path) == file["sha256"]
+
+
+def _count(record: dict[str, Any], role: str) -> int:
+    return sum(name.startswith(f"{role}[") for name in record["data"])
+
+
+def _data(record: dict[str, Any], role: str, number: int) -> tuple[str, str, str]:
+    """The content of one source, hashed again where it is to be had."""
+    name = next(n for n in record["data"] if n.startswith(f"{role}[{number}] "))
+    path, written = name.partition(" ")[2], record["data"][name]
+    options = {
+        k: v for k, v in record["config"]["data"][role][number].items() if k in ("limit", "name", "revision", "split")
+    }
+    source = build(Source, {"path": path, **options}, "", [])
+    if source is None:
+        return (name, UNKNOWN, "no source that this version knows")
+    if "@" in written:  # of the Hub: its commit is its hash
+        return (name, HOLDS, f"pinned: {written}")
+    if not path.startswith("tinyworld/") and not Path(path).expanduser().exists():
+        return (name, UNKNOWN, "the file is not here")
+    try:
+        again = hash_source(source, DEFAULT_SPLIT[role], record["config"]["seed"])
+    except (UserError, OSError) as error:
+        return (name, UNKNOWN, str(error))
+    return (
+        (name, HOLDS, again[:16])
+        if again == written
+        else (name, BROKEN, f"its content is {again[:16]} now, not {written[:16]}")
+    )

@@ -1,0 +1,157 @@
+"""What of a finished stage goes to the Hub: an allow-list of its files, with the record and the card in their public form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact
+from hfpipe.adapter_types import ADAPTER_FILE
+from hfpipe.hub_client import git_digest, is_commit, split_id
+from hfpipe.publishing.card import build_card
+from hfpipe.run_folder import damage_at
+from hfpipe.sections import Hub
+from hfpipe.strict import build
+
+RUN_FILE = "run.json"
+TOLD = ("eval.json", "metrics.jsonl")  # beside the model itself; not the probes, whose questions are held out
+
+
+@dataclass(frozen=True)
+class Package:
+    """Path in the repo -> its content, or the local file that holds it; `weights`: sha256 of files that are known already."""
+
+    stage: str
+    files: dict[str, bytes | Path]
+    known: dict[str, str]
+
+    @cached_property
+    def content(self) -> str:
+        """One digest of all that is published; another one means that it must be published anew."""
+        return artifact.digest({path: self.sha256(path) for path in sorted(self.files)})
+
+    @property
+    def size(self) -> int:
+        return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in self.files.values())
+
+    def sha256(self, path: str) -> str:
+        import hashlib
+
+        file = self.files[path]
+        if path in self.known:
+            return self.known[path]
+        return hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else artifact.file_sha256(file)
+
+    def same(self, entry: Any) -> bool:
+        """Whether the Hub's entry for a path of ours has our content."""
+        if entry.lfs:
+            return entry.lfs.sha256 == self.sha256(entry.path)
+        file = self.files[entry.path]
+        return entry.blob_id == git_digest(file if isinstance(file, bytes) else file.read_bytes())
+
+
+def hub_of(run: Path, repo_id: str | None = None) -> Hub:
+    """Where a run publishes: as its recipe says, or where its stages are already; `repo_id` stands above both."""
+    record = artifact.read_json(run / RUN_FILE) or {}
+    section = build(Hub, record.get("hub") or {}, f"{run / RUN_FILE}: hub.", []) or Hub()
+    stages = record.get("stages", [])
+    known = [r["hub"] for s in stages if (r := artifact.read_record(run / s / artifact.STAGE_FILE)) and "hub" in r]
+    if section.repo_id is None and known:
+        section = build(Hub, known[-1]["section"], "hub.", []) or section
+    return Hub(**{**vars(section), "repo_id": repo_id}) if repo_id else section
+
+
+def place_of(hub: Hub, stage: str) -> tuple[str, str]:
+    """Repo and branch of a stage."""
+    return (f"{hub.repo_id}-{stage}", "main") if hub.layout == "repos" else (str(hub.repo_id), stage)
+
+
+def finished_stages(run: Path) -> list[str]:
+    """The stages of a run that stand whole on the disk, in the recipe's order."""
+    stages = (artifact.read_json(run / RUN_FILE) or {}).get("stages", [])
+    return [stage for stage in stages if (run / stage).is_dir() and damage_at(run / stage) is None]
+
+
+def published_at(run: Path, hub: Hub, stage: str) -> str | None:
+    """The commit that holds a stage as it stands on the disk now; None where it has to be published yet."""
+    record = artifact.read_record(run / stage / artifact.STAGE_FILE) or {}
+    told = record.get("hub")
+    if not told or (told["repo_id"], told["revision"]) != place_of(hub, stage):
+        return None
+    return told["commit"] if told["content"] == pack(run, hub, stage).content else None
+
+
+def pack(run: Path, hub: Hub, stage: str) -> Package:
+    """The stage as it is published."""
+    folder = run / stage
+    record = artifact.read_record(folder / artifact.STAGE_FILE) or {}
+    record = _public(run, hub, record)
+    files: dict[str, bytes | Path] = {name: folder / name for name in record["files"]}
+    files |= {name: folder / name for name in TOLD if (folder / name).is_file()}
+    known = {name: told["sha256"] for name, told in record["files"].items()}
+    for name in record["files"]:
+        if Path(name).name == ADAPTER_FILE:
+            files[name] = _adapter_config(folder / name, record)
+            known[name] = ""
+    known = {name: digest for name, digest in known.items() if digest}
+    for name in record["files"]:
+        if isinstance(content := files[name], bytes):
+            record["files"][name] = {**record["files"][name], "bytes": len(content)}
+            record["files"][name]["sha256"] = Package(stage, files, known).sha256(name)
+    sealed = {k: v for k, v in record.items() if k != "seal"}
+    sealed["seal"] = artifact.digest(sealed)
+    files[artifact.STAGE_FILE] = (json.dumps(sealed, indent=2, ensure_ascii=False) + "\n").encode()
+    repo, branch = place_of(hub, stage)
+    evaluation = artifact.read_json(folder / "eval.json") or {}
+    files["README.md"] = build_card(sealed, evaluation, f"{repo}@{branch}").encode()
+    return Package(stage, files, known)
+
+
+def _public(run: Path, hub: Hub, record: dict[str, Any]) -> dict[str, Any]:
+    """The record without where it was published, with the parent's place on the Hub, the card's fields, and no local folders."""
+    record = {k: v for k, v in record.items() if k != "hub"}
+    record["card"] = {
+        "license": hub.license, "language": list(hub.language), "carbon_intensity": hub.carbon_intensity,
+    }  # fmt: skip
+    parent = record.get("parent")
+    if parent:
+        beside = artifact.read_record(run / str(parent["from"]) / artifact.STAGE_FILE)
+        place = (beside or {}).get("hub") or {}
+        if place and (place["repo_id"], place["revision"]) == place_of(hub, parent["from"]):
+            parent = {**parent, "repo_id": place["repo_id"], "commit": place["commit"]}
+        elif is_commit(parent.get("revision")):
+            parent = {**parent, "repo_id": split_id(parent["from"])[0], "commit": parent["revision"]}
+        record["parent"] = parent
+    return _without_folders(record)
+
+
+def _without_folders(record: dict[str, Any]) -> dict[str, Any]:
+    """Names of files instead of their paths on this machine: `/home/me/rows.jsonl` as `rows.jsonl`."""
+    named = [source["path"] for source in record.get("sources", [])]
+    named += [str((record.get("parent") or {}).get("from"))]
+    named += [
+        item["path"] for items in _lists(record.get("written", {}).get("data")) for item in items if "path" in item
+    ]
+    text = json.dumps(record, ensure_ascii=False)
+    for path in sorted({p for p in named if p.startswith(("/", "~"))}, key=len, reverse=True):
+        inside = json.dumps(path, ensure_ascii=False)[1:-1]
+        text = text.replace(inside, json.dumps(Path(path).name, ensure_ascii=False)[1:-1])
+    return json.loads(text)
+
+
+def _lists(data: Any) -> list[list[dict[str, Any]]]:
+    return [value for value in (data or {}).values() if isinstance(value, list)]
+
+
+def _adapter_config(file: Path, record: dict[str, Any]) -> bytes:
+    """PEFT's configuration with the base's repo and commit in the place of a folder of this machine."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    parent = record.get("parent") or {}
+    if "commit" in parent:
+        config |= {"base_model_name_or_path": parent["repo_id"], "revision": parent["commit"]}
+    elif Path(str(config.get("base_model_name_or_path"))).is_absolute():
+        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
