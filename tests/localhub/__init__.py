@@ -10,7 +10,7 @@ and its tests. `python -m tests.localhub --root FOLDER` serves one by itself.
 
 Left out: Spaces, gated repos, pull requests, squashing, listing and searching repos, pages of answers, `git clone`.
 `.gitattributes` is written with a repo's first commit and not kept up to date; which files are large is decided by
-the same patterns, by size, and by a zero byte near the start.
+their names' endings, by size, and by a zero byte near the start. Each start begins empty.
 """
 
 from .server import LocalHub

@@ -9,9 +9,7 @@ from . import LocalHub
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.localhub", description=__doc__)
-    parser.add_argument(
-        "--root", required=True, help="folder of the Hub's files; kept, and read again by the next start"
-    )
+    parser.add_argument("--root", required=True, help="folder for what the Hub is sent")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--xet", action="store_true", help="large files by Xet; default: by LFS")
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,16 +12,23 @@ from aiohttp import web
 
 from .api import Api
 from .storage import Storage
-from .store import HubError, Repo, Store
+from .store import Commit, HubError, Repo, Store
+
+FAULTS = ("status", "cut_request", "drop_response", "cut_response", "corrupt", "delay")
 
 
 class User(NamedTuple):
     name: str
-    role: str
-    """Of the token: "write" or "read"."""
+    token_role: str
     organizations: dict[str, str]
 
+    def may(self, act: str, namespace: str) -> bool:
+        """Whether the user may "read" what is private in `namespace`, or "write" there."""
+        role = "write" if self.name == namespace else self.organizations.get(namespace)
+        return role in (act, "write") and self.token_role in (act, "write")
 
+
+ANONYMOUS = User("anonymous", "read", {})
 USERS = {
     "hf_alice_write": User("alice", "write", {"acme": "write"}),
     "hf_alice_read": User("alice", "read", {"acme": "write"}),
@@ -30,62 +36,48 @@ USERS = {
 }
 
 
-class Message(NamedTuple):
-    """A commit as a test looks at it."""
-
-    id: str
-    message: str
-
-
 class LocalHub:
-    """A Hub over the folder `root`, on free ports of 127.0.0.1. A context manager, or `start()` and `stop()`.
+    """A Hub with its files in the folder `root`, on free ports of 127.0.0.1: `start()` and `stop()`, or a `with` block.
 
-    `xet` serves large files by Xet, otherwise by LFS. LFS files of more than `multipart_above` bytes are uploaded in
-    parts of `part_bytes`; other files of more than `lfs_above` bytes count as large, whatever their name.
+    `xet` serves large files by Xet, otherwise by LFS, there in parts of `part_bytes` above `multipart_above` bytes.
     """
 
     def __init__(
-        self,
-        root: Path | str,
-        xet: bool = False,
-        *,
-        port: int = 0,
-        lfs_above: int = 10 * 2**20,
-        multipart_above: int = 6 * 10**6,
-        part_bytes: int = 5 * 10**6,
+        self, root: Path | str, xet: bool = False, *, port: int = 0, multipart_above=6 * 10**6, part_bytes=5 * 10**6
     ):
         self.root, self.xet, self.port = Path(root), xet, port
-        self.lfs_above, self.multipart_above, self.part_bytes = lfs_above, multipart_above, part_bytes
+        self.multipart_above, self.part_bytes = multipart_above, part_bytes
         self.store = Store(self.root)
         self.storage = Storage(self)
         self.faults: list[dict] = []
         self.log: list[dict] = []
-        self._thread: threading.Thread | None = None
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def env(self, token: str | None = "hf_alice_write") -> dict[str, str]:
-        """Environment variables that make the Hugging Face libraries of a process use this Hub; no token: anonymous."""
+    def env(self, token: str = "hf_alice_write") -> dict[str, str]:
+        """Environment variables that make the Hugging Face libraries of a process use this Hub; token "": anonymous."""
         variables = {
             "HF_ENDPOINT": self.endpoint,
-            "HF_TOKEN": token or "",
+            "HF_TOKEN": token,
             "HUGGING_FACE_HUB_TOKEN": "",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_XET": "0" if self.xet else "1",  # the client uploads by LFS only if told to
             "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
-        # With its own settings hf-xet tries for five minutes.
-        retries = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms"}
-        return variables | (retries if self.xet else {})
+        if self.xet:
+            # With its own settings hf-xet tries for five minutes.
+            variables |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms"}
+            variables["HF_XET_XORB_COMPRESSION_POLICY"] = "none"  # see storage.py
+        return variables
 
-    def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Message]:
-        """The commits of a branch, newest first: `id` and `message` (title, and description after an empty line)."""
-        history = self.store.repos[repo_type, repo_id].history(revision)
-        return [Message(c.id, f"{c.title}\n\n{c.message}".strip()) for c in history]
+    def commits(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> list[Commit]:
+        """The commits of a branch, newest first, with `id`, `message` and more."""
+        return self.store.repos[repo_type, repo_id].history(revision)
 
     def files(self, repo_id: str, revision: str = "main", repo_type: str = "model") -> dict[str, bytes]:
         """The files of a revision as the Hub holds them: path -> content."""
@@ -93,55 +85,32 @@ class LocalHub:
         return {path: self.store.blob(entry.sha256).read_bytes() for path, entry in sorted(tree.items())}
 
     def requests(self, pattern: str = "") -> list[dict]:
-        """The requests so far whose "METHOD path" has `pattern` (a regular expression) in it, in order of their ends.
+        """The requests so far whose "METHOD path" has `pattern` (a regular expression) in it.
 
-        Keys: method, path, port ("hub" or "storage"), status (negative: it was not told to the client), auth (the
-        user's name; "header" for a token that came without being asked for; "-"), fault, range, ms.
+        Keys: method, path, port ("hub" or "storage"), status (None until there is one, 499 if the connection was
+        closed instead), auth (the user; "xet"; "header" for a token that nobody had asked for; "-"), range, fault.
         """
         return [entry for entry in list(self.log) if re.search(pattern, f"{entry['method']} {entry['path']}")]
 
-    def fault(
-        self,
-        pattern: str,
-        *,
-        skip: int = 0,
-        times: int = 1,
-        status: int | None = None,
-        headers: dict[str, str] | None = None,
-        cut_request: int | None = None,
-        drop_response: bool = False,
-        cut_response: int | None = None,
-        corrupt: bool = False,
-        delay: float | None = None,
-    ) -> dict:
+    def fault(self, pattern: str, *, skip: int = 0, times: int = 1, headers: dict | None = None, **action) -> dict:
         """Makes requests whose "METHOD path" has `pattern` in it go wrong: the first `skip` pass, the next `times` don't.
 
-        Exactly one of:
-          status         is answered, with `headers`; the request has no effect
-          cut_request    bytes of the request's body are read, then the connection is closed; no effect
-          drop_response  the request is carried out (a commit is applied), then the connection is closed
-          cut_response   bytes of the response's body are sent, then the connection is closed
-          corrupt        the byte in the middle of the response's body is changed
-          delay          seconds pass first; a request whose client has gone by then has no effect
+        The action is one of
+          status=503          answered, with `headers`; the request has no effect
+          cut_request=1000    as many bytes of the request's body are read, then the connection is closed; no effect
+          drop_response=True  the request is carried out (a commit is applied), then the connection is closed
+          cut_response=1000   as many bytes of the response's body are sent, then the connection is closed
+          corrupt=True        one bit in the middle of the response's body is changed
+          delay=60.0          seconds pass first; no effect if the client has gone by then
 
-        Returns the rule; its "fired" counts the requests that were hit.
+        Returns the rule; its "fired" counts the requests that were hit. `faults.clear()` ends all.
         """
-        actions = {
-            "status": status,
-            "cut_request": cut_request,
-            "drop_response": drop_response or None,
-            "cut_response": cut_response,
-            "corrupt": corrupt or None,
-            "delay": delay,
-        }
-        chosen = [(name, value) for name, value in actions.items() if value is not None]
-        if len(chosen) != 1:
-            raise ValueError(f"one of {', '.join(actions)}, not {[name for name, _ in chosen]}")
-        [(action, value)] = chosen
-        rule = {"pattern": pattern, "action": action, "value": value, "headers": headers}
-        rule |= {"skip": skip, "times": times, "seen": 0, "fired": 0}
-        self.faults.append(rule)
-        return rule
+        [(name, value)] = action.items()
+        if name not in FAULTS:
+            raise TypeError(f"{name} is none of {', '.join(FAULTS)}")
+        rule = {"pattern": pattern, "skip": skip, "times": times, "action": name, "value": value, "headers": headers}
+        self.faults.append(rule | {"seen": 0, "fired": 0})
+        return self.faults[-1]
 
     def reset(self) -> None:
         """Forgets the faults and the log; the repos stay."""
@@ -153,10 +122,7 @@ class LocalHub:
 
         async def serve():
             self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-            runners = [
-                await self._listen("hub", self.port, Api(self)),
-                await self._listen("storage", 0, self.storage),
-            ]
+            runners = [await self._listen("hub", Api(self), self.port), await self._listen("storage", self.storage, 0)]
             self.port, self.storage.port = (runner.addresses[0][1] for runner in runners)
             ready.set()
             await self._stopping.wait()
@@ -169,7 +135,7 @@ class LocalHub:
             raise RuntimeError("the test Hub did not start")
         return self
 
-    async def _listen(self, name: str, port: int, part: Api | Storage) -> web.AppRunner:
+    async def _listen(self, name: str, part: Api | Storage, port: int) -> web.AppRunner:
         application = web.Application(client_max_size=2**31, middlewares=[self._answer])
         application["name"] = name
         part.add_routes(application.router)
@@ -179,54 +145,32 @@ class LocalHub:
         return runner
 
     def stop(self) -> None:
-        if self._thread:
-            self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(10)
-            self._thread = None
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join(10)
 
-    def __enter__(self) -> LocalHub:
-        return self.start()
+    __enter__ = start
 
     def __exit__(self, *_) -> None:
         self.stop()
 
-    def user(self, request: web.Request) -> User | None:
-        """Who asks: None without a token; an unknown token is refused."""
-        header = request.headers.get("Authorization")
-        if header is None:
-            return None
-        user = USERS.get(header.removeprefix("Bearer ").strip())
-        if user is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
+    def user(self, request: web.Request, known: bool = False) -> User:
+        """Who asks. An unknown token is refused, and no token too if the user has to be `known`."""
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        user = USERS.get(token) if token else ANONYMOUS
+        if user is None or (known and user is ANONYMOUS):
+            raise HubError(401, "Invalid username or password.")
         request["auth"] = user.name
         return user
-
-    def known_user(self, request: web.Request) -> User:
-        user = self.user(request)
-        if user is None:
-            raise HubError(401, "Invalid username or password.")
-        return user
-
-    @staticmethod
-    def may(user: User | None, act: str, namespace: str) -> bool:
-        """Whether `user` may "read" what is private in `namespace`, or "write" there."""
-        if user is None or (act == "write" and user.role != "write"):
-            return False
-        return user.name == namespace or user.organizations.get(namespace) in (act, "write")
 
     def repo(self, request: web.Request, repo_type: str, act: str = "read") -> Repo:
         """The repo that the request's path names, if the one who asks may see it and do `act`."""
         user, name = self.user(request), request.match_info["name"].removesuffix(".git")
         repo = self.store.repos.get((repo_type, f"{request.match_info['namespace']}/{name}"))
-        if repo is None or (repo.private and not self.may(user, "read", repo.namespace)):
+        if repo is None or (repo.private and not user.may("read", repo.namespace)):
             # huggingface.co gives the 401 no error code, and the client takes it for "not found" at https:// only.
-            if user is None:
-                raise HubError(401, "Invalid username or password.", "RepoNotFound")
-            raise HubError(404, "Repository not found", "RepoNotFound")
-        if act == "write" and not self.may(user, "write", repo.namespace):
-            if user is None:
-                raise HubError(401, "Invalid username or password.")
-            raise HubError(403, f"Authorization error: no write access to {repo.id}")
+            raise HubError(401 if user is ANONYMOUS else 404, "Repository not found", "RepoNotFound")
+        if act == "write" and not user.may("write", repo.namespace):
+            raise HubError(401 if user is ANONYMOUS else 403, f"Authorization error: no write access to {repo.id}")
         return repo
 
     def _take_fault(self, what: str) -> dict:
@@ -236,43 +180,28 @@ class LocalHub:
                 if rule["skip"] < rule["seen"] <= rule["skip"] + rule["times"]:
                     rule["fired"] += 1
                     return rule
-        return {"action": None}
+        return {"action": None, "value": None}
 
     @web.middleware
     async def _answer(self, request: web.Request, handler) -> web.StreamResponse:
-        """Handles a request, with the fault that it is due, and writes the log."""
-        if self.storage.is_own(request):
-            return await handler(request)
-        began, fault, status = time.monotonic(), self._take_fault(f"{request.method} {request.path}"), -1
-        try:
-            response = await self._faulty(request, handler, fault)
-            status = response.status
-            return response
-        finally:
-            token = "header" if "Authorization" in request.headers else "-"
-            self.log.append(
-                {
-                    "method": request.method,
-                    "path": request.path,
-                    "port": request.app["name"],
-                    "status": status,
-                    "auth": request.get("auth", token),
-                    "fault": fault["action"],
-                    "range": request.headers.get("Range"),
-                    "ms": round(1000 * (time.monotonic() - began)),
-                }
-            )
+        """Handles a request with the fault that it is due, and writes the log."""
+        fault = self._take_fault(f"{request.method} {request.path}")
+        entry = {"method": request.method, "path": request.path, "port": request.app["name"], "status": None}
+        entry |= {"auth": "header" if "Authorization" in request.headers else "-", "fault": fault["action"]}
+        self.log.append(entry | {"range": request.headers.get("Range")})
+        entry = self.log[-1]
+        response = await self._respond(request, handler, fault)
+        entry |= {"status": response.status, "auth": request.get("auth", entry["auth"])}
+        return response
 
-    async def _faulty(self, request: web.Request, handler, fault: dict) -> web.StreamResponse:
-        action, value = fault["action"], fault.get("value")
+    async def _respond(self, request: web.Request, handler, fault: dict) -> web.StreamResponse:
+        action, value = fault["action"], fault["value"]
         if action == "delay":
             await asyncio.sleep(value)
-            if request.transport is None or request.transport.is_closing():
-                return self._hang_up(request)
         if action == "cut_request":
-            read = 0
-            while read < value and (data := await request.content.read(value - read)):
-                read += len(data)
+            while value > 0 and (data := await request.content.read(value)):
+                value -= len(data)
+        if action == "cut_request" or request.transport is None or request.transport.is_closing():
             return self._hang_up(request)
         try:
             if action == "status":
@@ -285,22 +214,16 @@ class LocalHub:
             response = web.json_response({"error": error.reason}, status=error.status)
         if action == "drop_response":
             return self._hang_up(request)
-        if action in ("corrupt", "cut_response") and response.body:
-            return await self._damage(request, response, action, value)
+        if action == "corrupt" and response.body:
+            middle = len(response.body) // 2
+            response.body = response.body[:middle] + bytes([response.body[middle] ^ 1]) + response.body[middle + 1 :]
+        if action == "cut_response" and response.body:
+            partial = web.StreamResponse(status=response.status, headers=response.headers)
+            partial.content_length = len(response.body)
+            await partial.prepare(request)
+            await partial.write(response.body[:value])
+            return self._hang_up(request)
         return response
-
-    @staticmethod
-    async def _damage(request: web.Request, response: web.Response, action: str, value: int) -> web.StreamResponse:
-        body = bytearray(response.body)
-        if action == "corrupt":
-            body[len(body) // 2] ^= 1
-            response.body = bytes(body)
-            return response
-        partial = web.StreamResponse(status=response.status, headers=response.headers)
-        partial.content_length = len(body)
-        await partial.prepare(request)
-        await partial.write(body[:value])
-        return LocalHub._hang_up(request)
 
     @staticmethod
     def _hang_up(request: web.Request) -> web.Response:

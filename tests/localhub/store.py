@@ -1,8 +1,6 @@
-"""What the test Hub holds, as plain files: `blobs/<sha256>` and one JSON file per repo under `repos/`.
+"""What the test Hub holds. All that ever reached it also lies under `root` as plain files, so that a test can search it.
 
-A repo's file has its branches, its tags and every commit with its whole tree, and is replaced in one step: a reader,
-or a server started again over the same folder, sees all of a commit or none of it. Content is kept once, unpacked and
-unencrypted, so that a test can search everything that ever reached the Hub by reading the files.
+`blobs/<sha256>` are contents, `repos/.../<name>.json` a repo's branches, tags and commits, the latter with whole trees.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ class HubError(Exception):
 
 
 def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-def git_sha1(kind: str, data: bytes) -> str:
-    return hashlib.sha1(f"{kind} {len(data)}\0".encode() + data).hexdigest()
+def git_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def lfs_pointer(sha256: str, size: int) -> bytes:
@@ -41,27 +39,29 @@ def lfs_pointer(sha256: str, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a tree: its git id (of the pointer, if LFS), size in bytes, and the sha256 its blob lies under."""
+    """A file of a tree: its git id (of the pointer, if LFS), size in bytes, and the sha256 that its blob lies under."""
 
     oid: str
     size: int
     sha256: str
     lfs: bool
 
-    def lfs_info(self) -> dict:
+    def lfs_info(self) -> dict | None:
+        """As listings give it; trees call the sha256 `oid`, the info of a repo calls it `sha256`."""
         size = len(lfs_pointer(self.sha256, self.size))
-        return {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": size}
+        about = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": size}
+        return about if self.lfs else None
 
 
 @dataclass(frozen=True)
 class Commit:
     id: str
     parent: str | None
-    title: str
     message: str
+    """The title, and the description, if there is one, after an empty line."""
     author: str
     date: str
-    tree: dict[str, Entry]
+    tree: dict[str, Entry] = field(repr=False)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Repo:
     created: str = field(default_factory=now)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, Commit] = field(default_factory=dict)
+    commits: dict[str, Commit] = field(default_factory=dict, repr=False)
 
     @property
     def id(self) -> str:
@@ -81,10 +81,9 @@ class Repo:
 
     def commit(self, revision: str) -> Commit:
         """The commit that a branch, a tag or a commit id (7 to 40 digits) names, in that order."""
-        name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        if oid := self.branches.get(name) or self.tags.get(name):
+        if oid := self.branches.get(revision) or self.tags.get(revision):
             return self.commits[oid]
-        found = [oid for oid in self.commits if oid.startswith(name)] if re.fullmatch("[0-9a-f]{7,40}", name) else []
+        found = [oid for oid in self.commits if re.fullmatch("[0-9a-f]{7,40}", revision) and oid.startswith(revision)]
         if len(found) != 1:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[found[0]]
@@ -99,60 +98,48 @@ class Repo:
 
 class Store:
     def __init__(self, root: Path):
-        self.root = root
-        for name in ("blobs", "repos", "tmp"):
-            (root / name).mkdir(parents=True, exist_ok=True)
-        self.repos: dict[tuple[str, str], Repo] = {}
-        for path in sorted((root / "repos").rglob("*.json")):
-            repo = Repo(**json.loads(path.read_text()))
-            for oid, commit in repo.commits.items():
-                tree = {name: Entry(**entry) for name, entry in commit.pop("tree").items()}
-                repo.commits[oid] = Commit(**commit, tree=tree)
-            self.repos[repo.type, repo.id] = repo
+        self.root, self.repos = root, {}
+        (root / "tmp").mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, content: bytes) -> None:
         """Writes a file so that it exists wholly or not at all."""
         handle, temporary = tempfile.mkstemp(dir=self.root / "tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.write(content)
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
 
     def blob(self, sha256: str) -> Path:
         return self.root / "blobs" / sha256
 
-    def add_blob(self, data: bytes) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
-        if not self.blob(sha256).exists():
-            self.write(self.blob(sha256), data)
+    def add_blob(self, content: bytes, announced: str | None = None) -> str:
+        """Keeps content under its sha256, which it returns; one that was announced has to be the same."""
+        sha256 = hashlib.sha256(content).hexdigest()
+        if announced not in (None, sha256):
+            raise HubError(400, f"BadDigest: the content's sha256 is {sha256}, not {announced}")
+        self.write(self.blob(sha256), content)
         return sha256
 
-    def regular_entry(self, data: bytes) -> Entry:
-        return Entry(git_sha1("blob", data), len(data), self.add_blob(data), lfs=False)
+    def regular_entry(self, content: bytes) -> Entry:
+        return Entry(git_id(content), len(content), self.add_blob(content), lfs=False)
 
     def lfs_entry(self, sha256: str) -> Entry:
         """The entry of an object that has been uploaded before."""
         if not self.blob(sha256).exists():
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
         size = self.blob(sha256).stat().st_size
-        return Entry(git_sha1("blob", lfs_pointer(sha256, size)), size, sha256, lfs=True)
-
-    def _path(self, repo: Repo) -> Path:
-        return self.root / "repos" / f"{repo.type}s" / f"{repo.id}.json"
+        return Entry(git_id(lfs_pointer(sha256, size)), size, sha256, lfs=True)
 
     def save(self, repo: Repo) -> None:
-        self.write(self._path(repo), json.dumps(asdict(repo), indent=1).encode())
+        self.write(
+            self.root / "repos" / f"{repo.type}s" / f"{repo.id}.json", json.dumps(asdict(repo), indent=1).encode()
+        )
         self.repos[repo.type, repo.id] = repo
 
-    def delete(self, repo: Repo) -> None:
-        self._path(repo).unlink()
-        del self.repos[repo.type, repo.id]
-
-    def add_commit(self, repo: Repo, branch: str, tree: dict[str, Entry], title: str, message: str, author: str) -> str:
+    def add_commit(self, repo: Repo, branch: str, tree: dict[str, Entry], message: str, author: str) -> str:
         """Puts a commit on top of `branch` and returns its id; the branch is made if it is the repo's first."""
-        parent, date = repo.branches.get(branch), now()
-        oid = git_sha1("commit", repr((parent, title, message, author, date, tree, secrets.token_hex(4))).encode())
-        repo.commits[oid] = Commit(oid, parent, title, message, author, date, tree)
-        repo.branches[branch] = oid
+        commit = Commit(secrets.token_hex(20), repo.branches.get(branch), message, author, now(), tree)
+        repo.commits[commit.id] = commit
+        repo.branches[branch] = commit.id
         self.save(repo)
-        return oid
+        return commit.id
