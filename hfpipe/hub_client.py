@@ -79,7 +79,9 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         # HfHubHTTPError is an OSError, uploads through LFS raise RuntimeError, through Xet ConnectionError.
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
-        said = scrub(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        said = scrub(
+            next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        ).rstrip(".")
         if status in _REFUSED:
             raise Refused(said) from None
         if status is None and isinstance(error, ValueError | FileNotFoundError | PermissionError):

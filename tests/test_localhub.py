@@ -71,7 +71,9 @@ def folder(tmp_path):
 
 def contents(folder) -> dict[str, bytes]:
     """The files of a folder, without what clients and the Hub put there for themselves."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")]
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and not path.relative_to(folder).parts[0].startswith(".")
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -177,7 +179,9 @@ except ValueError as error:
     assert len(hub.commits(repo_id)) == 1
 
 
-@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}, {"cut_request": 300_000}])
+@pytest.mark.parametrize(
+    "fault", [{"status": 503}, {"status": 429, "headers": {"Retry-After": "1"}}, {"cut_request": 300_000}]
+)
 def test_an_upload_that_fails_once_is_tried_again(hub, hub_env, repo_id, folder, mode, fault):
     rule = hub.fault(UPLOADS[mode] + "|preupload", skip=1, **fault)
     client(PUSH + "show(sha)", hub_env, repo_id, folder)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
@@ -21,7 +21,9 @@ from hfpipe.publishing.package import RUN_FILE, Package, finished_stages, hub_of
 from hfpipe.run_folder import damage_at
 from hfpipe.sections import Hub
 
-_ATTEMPTS = 5  # of a commit and what goes with it, after the client's own of every upload
+T = TypeVar("T")
+_ATTEMPTS = 5  # of a commit and what goes with it, where they fail at once
+_ENOUGH_S = 60  # uploads are tried again by the client itself: after this long of failing it is left for later
 _WAIT_S = (1.0, 2.0, 4.0, 8.0)
 _MANAGED = (".gitattributes",)  # the Hub's own
 ERROR_FILE = "push.json"  # in a run's logs: why the last push did not get through
@@ -74,49 +76,43 @@ def _make_branch(api: Any, repo_id: str, branch: str) -> None:
         ask(api.create_branch, repo_id, branch=branch, exist_ok=True)
 
 
-def commit_package(
-    api: Any, package: Package, repo_id: str, branch: str, message: str, sleep: Callable[[float], Any] = time.sleep
-) -> tuple[str, int]:
-    """Make a branch hold exactly a package's files; returns the commit that does, and the files that were sent.
-
-    What the branch holds is compared first, and after every failure: a commit whose answer was lost is not made again.
-
-    Raises:
-        Refused: the Hub says no.
-        Unreachable: it did not get through, `_ATTEMPTS` times.
-    """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    sent = 0
+def patiently(act: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) -> T:
+    """Act until it gets through; `act` must be one that may be done again after it got through unseen."""
+    began = time.monotonic()
     for attempt in range(_ATTEMPTS):
         try:
-            head = ask(api.repo_info, repo_id, revision=branch, timeout=20).sha
-            wrong, extra = differences(api, package, repo_id, head)
-            if wrong or extra:
-                contents = {name: package.files[name] for name in wrong}
-                adds = [
-                    CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-                    for name, content in contents.items()
-                ]
-                deletes = [CommitOperationDelete(name) for name in extra]
-                head = ask(
-                    api.create_commit,
-                    repo_id,
-                    operations=[*adds, *deletes],
-                    commit_message=message,
-                    revision=branch,
-                    parent_commit=head,
-                ).oid
-                sent = len(wrong)
-                wrong, extra = differences(api, package, repo_id, head)
-                if wrong or extra:
-                    raise Unreachable(f"{', '.join([*wrong, *extra])} stand there other than here after the commit")
-            return head, sent
+            return act()
         except Unreachable as error:
-            if attempt == _ATTEMPTS - 1:
+            if attempt == _ATTEMPTS - 1 or time.monotonic() - began > _ENOUGH_S:
                 raise
             sleep(error.wait_s if error.wait_s is not None else 0.1 if error.moved else _WAIT_S[attempt])
     raise AssertionError
+
+
+def commit_package(api: Any, package: Package, repo_id: str, branch: str, message: str) -> tuple[str, int]:
+    """Make a branch hold exactly a package's files; returns the commit that does, and how many files were sent.
+
+    What the branch holds is compared first: a commit whose answer was lost is not made again.
+
+    Raises:
+        Refused: the Hub says no.
+        Unreachable: it did not get through, or stands there with other digests.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    head = ask(api.repo_info, repo_id, revision=branch, timeout=20).sha
+    wrong, extra = differences(api, package, repo_id, head)
+    if not wrong and not extra:
+        return head, 0
+    contents = [(name, package.files[name]) for name in wrong]
+    adds = [CommitOperationAdd(name, c if isinstance(c, bytes) else str(c)) for name, c in contents]
+    deletes = [CommitOperationDelete(name) for name in extra]
+    about = {"commit_message": message, "revision": branch, "parent_commit": head}
+    commit = ask(api.create_commit, repo_id, operations=[*adds, *deletes], **about).oid
+    still = [name for names in differences(api, package, repo_id, commit) for name in names]
+    if still:
+        raise Unreachable(f"{', '.join(still)} stand in commit {commit[:12]} other than here")
+    return commit, len(wrong)
 
 
 def differences(api: Any, package: Package, repo_id: str, commit: str) -> tuple[list[str], list[str]]:
@@ -198,10 +194,10 @@ def _push_stage(api: Any, run: Path, hub: Hub, stage: str, say: Callable[[str, s
     repo_id, branch = place_of(hub, stage)
     commit = published_at(run, hub, stage)
     if commit is None:
-        _make_repo(api, repo_id, hub, f"--repo-id {hub.repo_id}")
-        _make_branch(api, repo_id, branch)
         package = pack(run, hub, stage)
-        commit, sent = commit_package(api, package, repo_id, branch, f"{stage}, by hfpipe")
+        patiently(lambda: _make_repo(api, repo_id, hub, f"--repo-id {hub.repo_id}"))
+        patiently(lambda: _make_branch(api, repo_id, branch))
+        commit, sent = patiently(lambda: commit_package(api, package, repo_id, branch, f"{stage}, by hfpipe"))
         told = {"repo_id": repo_id, "revision": branch, "commit": commit, "content": package.content}
         artifact.amend_record(run / stage / artifact.STAGE_FILE, hub={**told, "section": dataclasses.asdict(hub)})
         say(
@@ -222,11 +218,12 @@ def _push_main(api: Any, run: Path, hub: Hub, say: Callable[[str, str], None]) -
     repo_id = str(hub.repo_id) if hub.layout == "revisions" else place_of(hub, last)[0]
     package = pack(run, hub, last)
     package = Package(last, {**package.files, RUN_FILE: content}, package.known)
-    commit, _ = commit_package(api, package, repo_id, "main", f"{last} is the last stage so far, by hfpipe")
+    message = f"{last} is the last stage so far, by hfpipe"
+    commit, _ = patiently(lambda: commit_package(api, package, repo_id, "main", message))
     if list(commits) == stages:
         finished = str((artifact.read_record(run / last / artifact.STAGE_FILE) or {}).get("finished"))[:10]
         tag = f"run-{finished}-{artifact.digest(commits)[:8]}"
-        if _tag(api, repo_id, tag, commit):
+        if patiently(lambda: _tag(api, repo_id, tag, commit)):
             say("main", f"published: {repo_id}, which is {last} with the commits of all stages, tagged {tag}")
 
 
@@ -237,8 +234,7 @@ def _tag(api: Any, repo_id: str, tag: str, commit: str) -> bool:
         return False
     if tag in tags:
         ask(api.delete_tag, repo_id, tag=tag)
-    with contextlib.suppress(Unreachable):  # the answer may be lost and the tag be there: looked at below
-        ask(api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
+    ask(api.create_tag, repo_id, tag=tag, revision=commit, exist_ok=True)
     tags = {ref.name: ref.target_commit for ref in ask(api.list_repo_refs, repo_id).tags}
     if tags.get(tag) != commit:
         raise Unreachable(f"the tag {tag} is not on commit {commit[:12]}")

@@ -59,7 +59,10 @@ def trace(source: str) -> list[Link]:
             fine = known is True or known == parent["fingerprint"]
             link.checks.append(("parent", HOLDS if fine else BROKEN, f"{where}, made elsewhere"))
             break
-        fine = record.get("fingerprint") == parent["fingerprint"]
+        fine = parent["fingerprint"] in (
+            record.get("fingerprint"),
+            parent.get("revision"),
+        )  # a Hub model goes by its commit
         why = (
             where if fine else f"{where} holds {str(record.get('fingerprint'))[:12]}, not {parent['fingerprint'][:12]}"
         )
