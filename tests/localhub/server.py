@@ -36,17 +36,18 @@ USERS = {
 }
 
 
+def bearer(request: web.Request) -> str:
+    return request.headers.get("Authorization", "").removeprefix("Bearer ")
+
+
 class LocalHub:
     """A Hub with its files in the folder `root`, on free ports of 127.0.0.1: `start()` and `stop()`, or a `with` block.
 
-    `xet` serves large files by Xet, otherwise by LFS, there in parts of `part_bytes` above `multipart_above` bytes.
+    `xet` serves large files by Xet, otherwise by LFS, there in parts of at most `part_bytes` each.
     """
 
-    def __init__(
-        self, root: Path | str, xet: bool = False, *, port: int = 0, multipart_above=6 * 10**6, part_bytes=5 * 10**6
-    ):
-        self.root, self.xet, self.port = Path(root), xet, port
-        self.multipart_above, self.part_bytes = multipart_above, part_bytes
+    def __init__(self, root: Path | str, xet: bool = False, *, port: int = 0, part_bytes: int = 5 * 10**6):
+        self.root, self.xet, self.port, self.part_bytes = Path(root), xet, port, part_bytes
         self.store = Store(self.root)
         self.storage = Storage(self)
         self.faults: list[dict] = []
@@ -88,7 +89,7 @@ class LocalHub:
         """The requests so far whose "METHOD path" has `pattern` (a regular expression) in it.
 
         Keys: method, path, port ("hub" or "storage"), status (None until there is one, 499 if the connection was
-        closed instead), auth (the user; "xet"; "header" for a token that nobody had asked for; "-"), range, fault.
+        closed instead), auth (whose token came: a user's name, "other" such as Xet's own, "-"), range, fault.
         """
         return [entry for entry in list(self.log) if re.search(pattern, f"{entry['method']} {entry['path']}")]
 
@@ -155,11 +156,10 @@ class LocalHub:
 
     def user(self, request: web.Request, known: bool = False) -> User:
         """Who asks. An unknown token is refused, and no token too if the user has to be `known`."""
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        token = bearer(request)
         user = USERS.get(token) if token else ANONYMOUS
         if user is None or (known and user is ANONYMOUS):
             raise HubError(401, "Invalid username or password.")
-        request["auth"] = user.name
         return user
 
     def repo(self, request: web.Request, repo_type: str, act: str = "read") -> Repo:
@@ -186,12 +186,19 @@ class LocalHub:
     async def _answer(self, request: web.Request, handler) -> web.StreamResponse:
         """Handles a request with the fault that it is due, and writes the log."""
         fault = self._take_fault(f"{request.method} {request.path}")
-        entry = {"method": request.method, "path": request.path, "port": request.app["name"], "status": None}
-        entry |= {"auth": "header" if "Authorization" in request.headers else "-", "fault": fault["action"]}
-        self.log.append(entry | {"range": request.headers.get("Range")})
-        entry = self.log[-1]
+        token = bearer(request)
+        auth = USERS[token].name if token in USERS else "other" if token else "-"
+        entry = {
+            "method": request.method,
+            "path": request.path,
+            "port": request.app["name"],
+            "status": None,
+            "auth": auth,
+        }
+        entry |= {"range": request.headers.get("Range"), "fault": fault["action"]}
+        self.log.append(entry)
         response = await self._respond(request, handler, fault)
-        entry |= {"status": response.status, "auth": request.get("auth", entry["auth"])}
+        entry["status"] = response.status
         return response
 
     async def _respond(self, request: web.Request, handler, fault: dict) -> web.StreamResponse:
