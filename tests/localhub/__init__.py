@@ -4,8 +4,8 @@
         subprocess.run(command, env=os.environ | hub.env())
 
 It holds models and datasets, public and private, with branches, tags, and commits of one transaction, and keeps large
-files as the real service does: on another origin, behind signed addresses without the user's token, by LFS (whole and
-in parts) or by Xet. It answers with the status codes of huggingface.co, as far as these could be read from the client
+files as the real service does: on another origin, which the user's token must not reach, by LFS (whole and in parts)
+or by Xet. It answers with the status codes of huggingface.co, as far as these could be read from the client
 and its tests. `python -m tests.localhub --root FOLDER` serves one by itself.
 
 Left out: Spaces, gated repos, pull requests, squashing, listing and searching repos, pages of answers, `git clone`.

@@ -30,8 +30,6 @@ def read_card(text: str) -> dict:
         card = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError as error:
         raise HubError(400, f"Invalid metadata in README.md: {' '.join(str(error).split())}") from None
-    if card is not None and not isinstance(card, dict):
-        raise HubError(400, "Invalid metadata in README.md: not a mapping")
     return card or {}
 
 
@@ -93,7 +91,7 @@ class Api:
             raise HubError(403, f"You don't have the rights to create a {kind} under the namespace {namespace}")
         if kind not in ("model", "dataset") or not re.fullmatch(r"[\w.-]{1,96}", repo.name):
             raise HubError(400, f"Invalid repo: {kind} {repo.id}")
-        about = {"url": f"{self.hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo.id}", "name": repo.id}
+        about = {"url": self.hub.endpoint + repo.page, "name": repo.id}
         if (kind, repo.id) in self.store.repos:
             return web.json_response(about | {"error": f"You already created this {kind} repo"}, status=409)
         tree = {".gitattributes": self.store.regular_entry(GITATTRIBUTES.encode())}
@@ -165,11 +163,8 @@ class Api:
         return web.json_response({}, status=201)
 
     async def delete_ref(self, request: web.Request, repo: Repo) -> web.Response:
-        name, refs = request.match_info["revision"], repo.tags
-        if request.match_info["kind"] == "branch":
-            refs = repo.branches
-            if name == "main":
-                raise HubError(403, "Cannot delete the main branch")
+        name = request.match_info["revision"]
+        refs = repo.tags if request.match_info["kind"] == "tag" else repo.branches
         if refs.pop(name, None) is None:
             raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
         self.store.save(repo)
@@ -208,8 +203,8 @@ class Api:
         for operation in operations:
             self._apply(tree, operation["key"], operation["value"])
         message = f"{header['summary']}\n\n{header['description']}".strip()
-        oid = self.store.add_commit(repo, branch, tree, message, request["auth"])
-        return web.json_response({"commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{oid}"})
+        oid = self.store.add_commit(repo, branch, tree, message, self.hub.user(request).name)
+        return web.json_response({"commitOid": oid, "commitUrl": f"{self.hub.endpoint}{repo.page}/commit/{oid}"})
 
     def _apply(self, tree: dict[str, Entry], operation: str, value: dict) -> None:
         path = value["path"].rstrip("/")
@@ -232,7 +227,7 @@ class Api:
             raise HubError(400, f"Unknown operation {operation}")
 
     async def resolve(self, request: web.Request, repo: Repo) -> web.Response:
-        """A regular file itself; for a large one, the signed address of its content at the other origin."""
+        """A regular file itself; for a large one, the address of its content at the other origin."""
         commit = repo.commit(request.match_info["revision"])
         headers, entry = {"X-Repo-Commit": commit.id}, commit.tree.get(request.match_info["path"])
         if entry is None:
@@ -243,4 +238,4 @@ class Api:
         if xet_hash := self.storage.xet_hashes.get(entry.sha256):
             token = f"{self.hub.endpoint}/api/{repo.type}s/{repo.id}/xet-read-token/{commit.id}"
             headers |= {"X-Xet-Hash": xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
-        return web.Response(status=302, headers=headers | {"Location": self.storage.sign("get", entry.sha256)})
+        return web.Response(status=302, headers=headers | {"Location": f"{self.storage.url}/get/{entry.sha256}"})

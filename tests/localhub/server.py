@@ -36,17 +36,18 @@ USERS = {
 }
 
 
+def bearer(request: web.Request) -> str:
+    return request.headers.get("Authorization", "").removeprefix("Bearer ")
+
+
 class LocalHub:
     """A Hub with its files in the folder `root`, on free ports of 127.0.0.1: `start()` and `stop()`, or a `with` block.
 
-    `xet` serves large files by Xet, otherwise by LFS, there in parts of `part_bytes` above `multipart_above` bytes.
+    `xet` serves large files by Xet, otherwise by LFS, there in parts of at most `part_bytes` each.
     """
 
-    def __init__(
-        self, root: Path | str, xet: bool = False, *, port: int = 0, multipart_above=6 * 10**6, part_bytes=5 * 10**6
-    ):
-        self.root, self.xet, self.port = Path(root), xet, port
-        self.multipart_above, self.part_bytes = multipart_above, part_bytes
+    def __init__(self, root: Path | str, xet: bool = False, *, port: int = 0, part_bytes: int = 5 * 10**6):
+        self.root, self.xet, self.port, self.part_bytes = Path(root), xet, port, part_bytes
         self.store = Store(self.root)
         self.storage = Storage(self)
         self.faults: list[dict] = []
@@ -88,7 +89,7 @@ class LocalHub:
         """The requests so far whose "METHOD path" has `pattern` (a regular expression) in it.
 
         Keys: method, path, port ("hub" or "storage"), status (None until there is one, 499 if the connection was
-        closed instead), auth (the user; "xet"; "header" for a token that nobody had asked for; "-"), range, fault.
+        closed instead), auth (whose token came: a user's name, "other" such as Xet's own, "-"), range, fault.
         """
         return [entry for entry in list(self.log) if re.search(pattern, f"{entry['method']} {entry['path']}")]
 
@@ -101,13 +102,14 @@ class LocalHub:
           drop_response=True  the request is carried out (a commit is applied), then the connection is closed
           cut_response=1000   as many bytes of the response's body are sent, then the connection is closed
           corrupt=True        one bit in the middle of the response's body is changed
+                              (both: not of HEAD; large files come from "GET /get/" or, by Xet, "GET /cas/xorb/")
           delay=60.0          seconds pass first; no effect if the client has gone by then
 
         Returns the rule; its "fired" counts the requests that were hit. `faults.clear()` ends all.
         """
+        if len(action) != 1 or not action.keys() <= set(FAULTS):
+            raise TypeError(f"one of {', '.join(FAULTS)}, not {', '.join(action) or 'nothing'}")
         [(name, value)] = action.items()
-        if name not in FAULTS:
-            raise TypeError(f"{name} is none of {', '.join(FAULTS)}")
         rule = {"pattern": pattern, "skip": skip, "times": times, "action": name, "value": value, "headers": headers}
         self.faults.append(rule | {"seen": 0, "fired": 0})
         return self.faults[-1]
@@ -155,11 +157,10 @@ class LocalHub:
 
     def user(self, request: web.Request, known: bool = False) -> User:
         """Who asks. An unknown token is refused, and no token too if the user has to be `known`."""
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        token = bearer(request)
         user = USERS.get(token) if token else ANONYMOUS
         if user is None or (known and user is ANONYMOUS):
             raise HubError(401, "Invalid username or password.")
-        request["auth"] = user.name
         return user
 
     def repo(self, request: web.Request, repo_type: str, act: str = "read") -> Repo:
@@ -173,9 +174,10 @@ class LocalHub:
             raise HubError(401 if user is ANONYMOUS else 403, f"Authorization error: no write access to {repo.id}")
         return repo
 
-    def _take_fault(self, what: str) -> dict:
+    def _take_fault(self, request: web.Request) -> dict:
         for rule in list(self.faults):
-            if re.search(rule["pattern"], what):
+            bodiless = request.method == "HEAD" and rule["action"] in ("cut_response", "corrupt")
+            if re.search(rule["pattern"], f"{request.method} {request.path}") and not bodiless:
                 rule["seen"] += 1
                 if rule["skip"] < rule["seen"] <= rule["skip"] + rule["times"]:
                     rule["fired"] += 1
@@ -185,13 +187,13 @@ class LocalHub:
     @web.middleware
     async def _answer(self, request: web.Request, handler) -> web.StreamResponse:
         """Handles a request with the fault that it is due, and writes the log."""
-        fault = self._take_fault(f"{request.method} {request.path}")
+        fault, token = self._take_fault(request), bearer(request)
         entry = {"method": request.method, "path": request.path, "port": request.app["name"], "status": None}
-        entry |= {"auth": "header" if "Authorization" in request.headers else "-", "fault": fault["action"]}
-        self.log.append(entry | {"range": request.headers.get("Range")})
-        entry = self.log[-1]
+        entry["auth"] = USERS[token].name if token in USERS else "other" if token else "-"
+        entry |= {"range": request.headers.get("Range"), "fault": fault["action"]}
+        self.log.append(entry)
         response = await self._respond(request, handler, fault)
-        entry |= {"status": response.status, "auth": request.get("auth", entry["auth"])}
+        entry["status"] = response.status
         return response
 
     async def _respond(self, request: web.Request, handler, fault: dict) -> web.StreamResponse:
@@ -208,16 +210,18 @@ class LocalHub:
                 await request.read()
                 raise HubError(value, "a fault made on purpose", headers=fault["headers"])
             response = await handler(request)
+            if action in ("cut_response", "corrupt") and not response.body:
+                raise HubError(500, f"{action}: this response has no body")
         except HubError as error:
             response = web.json_response({"error": error.message}, status=error.status, headers=error.headers)
         except web.HTTPException as error:
             response = web.json_response({"error": error.reason}, status=error.status)
         if action == "drop_response":
             return self._hang_up(request)
-        if action == "corrupt" and response.body:
+        if action == "corrupt":
             middle = len(response.body) // 2
             response.body = response.body[:middle] + bytes([response.body[middle] ^ 1]) + response.body[middle + 1 :]
-        if action == "cut_response" and response.body:
+        if action == "cut_response":
             partial = web.StreamResponse(status=response.status, headers=response.headers)
             partial.content_length = len(response.body)
             await partial.prepare(request)

@@ -1,4 +1,4 @@
-"""Where large files lie: the second origin, which takes them by LFS (PUT to signed addresses) or by Xet.
+"""Where large files lie: the second origin, which takes them by LFS or by Xet. It needs no user's token.
 
 Xet cuts a file into chunks, sends the chunks that are new packed into a "xorb", and then a "shard", which says of which
 chunks of which xorbs the file is made. The formats are those of hf_xet 1.8. Chunks must come uncompressed (`env()` asks
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import secrets
 import struct
 import time
 from collections.abc import Iterator
@@ -82,8 +81,6 @@ class Storage:
     def __init__(self, hub: LocalHub):
         self.hub, self.store, self.port = hub, hub.store, 0
         self.xorbs, self.parts = hub.root / "xorbs", hub.root / "parts"
-        self.signatures: dict[str, tuple[str, str, int]] = {}
-        self.token = secrets.token_hex()
         self.terms: dict[str, list[tuple[str, int, int, int]]] = {}  # of files by Xet's hash of them
         self.xet_hashes: dict[str, str] = {}  # by sha256
 
@@ -100,67 +97,46 @@ class Storage:
         router.add_get("/cas/v1/reconstructions/{hash}", self.reconstruction)
         router.add_get("/cas/xorb/{hash}", self.get_xorb)
 
-    def sign(self, act: str, sha256: str, part: int = 0) -> str:
-        signature = secrets.token_hex()
-        self.signatures[signature] = (act, sha256, part)
-        return f"{self.url}/{act}/{sha256}?signature={signature}"
-
-    def _signed(self, request: web.Request, act: str) -> tuple[str, int]:
-        """The sha256 and the number of the part that the request's address was signed for."""
-        signed_for = self.signatures.get(request.query.get("signature", ""))
-        if signed_for is None or signed_for[:2] != (act, request.match_info["sha256"]):
-            raise HubError(403, "The address is badly signed")
-        return signed_for[1:]
-
     def upload_action(self, sha256: str, size: int) -> dict:
         """What LFS tells a client to do with an object that is not here yet."""
-        if size <= self.hub.multipart_above:
-            return {"href": self.sign("put", sha256)}
-        numbers = range(1, -(-size // self.hub.part_bytes) + 1)
-        header = {f"{number:05d}": self.sign("put", sha256, number) for number in numbers}
-        return {"href": self.sign("complete", sha256), "header": header | {"chunk_size": str(self.hub.part_bytes)}}
+        url = f"{self.url}/put/{sha256}"
+        if size <= self.hub.part_bytes:
+            return {"href": url}
+        header = {f"{part:05d}": f"{url}?part={part}" for part in range(1, -(-size // self.hub.part_bytes) + 1)}
+        return {"href": f"{self.url}/complete/{sha256}", "header": header | {"chunk_size": str(self.hub.part_bytes)}}
 
     async def put(self, request: web.Request) -> web.Response:
-        (sha256, part), content = self._signed(request, "put"), await request.read()
-        if part:
+        content, sha256 = await request.read(), request.match_info["sha256"]
+        if part := request.query.get("part"):
             self.store.write(self.parts / f"{sha256}.{part}", content)
         else:
             self.store.add_blob(content, sha256)
-        return web.Response(headers={"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
+        return web.Response(headers={"ETag": hashlib.md5(content).hexdigest()})
 
     async def complete(self, request: web.Request) -> web.Response:
-        (sha256, _), asked = self._signed(request, "complete"), await request.json()
+        asked, sha256 = await request.json(), request.match_info["sha256"]
         parts = [self.parts / f"{sha256}.{part['partNumber']}" for part in asked["parts"]]
         self.store.add_blob(b"".join(part.read_bytes() for part in parts), sha256)
-        for part in parts:
-            part.unlink()
         return web.json_response({})
 
     async def get(self, request: web.Request) -> web.Response:
-        sha256, _ = self._signed(request, "get")
+        sha256 = request.match_info["sha256"]
         return send_file(request, self.store.blob(sha256), {"ETag": f'"{sha256}"'})
 
     async def xet_token(self, request: web.Request, repo: Repo) -> web.Response:
         if not self.hub.xet:
             raise HubError(404, "This Hub has no Xet")
         expires, url = int(time.time()) + 3600, f"{self.url}/cas"
-        headers = {"X-Xet-Cas-Url": url, "X-Xet-Token-Expiration": str(expires), "X-Xet-Access-Token": self.token}
-        return web.json_response({"casUrl": url, "exp": expires, "accessToken": self.token}, headers=headers)
-
-    def _check_token(self, request: web.Request) -> None:
-        if request.headers.get("Authorization") != f"Bearer {self.token}":
-            raise HubError(401, "Bad Xet token")
-        request["auth"] = "xet"
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Token-Expiration": str(expires), "X-Xet-Access-Token": "xet"}
+        return web.json_response({"casUrl": url, "exp": expires, "accessToken": "xet"}, headers=headers)
 
     async def put_xorb(self, request: web.Request) -> web.Response:
-        self._check_token(request)
         content = await request.read()
         read_xorb(content)
         self.store.write(self.xorbs / request.match_info["hash"], content)
         return web.json_response({"was_inserted": True})
 
     async def put_shard(self, request: web.Request) -> web.Response:
-        self._check_token(request)
         for file_hash, sha256, terms in read_shard(await request.read()):
             xorbs = {xorb: read_xorb((self.xorbs / xorb).read_bytes()) for xorb, *_ in terms}
             chunks = [chunk for xorb, _, first, after in terms for chunk in xorbs[xorb][first:after]]
@@ -170,7 +146,6 @@ class Storage:
 
     async def reconstruction(self, request: web.Request) -> web.Response:
         """Of which terms the asked bytes are made, and where their xorbs are."""
-        self._check_token(request)
         all_terms = self.terms[request.match_info["hash"]]
         first, after = byte_range(request, sum(size for _, size, *_ in all_terms))
         terms, fetch, skip, at = [], {}, 0, 0

