@@ -77,17 +77,22 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         raise Refused(scrub(str(error))) from None
     except (OSError, RuntimeError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         # HfHubHTTPError is an OSError, uploads through LFS raise RuntimeError, through Xet ConnectionError.
-        response = getattr(error, "response", None)
+        causes = [error]  # of a RuntimeError about an upload the Hub's answer is the cause
+        while cause := causes[-1].__cause__:
+            causes.append(cause)
+        response = next((found for cause in causes if (found := getattr(cause, "response", None)) is not None), None)
         status = getattr(response, "status_code", None)
-        said = scrub(
-            next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        ).rstrip(".")
+        said = scrub(": ".join(dict.fromkeys(map(_first_line, causes))))
         if status in _REFUSED:
             raise Refused(said) from None
         if status is None and isinstance(error, ValueError | FileNotFoundError | PermissionError):
             raise
         wait = getattr(response, "headers", {}).get("Retry-After", "")
         raise Unreachable(said, float(wait) if wait.isdigit() else None, status in (409, 412)) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
 
 
 def split_id(source: str) -> tuple[str, str | None]:

@@ -24,6 +24,7 @@ class Publisher:
     def __init__(self, recipe: Recipe, run: Path, display: Display, waiting: list[str]):
         self.hub, self.run, self.display, self.waiting = recipe.pipeline.hub, run, display, list(waiting)
         self.stages = list(recipe.stages)
+        self._sending: list[str] = []  # what that process was told to send
         self._process: subprocess.Popen[str] | None = None
         self._log = run / "logs" / "push.log"
         self._shown = 0
@@ -53,6 +54,7 @@ class Publisher:
         command = [sys.executable, "-m", "hfpipe", "push", str(self.run), "--background"]
         for stage in stages:
             command += ["--stage", stage]
+        self._sending = stages
         with open(self._log, "a", encoding="utf-8") as log:
             # The lowest priority: it has all the time of the next stage, and must not take any of it.
             self._process = subprocess.Popen(
@@ -60,26 +62,24 @@ class Publisher:
             )
 
     def finish(self) -> None:
-        """Wait for what is being sent, try what is left once more, and say what is left then."""
+        """Wait for what is being sent, have the rest sent, and say what did not get through."""
         if self.hub.repo_id is None:
             return
-        for _ in range(2):
-            if self._process is not None:
-                self.display.status("hub", f"publishing to {self.hub.repo_id}")
-                self._process.wait()
-            self._show()
-            if not self._left():
-                break
-            self._process = None
+        self._wait()
+        if set(self._left()) - set(self._sending):  # finished since the last process began
             self.wake()
-        if self._process is not None:
-            self._process.wait()
-        self._show()
+            self._wait()
         if left := self._left():
             told = artifact.read_json(self.run / "logs" / ERROR_FILE) or {}
             why = f" ({told['reason']})" if "reason" in told else f"; the reason is in {self._log}"
             self.display.line("hub", f"not published yet: {', '.join(left)}{why}")
             self.display.line("hub", f"everything is on the disk; `hfpipe push {self.run}` sends it")
+
+    def _wait(self) -> None:
+        if self._process is not None:
+            self.display.status("hub", f"publishing to {self.hub.repo_id}")
+            self._process.wait()
+        self._show()
 
     def _left(self) -> list[str]:
         return [stage for stage in finished_stages(self.run) if published_at(self.run, self.hub, stage) is None]
