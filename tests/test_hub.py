@@ -161,7 +161,6 @@ def test_a_repo_for_each_stage(hub, hub_env, repo_id, run):
         ("hf_alice_read", "alice/x", "may only read"),
         ("hf_bob_write", "alice/x", "403"),
         (TOKEN, "bob/x", "403"),
-        (TOKEN, "alice/-x-", "repo_id"),
     ],
 )
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)
@@ -194,6 +193,7 @@ def test_bad_arguments(micro_run, tmp_path):
         (("status", tmp_path), "is not a run's folder"),
         (("lineage", tmp_path), "was not made by hfpipe"),
         (("run", "micro", "--out", tmp_path / "x", "--set", "hub.layout=branches"), "hub.layout = 'branches'"),
+        (("plan", "micro", "--set", "hub.repo_id=tiny"), "expected NAMESPACE/NAME, such as me/micro"),
     ):
         assert found in hfpipe(*arguments, check=2).stderr
 
