@@ -309,10 +309,10 @@ def _status(options: argparse.Namespace) -> None:
     status(options.run, options.json)
 
 
-def _push(options: argparse.Namespace) -> int:
+def _push(options: argparse.Namespace) -> None:
     from hfpipe.apps.hub import push
 
-    return push(options.run, options.stage, options.repo_id, options.background)
+    push(options.run, options.stage, options.repo_id, options.background)
 
 
 def _pull(options: argparse.Namespace) -> None:

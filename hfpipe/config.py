@@ -113,7 +113,9 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         problems += _check_launch(pipeline, head_file)
         repo_id = pipeline.hub.repo_id
         if repo_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
-            problems.append(f"{head_file}: hub.repo_id = {repo_id!r}: expected NAMESPACE/NAME, such as me/{pipeline.name}.")
+            problems.append(
+                f"{head_file}: hub.repo_id = {repo_id!r}: expected NAMESPACE/NAME, such as me/{pipeline.name}."
+            )
         distributed_type = _distributed_type(pipeline)
         for stage in stages.values():
             problems += split_batch(stage, pipeline.launch.processes or 1)

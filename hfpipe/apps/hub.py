@@ -6,14 +6,15 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
-from hfpipe.hub_client import Unreachable, fetch, notes, resolve, split_id
+from hfpipe.hub_client import Unreachable, fetch, notes, split_id
 from hfpipe.progress import duration
 from hfpipe.publishing.hub import ERROR_FILE, push_run
 from hfpipe.publishing.lineage import trace
@@ -29,8 +30,11 @@ def _stages(run: Path) -> list[str]:
     return record["stages"]
 
 
-def status(run: Path, as_json: bool) -> None:
-    """Print where each stage of a run stands; asks nothing of the Hub."""
+def status_rows(run: Path) -> list[dict[str, Any]]:
+    """Where each stage of a run stands: `stage`, `state`, and of a finished one `repo_id`, `revision` and `commit`.
+
+    `commit` is None where the Hub does not hold it as it stands here. Asks nothing of the Hub.
+    """
     hub, rows = hub_of(run), []
     for stage in _stages(run):
         row: dict[str, Any] = {"stage": stage, **_state(run, stage)}
@@ -38,6 +42,12 @@ def status(run: Path, as_json: bool) -> None:
             repo_id, branch = place_of(hub, stage)
             row |= {"repo_id": repo_id, "revision": branch, "commit": published_at(run, hub, stage)}
         rows.append(row)
+    return rows
+
+
+def status(run: Path, as_json: bool) -> None:
+    """Print where each stage of a run stands."""
+    rows = status_rows(run)
     failure = artifact.read_json(run / "logs" / ERROR_FILE)
     left = [row["stage"] for row in rows if row.get("commit", "") is None]
     if as_json:
@@ -65,8 +75,15 @@ def _state(run: Path, stage: str) -> dict[str, Any]:
     return {"state": "not begun"}
 
 
-def push(run: Path, stages: list[str] | None, repo_id: str | None, background: bool) -> int:
-    """Publish what is finished and not on the Hub as it stands here."""
+def push_stages(
+    run: Path, say: Callable[[str, str], None], stages: list[str] | None = None, repo_id: str | None = None
+) -> list[dict[str, Any]]:
+    """Publish what is finished and not on the Hub as it stands here: `stage`, `repo_id`, `revision` and `commit` of each.
+
+    Raises:
+        UserError: no such stage, no repo named, or the Hub says no.
+        StageFailed: not everything got through; what did is written down, and the same call sends the rest.
+    """
     known = _stages(run)
     for stage in stages or []:
         if stage not in known:
@@ -77,21 +94,25 @@ def push(run: Path, stages: list[str] | None, repo_id: str | None, background: b
             )
     if not finished_stages(run):
         raise UserError(f"{run}: no stage is finished yet.")
+    try:
+        return push_run(run, say, _watch, stages, hub_of(run, repo_id))
+    except Unreachable as error:
+        raise StageFailed(
+            f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
+        ) from None
+
+
+def push(run: Path, stages: list[str] | None, repo_id: str | None, background: bool) -> None:
+    """Publish, and print what was sent."""
     told: list[str] = []
 
     def say(stage: str, text: str) -> None:
         told.append(stage)
         print(f"{stage:<10} {text}", flush=True)
 
-    try:
-        done = push_run(run, say, _watch, stages, hub_of(run, repo_id))
-    except Unreachable as error:
-        raise StageFailed(
-            f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
-        ) from None
+    done = push_stages(run, say, stages, repo_id)
     if not told and not background:
         print(f"{len(done)} stages are published already, as they stand here: {done[0]['repo_id']}")
-    return 0
 
 
 @contextlib.contextmanager
@@ -115,37 +136,46 @@ def _watch(what: str, patience_s: float) -> Iterator[None]:
         timer.cancel()
 
 
-def pull(source: str, out: Path | None, as_json: bool) -> None:
-    """Restore a published run, or fetch one model; every file is verified."""
+def restore(source: str, out: Path | None) -> dict[str, Any]:
+    """Restore a published run into `run`, or fetch one model into `folder`; every file is verified.
+
+    Raises:
+        UserError: there is no such repo, its files differ from what they should be, or `out` is taken.
+    """
     repo_id, commit, record = read_run(source)
+    if record is not None:
+        run = out or Path("runs") / str(record.get("recipe"))
+        stages = pull_run(repo_id, record, run)
+        left = [stage for stage in record["stages"] if stage not in stages]
+        return {"run": run, "commit": commit, "stages": stages, "commits": record["commits"], "not_published": left}
+    folder = fetch(repo_id, commit, name=split_id(source)[1] or "main")
+    if out:
+        if out.exists():
+            raise UserError(f"--out {out} is there already. Give another folder.")
+        beside = out.with_name(f"{out.name}.pulled")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(folder, beside)
+        beside.rename(out)
+        folder = out
+    return {"model": repo_id, "commit": commit, "folder": folder}
+
+
+def pull(source: str, out: Path | None, as_json: bool) -> None:
+    """Restore, and print what became of each stage."""
+    told = restore(source, out)
     for note in notes:
-        print(note)
-    if record is None:
-        _, revision = split_id(source)
-        folder = fetch(repo_id, resolve(repo_id, revision), name=revision or "main")
-        if out:
-            if out.exists():
-                raise UserError(f"--out {out} is there already. Give another folder.")
-            beside = out.with_name(f"{out.name}.pulled")
-            shutil.rmtree(beside, ignore_errors=True)
-            shutil.copytree(folder, beside)
-            beside.rename(out)
-            folder = out
-        told = {"model": repo_id, "commit": commit, "folder": str(folder)}
-        print(json.dumps(told, indent=2) if as_json else f"{repo_id}@{commit[:12]}, every file verified: {folder}")
-        return
-    run = out or Path("runs") / str(record.get("recipe"))
-    stages = pull_run(repo_id, record, run)
+        print(note, file=sys.stderr)
     if as_json:
-        print(json.dumps({"run": str(run), "commit": commit, "stages": stages}, indent=2))
+        print(json.dumps(told, indent=2, default=str))
         return
-    for stage, what in stages.items():
-        print(f"{stage:<10} {what}, every file verified: commit {record['commits'][stage][:12]}")
-    left = [stage for stage in record["stages"] if stage not in stages]
-    print(
-        f"{run} is restored"
-        + (f"; not published there: {', '.join(left)}. `hfpipe run` goes on from here." if left else ".")
-    )
+    if "folder" in told:
+        print(f"{told['model']}@{told['commit'][:12]}, every file verified: {told['folder']}")
+        return
+    for stage, what in told["stages"].items():
+        print(f"{stage:<10} {what}, every file verified: commit {told['commits'][stage][:12]}")
+    left = ", ".join(told["not_published"])
+    more = f"; not published there: {left}. `hfpipe run` goes on from here." if left else "."
+    print(f"{told['run']} is restored{more}")
 
 
 def lineage(source: str, as_json: bool) -> int:
