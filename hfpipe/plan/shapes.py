@@ -55,6 +55,7 @@ class Shape:
     tied: bool
     weights: dict[str, Weight]  # by name; tied weights once
     scores: bool = False
+    dropout: bool = False  # in attention
 
     @property
     def total(self) -> int:
@@ -129,6 +130,7 @@ def read_shape(config: dict[str, Any], vocab_size: int | None = None, scores: bo
         tied=tied and not scores,
         weights=weights,
         scores=scores,
+        dropout=any(full.get(name) for name in ("attn_pdrop", "attention_dropout")),
     )
 
 

@@ -43,12 +43,16 @@ class Trained:
         """Parameters that change in training."""
         return self.held(shape) - self.frozen_rows
 
+    def trains_embedding(self, shape: Shape) -> bool:
+        """Whether the table of tokens itself gets a gradient."""
+        return any(shape.weights[name].part == EMBEDDING for name in self.base)
+
     def first_block(self, shape: Shape) -> int | None:
         """The lowest block that a gradient has to reach: 0 where something before the blocks trains, None where none does."""
         if self.adapter in ("prompt_tuning", "p_tuning", "prefix_tuning", "multitask_prompt_tuning"):
             return 0
         blocks = [weight.block for weight in self.tensors(shape)]
-        if any(shape.weights[name].part == EMBEDDING for name in self.base):
+        if self.trains_embedding(shape):
             return 0
         return min((block for block in blocks if block is not None), default=None)
 
