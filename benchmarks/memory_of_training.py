@@ -62,7 +62,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 def planned(spec: dict[str, Any]) -> float:
     """Bytes, by `hfpipe.plan.memory`."""
     from hfpipe.adapter_types import read_adapter
-    from hfpipe.plan.memory import FOUR_BIT, Setting, plan_memory
+    from hfpipe.plan.memory import Setting, plan_memory
     from hfpipe.plan.shapes import read_shape
     from hfpipe.plan.trained import read_trained
     from hfpipe.sections import Regularize
@@ -75,7 +75,8 @@ def planned(spec: dict[str, Any]) -> float:
         rows=spec["rows"] * (2 if pairs else 1),
         length=spec["length"],
         dtype=spec["dtype"],
-        stored=FOUR_BIT if trained.four_bit else spec.get("stored", 4),
+        stored=spec.get("stored", 4),
+        four_bit=trained.four_bit,
         attention=spec["attention"],
         masked=spec.get("packed", False),  # rows of one length need no mask
         checkpointing=spec.get("checkpointing", False),

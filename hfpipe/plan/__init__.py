@@ -2,61 +2,85 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from hfpipe.adapter_types import describe
-from hfpipe.progress import quantity
+from hfpipe.plan.devices import Devices
+from hfpipe.plan.quote import Quote, as_json, quote_stage
+from hfpipe.progress import duration, money, quantity
 from hfpipe.sections import Recipe, Stage
 
 
-def count_parameters(config: dict[str, Any], vocab_size: int) -> int | None:
-    """Parameters of a model shaped like Llama, Qwen3 or Gemma 3; None for a shape that this formula does not know."""
-    model_type = config.get("model_type")
-    if model_type not in ("llama", "mistral", "qwen3", "gemma3_text"):
-        return None
-    gemma = model_type == "gemma3_text"
-    try:
-        hidden, layers, ffn = (config[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size"))
-        heads = config["num_attention_heads"]
-    except KeyError:
-        return None
-    head_dim = config.get("head_dim") or {"qwen3": 128, "gemma3_text": 256}.get(str(model_type), hidden // heads)
-    kv = config.get("num_key_value_heads") or heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv)
-    norms = (4 if gemma else 2) * hidden + (2 * head_dim if model_type in ("qwen3", "gemma3_text") else 0)
-    block = attention + 3 * hidden * ffn + norms
-    embeddings = vocab_size * hidden * (1 if config.get("tie_word_embeddings", gemma) else 2)
-    return embeddings + layers * block + hidden
-
-
-def describe_stage(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """`parameters` where the stage makes a model, and `notes`: what it reads and how it trains, a line each."""
+def describe_stage(
+    recipe: Recipe, stage: Stage, run: Path | None = None, devices: Devices | None = None
+) -> dict[str, Any]:
+    """All numbers of a stage's quote, and `notes`: a few lines that read like one."""
     notes = [f"data: {', '.join(_source(s) for s in stage.data.train)}"] if stage.data.train else []
-    described: dict[str, Any] = {"notes": notes}
-    if stage.model.config:
-        parent = recipe.parent(stage)
-        vocab = parent.sections["tokenizer"].vocab_size if parent and parent.type.leaves == "tokenizer" else 0
-        described["parameters"] = count_parameters(stage.model.config, stage.model.config.get("vocab_size", vocab))
-        if described["parameters"]:
-            notes.append(f"model: {stage.model.config['model_type']}, {quantity(described['parameters'])} parameters")
     if stage.adapter:
         notes.append(f"adapter: {describe(stage.adapter)}")
-    if stage.trainer:
-        batch = stage.trainer.get("per_device_train_batch_size", 8) * stage.trainer.get(
-            "gradient_accumulation_steps", 1
-        )
-        rows = batch * (recipe.pipeline.launch.processes or 1)
-        length, unit = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024), "rows"
-        if stage.type.rows == "prompt":
-            length, unit = stage.data.max_prompt_length + stage.trainer.get("max_completion_length", 256), "completions"
-        if tokens := getattr(stage.data, "batch_tokens", None):
-            rows = tokens // length
-        rate = stage.trainer.get("learning_rate")
-        described |= {"batch_rows": rows, "batch_tokens": rows * length, "learning_rate": rate}
-        notes.append(
-            f"batch: {rows} {unit} of at most {length} tokens; learning_rate {rate if rate else 'of upstream'}"
-        )
-    return described
+    if not stage.type.trainer:
+        return {"notes": notes}
+    quote = quote_stage(recipe, stage, run, devices)
+    notes += _lines(stage, quote)
+    return {**as_json(quote), "learning_rate": stage.trainer.get("learning_rate"), "notes": notes}
+
+
+def _lines(stage: Stage, quote: Quote) -> list[str]:
+    work, shape, about = quote.work, quote.shape, "" if quote.work.exact else "about "
+    lines = []
+    if shape:
+        told = f"model: {shape.model_type}, {quantity(shape.total)} parameters, {quantity(shape.embedding)} of them embeddings"
+        if quote.trained and quote.trained.count(shape) != shape.total:
+            told += f"; {quantity(quote.trained.count(shape))} train"
+        lines.append(told)
+    unit = "completions" if stage.type.rows == "prompt" else "pairs" if stage.type.rows == "preference" else "rows"
+    rate = stage.trainer.get("learning_rate")
+    parts = [f"{about}{work.steps:,} steps" if work.steps else "steps unknown"]
+    parts[0] += (
+        f" of {work.rows_per_step} {unit}, at most {work.length} tokens each; learning_rate {rate or 'of upstream'}"
+    )
+    if work.tokens:
+        parts.append(f"{about}{quantity(work.tokens)} tokens")
+    if quote.flops:
+        parts.append(f"{sum(quote.flops.values()):.2g} FLOPs")
+    lines.append(f"work: {', '.join(parts)}")
+    if quote.seconds is not None:
+        lines.append(f"time: {_time(quote)}")
+    if quote.memory:
+        lines.append(f"memory: {_memory(quote)}")
+    return lines + [f"unknown: {reason}" for reason in quote.unknown]
+
+
+def _time(quote: Quote) -> str:
+    devices = quote.devices
+    cost = devices.cost(quote.seconds)
+    told = f"about {duration(max(quote.seconds, 1))}"
+    if cost is not None:
+        told += f" and {money(cost)}"
+    elif devices.key != "cpu":
+        told += " (no price is known: --price)"
+    peak = "fp32" if getattr(devices, quote.dtype) is None else quote.dtype
+    return f"{told} on {devices.label}, at {devices.utilisation:.0%} of its {peak} peak"
+
+
+def _memory(quote: Quote) -> str:
+    memory, devices = quote.memory, quote.devices
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    parts |= {"activations": memory.activations + memory.copies, "logits": memory.logits, **memory.others}
+    told = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in parts.items() if n >= 0.01 * memory.peak)
+    fits = (
+        "not one row fits"
+        if quote.largest == 0
+        else f"up to {quote.largest:,} rows a pass fit into {devices.memory:.0f} GB"
+    )
+    if quote.largest and quote.largest < quote.work.per_device:
+        fits = f"too much for {devices.memory:.0f} GB: lower per_device_train_batch_size to {quote.largest}"
+    return f"{_size(memory.peak)} ({told}); {fits}; disk {_size(quote.disk)}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _source(source: Any) -> str:

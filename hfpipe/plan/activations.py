@@ -146,7 +146,8 @@ def _attention(shape: Shape, setting: Setting, q: int, kv: int) -> float:
 
 def _activation(shape: Shape, setting: Setting, f: int) -> float:
     """The MLP's own function: its input, its output and, where it is gated, the other factor."""
-    w = setting.width
+    # bitsandbytes gives back what it was given: float32, unless the model was stored in bfloat16.
+    w = 4 if setting.four_bit and setting.stored == 4 else setting.width
     if shape.model_type == "gpt2":
         return w * 4 * f  # gelu_new, written out
     if shape.model_type == "gpt_neox":

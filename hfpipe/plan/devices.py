@@ -21,6 +21,7 @@ UTILISATION = 0.35
 CPU_UTILISATION = 0.4
 _CPU = "cpu"
 # FLOPs of one core and cycle in float32: two units of so many lanes, multiply and add.
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}  # as hfpipe.training.hardware.choose_bf16 has them
 _LANES = (("avx512f", 64), ("avx2", 32), ("asimd", 16))
 
 
@@ -41,6 +42,7 @@ class Devices:
     utilisation: float
     source: str
     price_source: str | None  # with its date
+    has_bf16: bool  # whether a run there trains under bf16 autocast, unless the recipe says otherwise
 
     def rate(self, dtype: str) -> float:
         """FLOP/s that all of them make in practice for matrix products in `dtype`: bf16, fp16 or fp32."""
@@ -77,6 +79,7 @@ def find_devices(text: str, utilisation: float | None = None, price: float | Non
         utilisation=default if utilisation is None else utilisation,
         price=raw["price"] if price is None else price,
         price_source=source if price is None else "--price",
+        has_bf16=raw.get("autocast", raw["bf16"] is not None),
         **{name: raw[name] for name in ("name", "bf16", "fp16", "fp32", "memory", "bandwidth", "power", "source")},
     )
 
@@ -117,7 +120,8 @@ def _this_machine() -> dict[str, Any]:
     total = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.M)
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
     return {
-        "name": f"this machine's CPU ({cores} cores{f' of {name[1]}' if name else ''})",
+        "name": f"this machine's CPU, {cores} cores",
+        "autocast": bool(flags & _BF16),
         "bf16": None,  # what a small model makes of bf16 instructions is not told by their peak
         "fp16": None,
         "fp32": cores * gigahertz * lanes / 1000,
@@ -127,7 +131,7 @@ def _this_machine() -> dict[str, Any]:
         "price": None,
         "price_source": None,
         "price_date": None,
-        "source": f"/proc/cpuinfo: {cores} cores x {gigahertz:.2f} GHz x {lanes} FLOPs a cycle",
+        "source": f"/proc/cpuinfo: {name[1] if name else 'a CPU'}, {cores} cores x {gigahertz:.2f} GHz x {lanes} FLOPs a cycle",
     }
 
 

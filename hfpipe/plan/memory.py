@@ -26,7 +26,8 @@ class Setting:
     rows: int  # sequences in one forward pass of one device (for pairs two of each)
     length: int  # tokens of each
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the products, under autocast where the weights have another
-    stored: float = 4  # bytes of one of the base's parameters: 4, 2, or about half a byte in nf4
+    stored: int = 4  # bytes of one of the base's parameters
+    four_bit: bool = False  # the matrices in its blocks are in nf4
     attention: str = "sdpa"
     masked: bool = True  # packed or padded rows: sdpa gets a mask, and keys and values repeated for every head
     checkpointing: bool = False
@@ -54,7 +55,7 @@ class Setting:
     @property
     def casts(self) -> bool:
         """Whether autocast makes a copy of every matrix, and of every product's input."""
-        return self.width < 4 == self.stored
+        return self.width < 4 == self.stored and not self.four_bit
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def plan_memory(shape: Shape, trained: Trained, setting: Setting, others: dict[s
     """
     tokens = setting.tokens
     held, added = trained.held(shape), sum(weight.numel for weight in trained.added)
-    weights = setting.stored * shape.total + 4 * added
+    quantised = shape.block_matrices if setting.four_bit else 0
+    weights = setting.stored * (shape.total - quantised) + FOUR_BIT * quantised + 4 * added
     scale = 2 if setting.stored == 2 and not added else 4  # an adapter's weights are float32
     gradients, optimizer = scale * held, optimizer_bytes(shape, trained, setting.optimizer) * scale / 4
     matrices = shape.block_matrices + (0 if shape.scores else shape.head_matrix)
