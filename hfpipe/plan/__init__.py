@@ -11,6 +11,8 @@ from hfpipe.plan.quote import Quote, as_json, quote_stage
 from hfpipe.progress import duration, money, quantity
 from hfpipe.sections import Recipe, Stage
 
+_LAUNCHES_S = 0.02  # of a step on a GPU: some hundreds of kernels forward and backward, at some ten microseconds each
+
 
 def describe_stage(
     recipe: Recipe, stage: Stage, run: Path | None = None, devices: Devices | None = None
@@ -61,14 +63,22 @@ def _time(quote: Quote) -> str:
     elif devices.key != "cpu":
         told += " (no price is known: --price)"
     peak = "fp32" if getattr(devices, quote.dtype) is None else quote.dtype
-    return f"{told} on {devices.label}, at {devices.utilisation:.0%} of its {peak} peak"
+    told += f" on {devices.label}, at {devices.utilisation:.0%} of its {peak} peak"
+    each = quote.seconds / quote.work.steps
+    if devices.key != "cpu" and each < _LAUNCHES_S:
+        told += f"; at {1000 * each:.2g} ms a step it takes longer: launching the kernels does"
+    return told
 
 
 def _memory(quote: Quote) -> str:
     memory, devices = quote.memory, quote.devices
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     parts |= {"activations": memory.activations + memory.copies, "logits": memory.logits, **memory.others}
-    told = ", ".join(f"{name.replace('_', ' ')} {_size(n)}" for name, n in parts.items() if n >= 0.01 * memory.peak)
+    told = ", ".join(
+        f"{name.replace('_', ' ')} {_size(n)}"
+        for name, n in parts.items()
+        if n >= 0.01 * memory.peak or name == "weights"
+    )
     fits = (
         "not one row fits"
         if quote.largest == 0

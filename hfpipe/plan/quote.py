@@ -16,7 +16,9 @@ from hfpipe.plan.trained import Trained, read_trained
 from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
 from hfpipe.sections import Recipe, Stage
 
-USABLE = 0.9  # of a device's memory: the rest is the driver's, and what lies between tensors
+# Of a device's memory, the rest being the driver's and what lies between tensors. On a CPU hfpipe has freed memory kept
+# (hfpipe.training.hardware.keep_freed_memory), which took up to half as much again (benchmarks/RESULTS.md).
+USABLE, USABLE_CPU = 0.9, 0.65
 _CONTROL_TOKENS = {"hfpipe": 13}  # of a chat template that hfpipe gives a tokenizer, pad among them
 _SAVED = 2  # hfpipe's own default of save_total_limit
 
@@ -72,7 +74,8 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     beside = _beside(stage, shape, work, setting)
     memory = plan_memory(shape, trained, setting, beside)
     rows = 2 if stage.type.name in PAIRS else 1
-    largest = largest_batch(shape, trained, setting, USABLE * devices.memory * 1e9, beside, rows)
+    usable = (USABLE_CPU if setting.on_cpu else USABLE) * devices.memory * 1e9
+    largest = largest_batch(shape, trained, setting, usable, beside, rows)
     costs = _flops(recipe, stage, shape, trained, work) if work.tokens else None
     seconds = _seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
     saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
