@@ -11,6 +11,7 @@ from hfpipe import artifact
 from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.scorecard import changes, read_scorecard, result
 from hfpipe.hub_client import notes
+from hfpipe.plan import warn
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
@@ -139,6 +140,8 @@ def run_recipe(
         publisher.begin()
         for note in notes:
             display.line("hub", note)
+        for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
+            display.line(name, told)
         for item in chosen:
             if not item.runs:
                 display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")

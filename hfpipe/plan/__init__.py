@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.adapter_types import describe
+from hfpipe.plan.advice import advise
 from hfpipe.plan.devices import Devices
 from hfpipe.plan.quote import Quote, as_json, quote_stage
 from hfpipe.progress import duration, money, quantity
@@ -23,9 +24,21 @@ def describe_stage(
         notes.append(f"adapter: {describe(stage.adapter)}")
     if not stage.type.trainer:
         return {"notes": notes}
-    quote = quote_stage(recipe, stage, run, devices)
+    try:
+        quote = quote_stage(recipe, stage, run, devices)
+        warnings = advise(recipe, stage, quote)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        # What upstream makes of such values is told when the model is made; here they are no reason to stop.
+        return {"notes": [*notes, f"unknown: no quote can be made of these values ({type(error).__name__}: {error})"]}
     notes += _lines(stage, quote)
-    return {**as_json(quote), "learning_rate": stage.trainer.get("learning_rate"), "notes": notes}
+    notes += [f"warning: {told.text} [{told.name}]" for told in warnings]
+    told = [{"name": warning.name, "text": warning.text} for warning in warnings]
+    return {**as_json(quote), "warnings": told, "learning_rate": stage.trainer.get("learning_rate"), "notes": notes}
+
+
+def warn(recipe: Recipe, stage: Stage, run: Path) -> list[str]:
+    """The warnings of a stage that is about to run."""
+    return [note for note in describe_stage(recipe, stage, run)["notes"] if note.startswith("warning: ")]
 
 
 def _lines(stage: Stage, quote: Quote) -> list[str]:

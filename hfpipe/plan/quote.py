@@ -38,6 +38,8 @@ class Quote:
     memory: Memory | None
     largest: int | None
     disk: float | None
+    bytes_per_token: float
+    sizes: tuple[Size, ...]  # of the training sources
     unknown: tuple[str, ...]
 
 
@@ -56,10 +58,9 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
         shape.vocab_size if shape else 32768
     )
 
-    def size_of(source: Any, wanted: str | None, split: str) -> Size:
-        return estimate_size(source, wanted, split, recipe.pipeline.seed)
-
-    work = plan_work(recipe, stage, ranks, bytes_per_token, size_of)
+    seed = recipe.pipeline.seed
+    sizes = tuple(estimate_size(s, s.as_ or stage.type.rows, "train", seed) for s in stage.data.train)
+    work = plan_work(stage, ranks, bytes_per_token, sizes)
     trained = shape and read_trained(shape, stage.sections.get("regularize"), stage.adapter, control)
     dtype = _dtype(stage, devices)
     sharding = _sharding(recipe)
@@ -69,7 +70,22 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     elif trained is None:
         unknown.append(f"what a {stage.adapter.type} adapter trains is not counted here")
     if shape is None or trained is None:
-        return Quote(shape, trained, work, dtype, devices, sharding, None, None, None, None, None, tuple(unknown))
+        return Quote(
+            shape,
+            trained,
+            work,
+            dtype,
+            devices,
+            sharding,
+            None,
+            None,
+            None,
+            None,
+            None,
+            bytes_per_token,
+            sizes,
+            tuple(unknown),
+        )
     setting = _setting(stage, origin, trained, work, dtype, devices, ranks, sharding)
     beside = _beside(stage, shape, work, setting)
     memory = plan_memory(shape, trained, setting, beside)
@@ -80,7 +96,22 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     seconds = _seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
     saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
     disk = disk_bytes(shape, trained, setting.optimizer, saved)
-    return Quote(shape, trained, work, dtype, devices, sharding, costs, seconds, memory, largest, disk, tuple(unknown))
+    return Quote(
+        shape,
+        trained,
+        work,
+        dtype,
+        devices,
+        sharding,
+        costs,
+        seconds,
+        memory,
+        largest,
+        disk,
+        bytes_per_token,
+        sizes,
+        tuple(unknown),
+    )
 
 
 # --- the model ---

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hfpipe import upstream
 from hfpipe.adapter_types import checkpointing_off
 from hfpipe.data.size import Size
-from hfpipe.sections import Recipe, Stage
+from hfpipe.sections import Stage
 
 PAIRS = ("dpo", "reward")
 BY_REWARDS = ("grpo", "rloo", "ppo")
@@ -66,15 +66,13 @@ def row_length(stage: Stage) -> int:
     )
 
 
-def plan_work(
-    recipe: Recipe, stage: Stage, ranks: int, bytes_per_token: float, size_of: Callable[[Any, str | None, str], Size]
-) -> Work:
+def plan_work(stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[Size]) -> Work:
     """Rows, tokens and steps of a stage.
 
     Args:
         ranks: devices that share a step.
         bytes_per_token: of the tokenizer, to reckon tokens with.
-        size_of: (source, form wanted, split) -> what is known of it.
+        sizes: what is known of each training source.
     """
     length = row_length(stage)
     per_device = option(stage, "per_device_train_batch_size") or 8
@@ -86,7 +84,6 @@ def plan_work(
     together = per_device * accumulation * ranks
     given = option(stage, "max_steps") or -1
     epochs = None if given > 0 else option(stage, "num_train_epochs")
-    sizes = [size_of(source, source.as_ or stage.type.rows, "train") for source in stage.data.train]
     rows, mean, why = _rows(stage, sizes, length, bytes_per_token)
     per_epoch = rows
     if rows and stage.type.rows == "prompt":
@@ -116,7 +113,7 @@ def plan_work(
 
 
 def _rows(
-    stage: Stage, sizes: list[Size], length: int, bytes_per_token: float
+    stage: Stage, sizes: Sequence[Size], length: int, bytes_per_token: float
 ) -> tuple[int | None, float | None, str | None]:
     """Rows of an epoch, tokens of one of them in the mean (a pair's answers together), what is missing."""
     unknown = [s.path for s, size in zip(stage.data.train, sizes, strict=True) if size.rows is None]
