@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
@@ -88,10 +87,6 @@ def find_devices(text: str, utilisation: float | None = None, price: float | Non
 def table() -> dict[str, dict[str, Any]]:
     """Device -> what devices.yaml says of it."""
     return load_yaml(Path(__file__).with_name("devices.yaml"))
-
-
-def with_count(devices: Devices, count: int) -> Devices:
-    return dataclasses.replace(devices, count=count)
 
 
 def _split(text: str) -> tuple[str, int]:

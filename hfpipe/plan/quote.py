@@ -8,8 +8,8 @@ from typing import Any
 
 from hfpipe import artifact, upstream
 from hfpipe.data.size import Size, estimate_size
-from hfpipe.plan import flops
-from hfpipe.plan.devices import Devices, find_devices, with_count
+from hfpipe.plan.costs import stage_flops, stage_seconds
+from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_batch, plan_memory
 from hfpipe.plan.shapes import Shape, read_config, read_shape
 from hfpipe.plan.trained import Trained, read_trained
@@ -50,7 +50,7 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
         run: a run's folder: what its finished stages know of their tokenizer is used.
         devices: what it would run on; by default this machine's CPU.
     """
-    devices = devices or with_count(find_devices("cpu"), 1)
+    devices = devices or find_devices("cpu")
     ranks = devices.count if devices.count > 1 else recipe.pipeline.launch.processes or 1
     origin, vocab, control = _origin(recipe, stage)
     shape = _shape(origin, stage, vocab)
@@ -69,49 +69,20 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
         unknown.append(f"the shape of {origin.model.config.get('model_type') or origin.model.from_} is not known here")
     elif trained is None:
         unknown.append(f"what a {stage.adapter.type} adapter trains is not counted here")
+    known = (shape, trained, work, dtype, devices, sharding)
     if shape is None or trained is None:
-        return Quote(
-            shape,
-            trained,
-            work,
-            dtype,
-            devices,
-            sharding,
-            None,
-            None,
-            None,
-            None,
-            None,
-            bytes_per_token,
-            sizes,
-            tuple(unknown),
-        )
+        return Quote(*known, None, None, None, None, None, bytes_per_token, sizes, tuple(unknown))
     setting = _setting(stage, origin, trained, work, dtype, devices, ranks, sharding)
     beside = _beside(stage, shape, work, setting)
     memory = plan_memory(shape, trained, setting, beside)
     rows = 2 if stage.type.name in PAIRS else 1
     usable = (USABLE_CPU if setting.on_cpu else USABLE) * devices.memory * 1e9
     largest = largest_batch(shape, trained, setting, usable, beside, rows)
-    costs = _flops(recipe, stage, shape, trained, work) if work.tokens else None
-    seconds = _seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
+    costs = stage_flops(stage, shape, trained, work) if work.tokens else None
+    seconds = stage_seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
     saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
     disk = disk_bytes(shape, trained, setting.optimizer, saved)
-    return Quote(
-        shape,
-        trained,
-        work,
-        dtype,
-        devices,
-        sharding,
-        costs,
-        seconds,
-        memory,
-        largest,
-        disk,
-        bytes_per_token,
-        sizes,
-        tuple(unknown),
-    )
+    return Quote(*known, costs, seconds, memory, largest, disk, bytes_per_token, sizes, tuple(unknown))
 
 
 # --- the model ---
@@ -225,55 +196,6 @@ def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[st
     rollout = work.per_device * (option(stage, "steps_per_generation") or work.accumulation)
     found["kv_cache"] = kv_cache(shape, rollout, work.length, setting.width)
     return found
-
-
-# --- what it takes ---
-
-
-def _flops(recipe: Recipe, stage: Stage, shape: Shape, trained: Trained, work: Work) -> dict[str, float]:
-    """FLOPs of a stage by what they are for."""
-    name, tokens, length = stage.type.name, work.places, work.length
-    found = {"training": flops.training(shape, trained, tokens, length, recomputes(stage))}
-    if name in ("dpo", "kto"):
-        once = option(stage, "precompute_ref_log_probs")
-        once = stage.adapter is None if once is None or "precompute_ref_log_probs" not in stage.trainer else once
-        passes = 1 / work.epochs if once and work.epochs else 1
-        found["reference"] = passes * flops.forward(shape, tokens, length)
-        if name == "kto":
-            found["kl"] = flops.forward(shape, tokens, length)  # another's answer to each prompt
-    if name in BY_REWARDS:
-        completion = option(stage, "max_completion_length") or 256
-        iterations = option(stage, "num_iterations") or 1
-        rows = work.steps * work.rows_per_step / iterations
-        prompt = max(tokens / (rows * iterations) - completion, 1)
-        once = tokens / iterations
-        found["generation"] = flops.generation(shape, prompt, completion, rows)
-        found["old_log_probs"] = flops.forward(shape, once, length) if iterations > 1 or name == "ppo" else 0.0
-        found["reference"] = flops.forward(shape, once, length) if option(stage, "beta") else 0.0
-        if stage.sections["rewards"].model:
-            found["reward_model"] = flops.forward(shape, once, length, head_tokens=0)
-        if name == "ppo" and option(stage, "critic") != "head":
-            whole = Trained(frozenset(shape.weights))
-            found["critic"] = flops.training(shape, whole, tokens, length) + flops.forward(
-                shape, once, length, head_tokens=0
-            )
-    return found
-
-
-def _seconds(
-    stage: Stage, shape: Shape, work: Work, costs: dict[str, float], dtype: str, devices: Devices, setting: Setting
-) -> float:
-    """FLOPs at the devices' rate; sampling at that of their memory where this is the slower: each token reads all weights."""
-    sampling = costs.get("generation", 0.0)
-    seconds = devices.seconds(sum(costs.values()) - sampling, dtype)
-    decoding = 0.0
-    if sampling and devices.bandwidth:
-        iterations, completion = option(stage, "num_iterations") or 1, option(stage, "max_completion_length") or 256
-        at_once = work.per_device * (option(stage, "steps_per_generation") or work.accumulation) * devices.count
-        rollouts = work.steps * work.rows_per_step / iterations / at_once
-        cached = kv_cache(shape, at_once // devices.count, work.length, setting.width) / 2
-        decoding = rollouts * completion * (setting.stored * shape.total + cached) / (devices.bandwidth * 1e9)
-    return seconds + max(devices.seconds(sampling, dtype), decoding)
 
 
 def as_json(quote: Quote) -> dict[str, Any]:
