@@ -203,23 +203,18 @@ def as_json(quote: Quote) -> dict[str, Any]:
     shape, trained, work = quote.shape, quote.trained, quote.work
     total = sum(quote.flops.values()) if quote.flops else None
     return {
-        "parameters": shape
-        and {
-            "total": shape.total,
-            "trainable": trained and trained.count(shape),
-            "embedding": shape.embedding,
-            **{f"{part}_part": n for part, n in shape.parts().items()},
-        },
+        "parameters": shape and shape.total,
+        "trainable": trained and trained.count(shape),
+        "embedding": shape and shape.embedding,
+        "parameters_by_part": shape and shape.parts(),
         "steps": work.steps,
         "rows": work.rows,
         "tokens": work.tokens and round(work.tokens),
         "exact": work.exact,
-        "batch": {
-            "rows": work.rows_per_step,
-            "tokens": work.tokens_per_step,
-            "per_device": work.per_device,
-            "accumulation": work.accumulation,
-        },
+        "batch_rows": work.rows_per_step,
+        "batch_tokens": work.tokens_per_step,
+        "per_device_train_batch_size": work.per_device,
+        "gradient_accumulation_steps": work.accumulation,
         "flops": total,
         "flops_by_part": quote.flops,
         "device": quote.devices.label,
