@@ -22,7 +22,7 @@ from hfpipe.config import load_recipe
 from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import read_scorecard
 from hfpipe.pipeline import open_recipe, plan_rows, report_run, run_and_report
-from hfpipe.progress import find_display
+from hfpipe.progress import find_display, quiet_imports
 from hfpipe.publishing.figures import build_figure
 from hfpipe.publishing.report import read_lines, read_stages
 from hfpipe.run_folder import check_is_run
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from hfpipe.sections import Recipe
 
 __all__ = ["Model", "Pipeline", "Run", "Stage", "StageFailed", "UserError", "load_model", "load_pipeline", "load_run"]
+
+
+quiet_imports()
 
 
 def load_pipeline(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Pipeline:
@@ -150,7 +153,7 @@ class Model:
         from hfpipe.evaluation.probes import score_probes
 
         found, _ = score_probes(*self._loaded(), *read_probes(str(probes) if probes else None))
-        return DataFrame(found, index=["score", "low", "high", "n"]).T.rename_axis("capability")
+        return DataFrame.from_dict(found, orient="index")[["score", "low", "high", "n"]].rename_axis("capability")
 
 
 class Stage(Model):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
+import warnings
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
@@ -31,6 +33,12 @@ def quantity(number: float) -> str:
 def printable(text: str) -> str:
     """Text of a model or of data without the control characters that would command a terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def quiet_imports() -> None:
+    """Before upstream is imported: it misses a 4-bit kernel that no model here asks for, and widgets that nobody needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def describe(event: dict[str, Any]) -> str | None:

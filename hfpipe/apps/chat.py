@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
-from hfpipe.progress import printable
+from hfpipe.progress import printable, quiet_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,9 +33,7 @@ def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedMod
         hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
         raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
 
-    # What the imports say: a 4-bit kernel is missed that no model here asks for, and widgets that nobody needs.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="IProgress not found")
+    quiet_imports()
     import torch
     import transformers
     from safetensors import SafetensorError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.progress import printable
+from hfpipe.progress import printable, quiet_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,6 +131,7 @@ def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
 
 def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> list[Inspected]:
     """Rows of a stage, counted from 1; UserError where the stage has none, or trains on none."""
+    quiet_imports()
     from hfpipe.training.job import make_job
 
     stage = recipe.stages.get(name)
