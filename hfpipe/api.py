@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hfpipe import artifact
 from hfpipe.apps.chat import Session, check_takes_turns, load
 from hfpipe.config import load_recipe
-from hfpipe.errors import StageFailed, UserError, nearest
+from hfpipe.errors import Interrupted, StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import read_scorecard
 from hfpipe.pipeline import open_recipe, plan_rows, report_run, run_and_report
 from hfpipe.progress import find_display, quiet_imports
@@ -99,7 +99,10 @@ class Pipeline:
             StageFailed: a stage's process died; the same call goes on.
         """
         recipe, folder = self._open(out)
-        run_and_report(recipe, folder, find_display(), from_, to, only)
+        try:
+            run_and_report(recipe, folder, find_display(), from_, to, only)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; the same call goes on from what is on disk.") from None
         return Run(folder)
 
     def inspect(self, stage: str, row: int = 1, out: str | Path | None = None) -> Inspected:

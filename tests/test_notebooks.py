@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 
 import nbformat
 import pytest
@@ -19,21 +23,25 @@ MACHINE = re.compile(r"/(work|tmp|root|home|Users|content)/")
 
 
 class Shown:
-    """What a notebook shows: `text`, `tables` as HTML, `pictures` of each cell, found by a part of its source."""
+    """What a notebook shows. A cell is named by its source, or by a part of it that no other cell has."""
 
     def __init__(self, notebook):
-        self.cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        self.cells = {cell.source: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+    def outputs(self, source: str) -> list:
+        if source in self.cells:
+            return self.cells[source]
+        (found,) = [outputs for cell, outputs in self.cells.items() if source in cell]
+        return found
 
     def of(self, source: str, kind: str) -> list[str]:
-        (cell,) = [cell for cell in self.cells if source in cell.source]
-        return [output["data"][kind] for output in cell.outputs if kind in output.get("data", {})]
+        return [output["data"][kind] for output in self.outputs(source) if kind in output.get("data", {})]
 
     def table(self, source: str) -> str:
         return self.of(source, "text/html")[0]
 
     def text(self, source: str) -> str:
-        (cell,) = [cell for cell in self.cells if source in cell.source]
-        return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+        return "".join(o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in self.outputs(source))
 
 
 def heads(table: str) -> list[str]:
@@ -122,6 +130,26 @@ def test_what_is_proposed_to_change_can_be_changed():
     assert len(proposed) >= 2
     for overrides in proposed:
         load_pipeline("tiny", json.loads(overrides))
+
+
+def test_an_interrupted_cell_goes_on_where_it_was(tmp_path):
+    start = "pipe = load_pipeline('micro', {'pretrain.trainer.save_steps': 10})\npipe.run('out', to='pretrain')"
+    cells = ["from hfpipe import load_pipeline", start, "pipe.plan('out').loc['pretrain', 'why']"]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    client = NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
+    told = tmp_path / "out" / "logs" / "pretrain.jsonl"
+
+    def interrupt() -> None:  # as Jupyter does it: the whole process group
+        while not (told.is_file() and re.search(r'"step": [2-9]\d', told.read_text())):
+            time.sleep(0.1)
+        os.killpg(client.km.provisioner.process.pid, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    *_, shown = notebook.cells[1].outputs
+    assert shown.ename == "Interrupted"
+    assert shown.traceback == ["hfpipe: interrupted; the same call goes on from what is on disk."]
+    assert re.fullmatch(r"'goes on from step \d\d'", notebook.cells[2].outputs[0]["data"]["text/plain"])
 
 
 def test_a_fault_is_one_message(tmp_path):
