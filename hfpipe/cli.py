@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from hfpipe import __version__
 from hfpipe.errors import StageFailed, UserError
@@ -165,67 +164,19 @@ def _recipe_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Path]:
-    from hfpipe.config import load_recipe
-    from hfpipe.data.check import check_sources
-    from hfpipe.evaluation.probes import load_probes
-    from hfpipe.evaluation.reward_functions import check_rewards
-    from hfpipe.run_folder import check_owner
-    from hfpipe.stages import stage_types
-
-    recipe = load_recipe(options.recipe, stage_types(), options.set)
-    run = options.out or Path("runs") / recipe.name
-    check_owner(recipe, run)
-    check_sources(recipe)
-    check_rewards(recipe)
-    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
-    return recipe, run
-
-
 def _run(options: argparse.Namespace) -> None:
-    import time
+    from hfpipe.pipeline import open_recipe, run_and_report
+    from hfpipe.progress import Display
 
-    from hfpipe.pipeline import run_recipe
-    from hfpipe.progress import Display, duration
-
-    began = time.monotonic()
-    recipe, run = _load(options)
-    chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
-    if any(item.runs for item in chosen) or not (run / "report.html").is_file():
-        try:
-            _print_scorecard(run)
-        except Exception as error:
-            raise StageFailed(
-                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {run} writes it again."
-            ) from error
-    whole = len(chosen) == len(recipe.stages)
-    what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
-    print(
-        f"{what} {'is' if whole or len(chosen) == 1 else 'are'} complete in {run} ({duration(time.monotonic() - began)})"
-    )
-
-
-def _print_scorecard(run: Path) -> None:
-    from hfpipe.evaluation.scorecard import read_scorecard, table
-    from hfpipe.publishing.report import write_report
-
-    card = read_scorecard(run)
-    if card.capabilities or card.text:
-        print("\n".join(["", *table(card), ""]))
-    if card.stages:
-        print(f"report: {write_report(run)}")
+    recipe, run = open_recipe(options.recipe, options.set, options.out)
+    run_and_report(recipe, run, Display(), options.start, options.end, options.only)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from hfpipe.evaluation.scorecard import read_scorecard, table
-    from hfpipe.publishing.report import write_report
+    from hfpipe.evaluation.scorecard import table
+    from hfpipe.pipeline import report_run
 
-    if not (options.run / "run.json").is_file():
-        raise UserError(f"{options.run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
-    card = read_scorecard(options.run)
-    if not card.stages:
-        raise UserError(f"{options.run} holds no finished stage that left a language model.")
-    path = write_report(options.run)
+    card, path = report_run(options.run)
     if options.json:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
@@ -280,8 +231,6 @@ def _redteam(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from hfpipe.stages._run import quiet_environment
 
-    if options.row is not None and options.row < 1:
-        raise UserError(f"--row {options.row}: rows are counted from 1.")
     quiet_environment()
     from hfpipe.apps.inspect import inspect_stage
 
@@ -328,15 +277,10 @@ def _lineage(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from hfpipe.pipeline import plan_run
-    from hfpipe.plan import describe_stage
+    from hfpipe.pipeline import open_recipe, plan_rows
 
-    recipe, run = _load(options)
-    planned = plan_run(recipe, run)
-    rows = [
-        {"stage": p.stage.name, "status": p.status, "why": list(p.why), **describe_stage(recipe, p.stage)}
-        for p in planned
-    ]
+    recipe, run = open_recipe(options.recipe, options.set, options.out)
+    rows = plan_rows(recipe, run)
     if options.json:
         print(json.dumps({"recipe": recipe.name, "run": str(run), "stages": rows}, indent=2))
         return

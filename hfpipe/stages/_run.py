@@ -180,9 +180,7 @@ def main(stage_type: StageType) -> None:
         pipeline_holds_it = options.progress is not None
         with contextlib.nullcontext() if pipeline_holds_it or not is_main_process() else lock(run):
             if is_main_process() and not pipeline_holds_it:
-                check_sources(recipe)
-                check_rewards(recipe)
-                load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
+                check_recipe(recipe)
                 claim(recipe, run)
             job = make_job(recipe, stage, run)
             job.check_parents()
@@ -196,6 +194,13 @@ def main(stage_type: StageType) -> None:
     except Exception as error:
         progress.tell("error", text=explain(error), user=False)
         raise
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Look at what a recipe names: its data, reward functions and probes. UserError where one of them is at fault."""
+    check_sources(recipe)
+    check_rewards(recipe)
+    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
 
 
 def is_main_process() -> bool:
