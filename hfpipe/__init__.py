@@ -1,6 +1,6 @@
 """hfpipe carries a language model from raw text to an aligned, evaluated assistant.
 
-In Python: `load_pipeline`, `load_run` and `load_model`; what is at fault in the input is told as a `UserError`.
+In Python: `load_pipeline`, `load_run`, `load_model`, `pull` and `lineage`; what is at fault in the input is told as a `UserError`.
 
 Import order, left may import right (tests/test_house.py holds it):
 cli, api > apps > pipeline > processes > stages > publishing, evaluation > training > data > plan > run_folder, hub_client
@@ -10,7 +10,7 @@ cli, api > apps > pipeline > processes > stages > publishing, evaluation > train
 
 __version__ = "0.1.0"
 
-__all__ = ["StageFailed", "UserError", "load_model", "load_pipeline", "load_run"]
+__all__ = ["StageFailed", "UserError", "lineage", "load_model", "load_pipeline", "load_run", "pull"]
 
 
 def __getattr__(name: str):  # `import hfpipe` imports nothing else

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.apps.chat import Session, check_takes_turns, load
+from hfpipe.apps.hub import restore, status_rows
 from hfpipe.config import load_recipe
 from hfpipe.errors import Interrupted, StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import read_scorecard
 from hfpipe.pipeline import open_recipe, plan_rows, report_run, run_and_report
 from hfpipe.progress import find_display, quiet_imports
 from hfpipe.publishing.figures import build_figure
+from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.report import read_lines, read_stages
 from hfpipe.run_folder import check_is_run
 from hfpipe.stages import stage_types
@@ -37,7 +41,10 @@ if TYPE_CHECKING:
     from hfpipe.apps.inspect import Inspected
     from hfpipe.sections import Recipe
 
-__all__ = ["Model", "Pipeline", "Run", "Stage", "StageFailed", "UserError", "load_model", "load_pipeline", "load_run"]
+__all__ = [
+    "Model", "Pipeline", "Run", "Stage", "StageFailed", "UserError",
+    "lineage", "load_model", "load_pipeline", "load_run", "pull",
+]  # fmt: skip
 
 
 quiet_imports()
@@ -65,6 +72,27 @@ def load_run(folder: str | Path) -> Run:
 def load_model(source: str | Path) -> Model:
     """Any model: a folder, or `org/model@revision` of the Hub. Nothing is loaded before it is used."""
     return Model(str(source))
+
+
+def pull(source: str, out: str | Path | None = None) -> Run | Model:
+    """`hfpipe pull`: a published run restored into `out` (by default `runs/RECIPE`), or one model; every file is verified.
+
+    UserError where there is no such repo, where its files differ from their digests, or `out` holds something else.
+    """
+    told = restore(source, Path(out) if out else None)
+    return Run(told["run"]) if "run" in told else Model(str(told["folder"]))
+
+
+def lineage(source: str | Path) -> DataFrame:
+    """`hfpipe lineage`: a row for each thing that was checked on the way from a model back to its raw data.
+
+    `stage` and `where` it is, `what` was held against its hash, the `verdict` (`holds`, `broken`, `not here`) and `why`.
+    """
+    from pandas import DataFrame
+
+    columns = ["stage", "where", "what", "verdict", "why"]
+    rows = [(link.name, link.where, *check) for link in trace(str(source)) for check in link.checks]
+    return DataFrame(rows, columns=columns).set_index(["stage", "what"])
 
 
 class Pipeline:
@@ -222,6 +250,37 @@ class Run:
         starts from, and an `arrow` where 0 lies outside that change's interval.
         """
         return read_scorecard(self.folder).as_frame(long)
+
+    def status(self) -> DataFrame:
+        """`hfpipe status`: where each stage stands, and its `commit` where the Hub holds it as it is here."""
+        from pandas import DataFrame
+
+        return DataFrame(status_rows(self.folder)).set_index("stage").fillna("")
+
+    def push(
+        self, repo_id: str | None = None, *, private: bool = True, stages: Sequence[str] | None = None
+    ) -> DataFrame:
+        """`hfpipe push`: publish the finished stages, or those named, that the Hub does not hold as they are here.
+
+        Returns `repo_id`, `revision` and `commit` of each. With nothing to send it changes nothing.
+
+        Raises:
+            UserError: no token, no repo named, or the Hub says no.
+            StageFailed: not everything got through; the same call sends the rest.
+        """
+        from pandas import DataFrame
+
+        # A process of its own: its watchdog ends it where the Hub hangs.
+        command = [sys.executable, "-m", "hfpipe", "push", str(self.folder), "--json"]
+        command += ["--repo-id", repo_id] if repo_id else []
+        command += [] if private else ["--public"]
+        for stage in stages or []:
+            command += ["--stage", stage]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().removeprefix("hfpipe: ") or done.stdout.strip()
+            raise UserError(said) if done.returncode == 2 else StageFailed(said)
+        return DataFrame(json.loads(done.stdout)).set_index("stage")
 
     def curves(self) -> DataFrame:
         """What was logged in training, a row each: `stage`, `step`, `loss` in nats per token, `learning_rate` and so on."""

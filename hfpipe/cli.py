@@ -115,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
     command.add_argument("--stage", action="append", metavar="STAGE", help="this stage; may be given several times")
     command.add_argument("--repo-id", metavar="ID", help="where to: me/tiny; default: the recipe's hub.repo_id")
-    command.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    command.add_argument("--public", action="store_true", help="where a repo is made, make it public; default: private")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_push)
 
     command = commands.add_parser("pull", help="a published run with all its stages, or one model, each file verified")
@@ -261,7 +262,7 @@ def _status(options: argparse.Namespace) -> None:
 def _push(options: argparse.Namespace) -> None:
     from hfpipe.apps.hub import push
 
-    push(options.run, options.stage, options.repo_id, options.background)
+    push(options.run, options.stage, options.repo_id, options.public, options.json)
 
 
 def _pull(options: argparse.Namespace) -> None:

@@ -88,13 +88,49 @@ def check_your_data(shown: Shown) -> None:
     assert len(shown.of("run.plot()", "image/png")) == 1
 
 
+def check_preferences(shown: Shown) -> None:
+    assert "40 pairs" in shown.text("len(rows), ")
+    assert "adapter: qlora" in shown.text("recipe.mkdir")
+    assert "short is complete in runs/short" in shown.text("run = pipe.run()")
+    scores = numbers(shown.table("pd.concat"))
+    assert scores[4] > scores[0] + 0.3
+    assert len(shown.of("run.plot()", "image/png")) == 1
+    pairs = dict(re.findall(r"(\w+) +([\d.]+)", shown.text('after.metrics["pairs"]')))
+    assert float(pairs["accuracy"]) > 0.8
+
+
+def check_publish(shown: Shown) -> None:
+    assert "published: alice/notebook@midtrain" in shown.text("pipe.run(to=")
+    for found in ("run.status()", "run.push()", "list_repo_refs"):
+        table = shown.table(found)
+        assert all(stage in table for stage in STAGES[:3])
+        assert len(re.findall("<td>[0-9a-f]{40}</td>", table)) >= 3
+    assert "## Load it" in shown.text("ModelCard.load")
+    assert "turn_taking: 2 held-out questions" in shown.table("eval_results")
+    assert re.findall("<td>(done|new)</td>", shown.table('pipe.plan("runs/elsewhere")')) == ["done"] * 3 + ["new"] * 2
+    assert "published: alice/notebook@dpo" in shown.text('pipe.run("runs/elsewhere")')
+    assert all(stage in heads(shown.table("lineage(f")) for stage in STAGES)
+    verdicts = shown.text("value_counts")
+    assert "holds" in verdicts
+    assert "broken" not in verdicts
+    assert shown.text("load_model(f").strip()
+
+
 # What a notebook must show besides running through; one without an entry is run all the same.
-CHECKS = {"01_tiny": check_tiny, "02_your_data": check_your_data}
+CHECKS = {
+    "01_tiny": check_tiny,
+    "02_your_data": check_your_data,
+    "03_preferences": check_preferences,
+    "04_publish": check_publish,
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path, tmp_path):
-    notebook = execute(path, tmp_path, HFPIPE_NOTEBOOK_RECIPE="micro", HF_HUB_OFFLINE="1")
+def test_runs_from_top_to_bottom(path, tmp_path, hub_server):
+    network = {"HF_HUB_OFFLINE": "1"}
+    if path.stem == "04_publish":
+        network = hub_server["xet"].env() | {"HF_HOME": str(tmp_path / "home"), "HFPIPE_NOTEBOOK_REPO": "alice/notebook"}
+    notebook = execute(path, tmp_path, HFPIPE_NOTEBOOK_RECIPE="micro", **network)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]

@@ -76,7 +76,7 @@ def _state(run: Path, stage: str) -> dict[str, Any]:
 
 
 def push_stages(
-    run: Path, say: Callable[[str, str], None], stages: list[str] | None = None, repo_id: str | None = None
+    run: Path, say: Callable[[str, str], None], stages: list[str] | None, repo_id: str | None, private: bool | None
 ) -> list[dict[str, Any]]:
     """Publish what is finished and not on the Hub as it stands here: `stage`, `repo_id`, `revision` and `commit` of each.
 
@@ -95,23 +95,26 @@ def push_stages(
     if not finished_stages(run):
         raise UserError(f"{run}: no stage is finished yet.")
     try:
-        return push_run(run, say, _watch, stages, hub_of(run, repo_id))
+        return push_run(run, say, _watch, stages, hub_of(run, repo_id, private))
     except Unreachable as error:
         raise StageFailed(
             f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
         ) from None
 
 
-def push(run: Path, stages: list[str] | None, repo_id: str | None, background: bool) -> None:
+def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool, as_json: bool) -> None:
     """Publish, and print what was sent."""
     told: list[str] = []
 
     def say(stage: str, text: str) -> None:
         told.append(stage)
-        print(f"{stage:<10} {text}", flush=True)
+        if not as_json:
+            print(f"{stage:<10} {text}", flush=True)
 
-    done = push_stages(run, say, stages, repo_id)
-    if not told and not background:
+    done = push_stages(run, say, stages, repo_id, False if public else None)
+    if as_json:
+        print(json.dumps(done, indent=2))
+    elif not told:
         print(f"{len(done)} stages are published already, as they stand here: {done[0]['repo_id']}")
 
 
@@ -123,6 +126,7 @@ def _watch(what: str, patience_s: float) -> Iterator[None]:
         print(
             f"hfpipe: pushing {what} took more than {duration(patience_s)} and was ended; nothing here is lost. "
             "hub.timeout_minutes sets the patience.",
+            file=sys.stderr,
             flush=True,
         )
         os._exit(1)

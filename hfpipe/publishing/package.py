@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,15 +54,16 @@ class Package:
         return entry.blob_id == git_digest(file if isinstance(file, bytes) else file.read_bytes())
 
 
-def hub_of(run: Path, repo_id: str | None = None) -> Hub:
-    """Where a run publishes: as its recipe says, or where its stages are already; `repo_id` stands above both."""
+def hub_of(run: Path, repo_id: str | None = None, private: bool | None = None) -> Hub:
+    """Where a run publishes: as its recipe says, or where its stages are already; what is given stands above both."""
     record = artifact.read_json(run / RUN_FILE) or {}
     section = build(Hub, record.get("hub") or {}, f"{run / RUN_FILE}: hub.", []) or Hub()
     stages = record.get("stages", [])
     known = [r["hub"] for s in stages if (r := artifact.read_record(run / s / artifact.STAGE_FILE)) and "hub" in r]
     if section.repo_id is None and known:
         section = build(Hub, known[-1]["section"], "hub.", []) or section
-    return Hub(**{**vars(section), "repo_id": repo_id}) if repo_id else section
+    given = {"repo_id": repo_id, "private": private}
+    return dataclasses.replace(section, **{key: value for key, value in given.items() if value is not None})
 
 
 def place_of(hub: Hub, stage: str) -> tuple[str, str]:

@@ -51,7 +51,7 @@ class Publisher:
         stages = [stage for stage in finished_stages(self.run) if stage not in self.waiting]
         if not any(published_at(self.run, self.hub, stage) is None for stage in stages):
             return
-        command = [sys.executable, "-m", "hfpipe", "push", str(self.run), "--background"]
+        command = [sys.executable, "-m", "hfpipe", "push", str(self.run)]
         for stage in stages:
             command += ["--stage", stage]
         self._sending = stages
