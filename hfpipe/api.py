@@ -46,7 +46,6 @@ __all__ = [
     "lineage", "load_model", "load_pipeline", "load_run", "pull",
 ]  # fmt: skip
 
-
 quiet_imports()
 
 
@@ -108,11 +107,8 @@ class Pipeline:
         """What `run(out)` would do, and why: a row a stage, with `status`, `why` and `notes`."""
         from pandas import DataFrame
 
-        told = [
-            {**row, "why": "; ".join(row["why"]), "notes": "; ".join(row["notes"])}
-            for row in plan_rows(*self._open(out))
-        ]
-        return DataFrame(told, columns=["stage", "status", "why", "notes"]).set_index("stage")
+        frame = DataFrame(plan_rows(*self._open(out))).set_index("stage")[["status", "why", "notes"]]
+        return frame.assign(why=frame["why"].str.join("; "), notes=frame["notes"].str.join("; "))
 
     def run(
         self, out: str | Path | None = None, *, from_: str | None = None, to: str | None = None, only: str | None = None
@@ -150,7 +146,8 @@ class Model:
         self._source = source
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return _load_once(self._source, "")
+        written = tuple(p.stat().st_mtime_ns for p in sorted(Path(self._source).expanduser().glob("*.safetensors")))
+        return _load_once(self._source, written)
 
     def model(self) -> PreTrainedModel:
         """The model, as transformers has it: anew at each call, in eval mode, on the accelerator where there is one."""
@@ -207,7 +204,7 @@ class Stage(Model):
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._leaves != "model":
             raise UserError(f"{self.folder}: a {self.record['type']} stage leaves no model that answers.")
-        return _load_once(self._source, self.record["fingerprint"])
+        return super()._loaded()
 
     def model(self) -> PreTrainedModel:
         """As of any `Model`; of a reward stage one that scores, an `AutoModelForSequenceClassification`."""
@@ -298,6 +295,6 @@ class Run:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(source: str, fingerprint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model spoken to last stays in memory; one that was made anew has another `fingerprint`."""
+def _load_once(source: str, written: tuple[int, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model spoken to last stays in memory; one that was made anew was `written` at another time."""
     return load(source)

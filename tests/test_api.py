@@ -194,6 +194,7 @@ def test_what_answers_nothing(micro_run, tmp_path):
     artifact.write_json(folder.parent / "run.json", {"recipe": "mine", "stages": ["sft", "reward"]})
     reward = load_run(folder.parent)["reward"]
     assert reward.model().config.num_labels == 1
+    assert "is a reward model" in hfpipe("chat", folder, "--prompt", "Hello!", check=2).stderr
     assert type(reward.model()).__name__ == "LlamaForSequenceClassification"
     for stage in (reward, load_run(micro_run)["tokenizer"]):
         with pytest.raises(UserError, match="leaves no model that answers"):

@@ -49,6 +49,9 @@ def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedMod
     except (UserError, OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
+    scores = any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ())
+    if scores and head == "AutoModelForCausalLM":
+        raise UserError(f"{source} is a reward model: it scores answers and gives none.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
