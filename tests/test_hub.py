@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from hfpipe import artifact
+from hfpipe.publishing.card import build_card
+from hfpipe.training.hardware import energy_meter
 
 from .conftest import ROOT, hfpipe, stage_json
 
@@ -96,15 +99,13 @@ def test_a_run_is_published_while_it_trains(hub, hub_env, repo_id, tmp_path):
     capabilities = json.loads((run / "dpo" / "eval.json").read_text())["capabilities"]
     assert scores == {name: told["score"] for name, told in capabilities.items()}
 
-    said = [done.stdout, done.stderr, again.stdout]
-    said += [p.read_bytes().decode(errors="replace") for p in run.rglob("*") if p.is_file()]
-    said += [
-        content.decode(errors="replace")
-        for stage in (*STAGES, "main")
-        for content in hub.files(repo_id, stage).values()
-    ]
-    assert not any(TOKEN in text for text in said), "the token was written down"
-    assert not any(str(tmp_path) in text for text in said[-1:]), "a folder of this machine was published"
+    published = [content for stage in (*STAGES, "main") for content in hub.files(repo_id, stage).values()]
+    written = [
+        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    ]  # the run, and the client's own caches
+    said = [text.encode() for text in (done.stdout, done.stderr, again.stdout)]
+    assert not any(TOKEN.encode() in content for content in [*said, *written, *published]), "the token was written down"
+    assert not any(str(tmp_path).encode() in content for content in published), "a folder of this machine was published"
 
 
 @pytest.mark.parametrize("hub", ["lfs"], indirect=True)
@@ -321,3 +322,43 @@ def test_what_changed_is_published_anew_and_what_is_gone_goes(hub, hub_env, repo
     )
     assert stage_json(own_run / "sft")["hub"]["commit"] != record["hub"]["commit"]
     assert made(hub, repo_id) == 2
+
+
+# --- the card ---
+
+
+def test_energy_is_told_where_it_can_be_read(own_run, tmp_path):
+    counters = {tmp_path / "rapl" / f"intel-rapl:{n}": start for n, start in enumerate((900, 200))}
+    for folder, start in counters.items():
+        folder.mkdir(parents=True)
+        (folder / "max_energy_range_uj").write_text("1000000000")
+        (folder / "energy_uj").write_text(str(start * 10**6))
+    (tmp_path / "rapl" / "intel-rapl:0:0").mkdir()  # a core's counter, part of its package's
+    (tmp_path / "rapl" / "intel-rapl:0:0" / "energy_uj").write_text("5")
+    spent = energy_meter(tmp_path / "rapl")
+    for folder, now in zip(counters, (260, 560), strict=True):  # the first has run over
+        (folder / "energy_uj").write_text(str(now * 10**6))
+    energy = spent()
+    assert energy == {"wh": 0.2, "how": "CPU, by RAPL"}  # 360 J and 360 J
+    assert energy_meter(tmp_path / "nothing")() is None
+    record, evaluation = stage_json(own_run / "sft"), json.loads((own_run / "sft" / "eval.json").read_text())
+    assert " Wh" not in build_card(record, evaluation, "me/x")
+    record["metrics"]["energy"] = energy
+    record["card"] = {"license": "mit", "language": ["en"], "carbon_intensity": 400}
+    card = build_card(record, evaluation, "me/x@sft")
+    assert "about 0.2 Wh, 0.08 g of CO2 (CPU, by RAPL)" in card
+    told = ModelCard(card).data.to_dict()
+    assert told["co2_eq_emissions"]["emissions"] == pytest.approx(0.08)
+    assert (told["license"], told["language"]) == ("mit", ["en"])
+
+
+def test_a_card_is_not_broken_by_what_data_and_models_say(own_run):
+    record, evaluation = stage_json(own_run / "sft"), json.loads((own_run / "sft" / "eval.json").read_text())
+    name = "a|b\n<script>alert(1)</script>"
+    record["data"] = {f"train[0] {name}": "0" * 64}
+    evaluation["capabilities"] = {name: {"score": 0.5, "n": 2, "low": 0.1, "high": 0.9}}
+    card = build_card(record, evaluation, "me/x")
+    body = card.partition("# micro: sft")[2]
+    assert "<script>" not in body
+    assert body.count("a\\|b &lt;script>alert(1)&lt;/script>") == 2
+    assert ModelCard(card).data.eval_results[0].metric_value == 0.5
