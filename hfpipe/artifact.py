@@ -112,9 +112,11 @@ def amend_record(path: Path, **values: Any) -> dict[str, Any]:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        record = {**(read_record(path) or {}), **values}
-        write_record(path, record)
-        return record
+        record = read_record(path)
+        if record is None:
+            raise UserError(f"{path} is missing, cut off or changed: its stage has to be made again.")
+        write_record(path, {**record, **values})
+        return {**record, **values}
     finally:
         os.close(folder)
 

@@ -33,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"hfpipe: {explain(error)}", file=sys.stderr)
         return 1
+    finally:
+        if "hfpipe.hub_client" in sys.modules:
+            sys.modules["hfpipe.hub_client"].tell_notes(lambda note: print(f"hfpipe: {note}", file=sys.stderr))
 
 
 def build_parser() -> argparse.ArgumentParser:

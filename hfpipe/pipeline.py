@@ -14,7 +14,7 @@ from hfpipe.config import load_recipe
 from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import Scorecard, changes, read_scorecard, result, table
 from hfpipe.faults import explain
-from hfpipe.hub_client import notes
+from hfpipe.hub_client import tell_notes
 from hfpipe.plan import describe_stage
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
@@ -160,31 +160,9 @@ def run_recipe(
         claim(recipe, run)
         chosen = select(plan_run(recipe, run), start, end, only)
         waiting = [p for p in chosen if p.runs]
-        publisher = Publisher(recipe, run, display, [p.stage.name for p in waiting])
-        publisher.begin()
-        for note in notes:
-            display.line("hub", note)
-        for item in chosen:
-            if not item.runs:
-                display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
-        if waiting:
-            start_server(run)
-        prepared = False
-        for item in waiting:
-            if not prepared and item.stage.type.trainer:
-                rest = [p.stage.name for p in waiting[waiting.index(item) :]]
-                prepare_stages(recipe, run, rest, display)
-                prepared = True
-            began = time.monotonic()
-            run_stage_process(recipe, run, item.stage, display)
-            took = duration(time.monotonic() - began)
-            display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
-            for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
-                display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
-            for line in _scored(run, item.stage.name):
-                display.line("", f"  {line}")
-            publisher.wake(item.stage.name)
-        publisher.finish()
+        with Publisher(recipe, run, display, [p.stage.name for p in waiting]) as publisher:
+            tell_notes(lambda note: display.line("hub", note))
+            _run_stages(recipe, run, display, chosen, publisher)
         return chosen
 
 
@@ -223,6 +201,30 @@ def report_run(run: Path) -> tuple[Scorecard, Path]:
     if not card.stages:
         raise UserError(f"{run} holds no finished stage that left a language model.")
     return card, write_report(run)
+
+
+def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planned], publisher: Publisher) -> None:
+    waiting = [p for p in chosen if p.runs]
+    for item in chosen:
+        if not item.runs:
+            display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
+    if waiting:
+        start_server(run)
+    prepared = False
+    for item in waiting:
+        if not prepared and item.stage.type.trainer:
+            rest = [p.stage.name for p in waiting[waiting.index(item) :]]
+            prepare_stages(recipe, run, rest, display)
+            prepared = True
+        began = time.monotonic()
+        run_stage_process(recipe, run, item.stage, display)
+        took = duration(time.monotonic() - began)
+        display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
+        for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
+            display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
+        for line in _scored(run, item.stage.name):
+            display.line("", f"  {line}")
+        publisher.wake(item.stage.name)
 
 
 def _scored(run: Path, stage: str) -> list[str]:

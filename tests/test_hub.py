@@ -270,7 +270,7 @@ def test_a_killed_push_is_done_again_once(hub, hub_env, repo_id, own_run, moment
     assert "hub" not in stage_json(own_run / "sft")
     push(own_run, hub_env, "--repo-id", repo_id, "--stage", "sft")
     assert_published(hub, repo_id, own_run, "sft")
-    time.sleep(3.5 - min(3.5, time.monotonic() % 1))  # were the killed one's commit still on its way, it would arrive
+    time.sleep(4)  # were the killed one's commit still on its way, it would arrive
     assert made(hub, repo_id) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
-from hfpipe.hub_client import Unreachable, fetch, notes, split_id
+from hfpipe.hub_client import Unreachable, fetch
 from hfpipe.progress import duration
-from hfpipe.publishing.hub import ERROR_FILE, push_run
+from hfpipe.publishing.hub import ERROR_FILE, note_failure, push_run
 from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
 from hfpipe.publishing.pull import pull_run, read_run
@@ -95,7 +96,7 @@ def push_stages(
     if not finished_stages(run):
         raise UserError(f"{run}: no stage is finished yet.")
     try:
-        return push_run(run, say, _watch, stages, hub_of(run, repo_id, private))
+        return push_run(run, say, functools.partial(_watch, run), stages, hub_of(run, repo_id, private))
     except Unreachable as error:
         raise StageFailed(
             f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
@@ -119,10 +120,11 @@ def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool,
 
 
 @contextlib.contextmanager
-def _watch(what: str, patience_s: float) -> Iterator[None]:
+def _watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
     """End this process when a push takes longer than it may: nothing else stops a request that hangs in an upload."""
 
     def give_up() -> None:
+        note_failure(run, f"pushing {what} took more than {duration(patience_s)}")
         print(
             f"hfpipe: pushing {what} took more than {duration(patience_s)} and was ended; nothing here is lost. "
             "hub.timeout_minutes sets the patience.",
@@ -152,7 +154,7 @@ def restore(source: str, out: Path | None) -> dict[str, Any]:
         stages = pull_run(repo_id, record, run)
         left = [stage for stage in record["stages"] if stage not in stages]
         return {"run": run, "commit": commit, "stages": stages, "commits": record["commits"], "not_published": left}
-    folder = fetch(repo_id, commit, name=split_id(source)[1] or "main")
+    folder = fetch(repo_id, commit)
     if out:
         if out.exists():
             raise UserError(f"--out {out} is there already. Give another folder.")
@@ -167,8 +169,6 @@ def restore(source: str, out: Path | None) -> dict[str, Any]:
 def pull(source: str, out: Path | None, as_json: bool) -> None:
     """Restore, and print what became of each stage."""
     told = restore(source, out)
-    for note in notes:
-        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps(told, indent=2, default=str))
         return

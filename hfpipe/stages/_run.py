@@ -62,7 +62,8 @@ def run_stage(job: Job, progress: Progress) -> None:
                 progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
         spent = energy_meter()
         metrics = module.train(job, progress)
-        if energy := spent():
+        energy = spent()
+        if energy and not metrics.get("resumed_from_step"):  # that of an attempt that was killed is not known
             metrics["energy"] = energy
         if is_main_process():
             job.mark_trained(metrics)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import resolve, split_id
+from hfpipe.hub_client import resolve, split_id, use_pins
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
 
 
@@ -38,6 +38,7 @@ def identify(
     from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
 
+    use_pins(_pins_of(stage, run))
     seed = recipe.pipeline.seed
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
@@ -144,6 +145,15 @@ def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str 
     return None
 
 
+def _pins_of(stage: Stage, run: Path | None) -> dict[str, str]:
+    """The commits that a stage, finished or begun, was begun with."""
+    pins: dict[str, str] = {}
+    for name, file in ((f"{stage.name}.partial", artifact.BEGUN_FILE), (stage.name, artifact.STAGE_FILE)):
+        record = artifact.read_record(run / name / file) if run else None
+        pins |= (record or {}).get("pins", {})
+    return pins
+
+
 def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> str:
     """The commit that a Hub id and its revision stand for.
 
@@ -152,10 +162,8 @@ def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> 
     Raises:
         UserError: there is none to be had.
     """
-    for name, file in ((stage.name, artifact.STAGE_FILE), (f"{stage.name}.partial", artifact.BEGUN_FILE)):
-        record = artifact.read_record(run / name / file) if run else None
-        if record and source in record.get("pins", {}):
-            return record["pins"][source]
+    if source in (pins := _pins_of(stage, run)):
+        return pins[source]
     try:
         return resolve(*split_id(source))
     except UserError as error:
