@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from hfpipe import __version__
+from hfpipe.apps.options import add_device_options, add_probe_options, add_scale_options, positive
 from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import explain, full
 
@@ -52,8 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("plan", help="check a recipe and say what a run would do, and why")
     _recipe_options(command)
+    add_device_options(command)
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_plan)
+
+    command = commands.add_parser("scale", help="scaling laws: the best model for a budget, and what it costs")
+    add_scale_options(command)
+    command.set_defaults(command=_scale)
 
     command = commands.add_parser("report", help="write a run's report.html and print its scorecard")
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
@@ -62,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("eval", help="put probes to any model: a score with its interval for each capability")
     command.add_argument("model", help="a model's folder, or org/model@revision")
-    _probe_options(command)
+    add_probe_options(command)
     command.add_argument("--harness", metavar="TASKS", help="tasks of lm-evaluation-harness, such as gsm8k,ifeval")
     command.add_argument("--include-path", metavar="DIR", help="task files of your own, for --harness")
     command.add_argument("--limit", type=int, metavar="N", help="questions of each task at the most, for --harness")
@@ -72,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("compare", help="the same questions to two models: wins, ties and losses, paired")
     command.add_argument("first", help="a model's folder, or org/model@revision")
     command.add_argument("second", help="the one that is held against it")
-    _probe_options(command)
+    add_probe_options(command)
     command.add_argument(
         "--judge", help="a reward model, or the URL of an OpenAI-compatible endpoint; default: the checks"
     )
@@ -102,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", metavar="TEXT", help="one turn, then end")
     command.add_argument("--system", metavar="TEXT", help="a system message")
     command.add_argument(
-        "--max-new-tokens", type=_positive, default=256, metavar="N", help="tokens of an answer at the most"
+        "--max-new-tokens", type=positive, default=256, metavar="N", help="tokens of an answer at the most"
     )
     command.add_argument("--json", action="store_true", help="one JSON object a turn")
     command.set_defaults(command=_chat)
@@ -141,19 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_list)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
-    return int(text)
-
-
-def _probe_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--probes", metavar="FILE", help="a jsonl file of probes or a probes.yaml; default: tinyworld's"
-    )
-    command.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def _recipe_options(command: argparse.ArgumentParser) -> None:
@@ -281,34 +274,19 @@ def _lineage(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from hfpipe.pipeline import open_recipe, plan_rows
+    from hfpipe.apps.plan import plan
+    from hfpipe.pipeline import open_recipe
 
-    recipe, run = open_recipe(options.recipe, options.set, options.out)
-    rows = plan_rows(recipe, run)
-    if options.json:
-        print(json.dumps({"recipe": recipe.name, "run": str(run), "stages": rows}, indent=2))
-        return
-    print(f"{recipe.name} -> {run}")
-    for row in rows:
-        print(f"{row['stage']:<10} {row['status']}{': ' if row['why'] else ''}{'; '.join(row['why'])}")
-        for line in row["notes"]:
-            print(f"{'':<10}   {line}")
+    plan(*open_recipe(options.recipe, options.set, options.out), options)
+
+
+def _scale(options: argparse.Namespace) -> None:
+    from hfpipe.apps.scale import scale
+
+    scale(options)
 
 
 def _list(options: argparse.Namespace) -> None:
-    from hfpipe.config import shipped_recipes
-    from hfpipe.paths import stage_configs_dir
-    from hfpipe.stages import stage_types
-    from hfpipe.yaml_files import load_yaml
+    from hfpipe.apps.listing import list_recipes
 
-    recipes = {name: load_yaml(stage_configs_dir() / name / "pipeline.yaml")["stages"] for name in shipped_recipes()}
-    stages = {name: kind.teaches for name, kind in stage_types().items()}
-    if options.json:
-        print(json.dumps({"recipes": recipes, "stages": stages, "folder": str(stage_configs_dir())}, indent=2))
-        return
-    print(f"Recipes (hfpipe run NAME), in {stage_configs_dir()}:")
-    for name, listed in recipes.items():
-        print(f"  {name:<12} {' -> '.join(listed)}")
-    print("Stages:")
-    for name, teaches in stages.items():
-        print(f"  {name:<12} {teaches}")
+    list_recipes(options.json)

@@ -15,7 +15,8 @@ from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import Scorecard, changes, read_scorecard, result, table
 from hfpipe.faults import explain
 from hfpipe.hub_client import tell_notes
-from hfpipe.plan import describe_stage
+from hfpipe.plan import describe_stage, warn
+from hfpipe.plan.devices import Devices
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
@@ -54,10 +55,11 @@ def open_recipe(name: str | Path, overrides: Sequence[str], out: Path | None) ->
     return recipe, run
 
 
-def plan_rows(recipe: Recipe, run: Path) -> list[dict[str, Any]]:
-    """What a run would do: `stage`, `status`, `why` and what `describe_stage` says of it, a stage a row."""
+def plan_rows(recipe: Recipe, run: Path, devices: Devices | None = None) -> list[dict[str, Any]]:
+    """What a run would do: `stage`, `status`, `why`, whether it `trains`, and what `describe_stage` says of it, a stage a row."""
     return [
-        {"stage": p.stage.name, "status": p.status, "why": list(p.why), **describe_stage(recipe, p.stage)}
+        {"stage": p.stage.name, "status": p.status, "why": list(p.why), "trains": p.trains}
+        | describe_stage(recipe, p.stage, run, devices)
         for p in plan_run(recipe, run)
     ]
 
@@ -162,6 +164,8 @@ def run_recipe(
         waiting = [p for p in chosen if p.runs]
         with Publisher(recipe, run, display, [p.stage.name for p in waiting]) as publisher:
             tell_notes(lambda note: display.line("hub", note))
+            for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
+                display.line(name, told)
             _run_stages(recipe, run, display, chosen, publisher)
         return chosen
 

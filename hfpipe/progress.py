@@ -13,12 +13,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line 
 
 
 def duration(seconds: float) -> str:
-    """`7 s`, `3 min 05 s`, `2 h 10 min`."""
+    """`7 s`, `3 min 05 s`, `2 h 10 min`, `12 days`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
@@ -28,6 +30,11 @@ def quantity(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
+
+
+def money(dollars: float) -> str:
+    """`$0.42`, `$12.30`, `$1,240`."""
+    return f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:,.2f}"
 
 
 def printable(text: str) -> str:

@@ -192,6 +192,26 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What `hfpipe plan` and the head of a run warn of (hfpipe/plan/advice.py), but for what is silenced by name."""
+
+    silence: tuple[
+        Literal[
+            "learning_rate",
+            "learning_rate_order",
+            "few_examples",
+            "many_epochs",
+            "no_replay",
+            "large_batch",
+            "context",
+            "tokens_per_parameter",
+            "repeated_source",
+        ],
+        ...,
+    ] = ()
+
+
+@dataclass(frozen=True)
 class Pipeline:
     name: str
     stages: tuple[str, ...]
@@ -200,6 +220,7 @@ class Pipeline:
     launch: Launch = Launch()
     evaluate: Evaluate = Evaluate()
     hub: Hub = Hub()
+    plan: Plan = Plan()
 
 
 @dataclass(frozen=True)

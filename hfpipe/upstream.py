@@ -162,6 +162,17 @@ def _peft_files() -> dict[str, tuple[str, str]]:
 
 
 @functools.cache
+def peft_targets(method: str, kind: str = "TARGET") -> dict[str, list[str]]:
+    """Model type -> the modules that PEFT adapts where none are named: of `LORA`, of `IA3` and its `FEEDFORWARD`."""
+    tree = ast.parse(_package_file("peft", "utils/constants.py").read_text(encoding="utf-8"))
+    name = f"TRANSFORMERS_MODELS_TO_{method}_{kind}_MODULES_MAPPING"
+    node = next(n for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
+    assert isinstance(node.value, ast.Dict)
+    pairs = zip(node.value.keys, node.value.values, strict=True)
+    return {key.value: ast.literal_eval(value) for key, value in pairs if isinstance(key, ast.Constant)}
+
+
+@functools.cache
 def adaption_prompt_models() -> tuple[str, ...]:
     """Model types for which PEFT has LLaMA-Adapter's attention."""
     file = _package_file("peft", "tuners/adaption_prompt/config.py")

@@ -92,6 +92,10 @@ class Loaded:
             if not counts.used:
                 raise UserError(f"{self.describe()}. {self._advice()}")
 
+    def head(self, rows: int = 100) -> list[Located]:
+        """The first rows of the source as they stand there."""
+        return list(itertools.islice(_open(self.source, self.split, self.seed, self.streaming)[1], rows))
+
     def _convert(self, raw: Row) -> tuple[Row | None, RowProblem | None]:
         try:
             row = self.form.convert(raw)
@@ -174,6 +178,11 @@ def content_hash(path, *, split=None, seed=0, size=None, revision=None, name=Non
 def is_hub_id(path: str) -> bool:
     """Whether a path would be looked for on the Hub; raises UserError for a local path that is not there."""
     return not path.startswith(_TINYWORLD) and _local(path) is None
+
+
+def local_path(path: str) -> Path:
+    """The file or folder of a path that is neither tinyworld's nor the Hub's."""
+    return Path(path).expanduser()
 
 
 def _open(source, split: str, seed: int, streaming: bool) -> tuple[bool, Iterator[Located]]:

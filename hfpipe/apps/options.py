@@ -1,0 +1,57 @@
+"""Options that several commands have, and the types of their values; imports nothing but argparse."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 on")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """Of `280e9`, `125M`, `1.4T`."""
+    digits, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1.0)
+    try:
+        value = float(digits) * unit
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number such as 280e9, 125M or 1.4T")
+    return value
+
+
+def share(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share, above 0 and at most 1")
+    return value
+
+
+def add_probe_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--probes", metavar="FILE", help="a jsonl file of probes or a probes.yaml; default: tinyworld's"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def add_device_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", metavar="NAME", help="h100, h100x8, a100-40, l4, rtx4090, mi300x, cpu ...")
+    command.add_argument("--utilisation", type=share, metavar="SHARE", help="of the device's peak, such as 0.4")
+    command.add_argument("--price", type=number, metavar="USD", help="of one device and hour, in place of the table's")
+
+
+def add_scale_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--params", type=number, metavar="N", help="parameters, such as 125M or 7e9")
+    command.add_argument("--tokens", type=number, metavar="D", help="tokens of training, such as 2.5B")
+    command.add_argument("--flops", type=number, metavar="C", help="a budget of FLOPs, such as 1e21")
+    command.add_argument("--hours", type=number, metavar="H", help="a budget of hours on --device")
+    command.add_argument("--dollars", type=number, metavar="USD", help="a budget of money on --device")
+    command.add_argument("--fit", nargs="+", type=Path, metavar="RUN", help="fit a law of your own to finished runs")
+    add_device_options(command)
+    command.add_argument("--json", action="store_true", help="machine-readable output")

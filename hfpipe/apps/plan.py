@@ -1,0 +1,35 @@
+"""`hfpipe plan`: what a run would do and why, and a quote for it: work, time, money, memory, disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from hfpipe.pipeline import plan_rows
+from hfpipe.plan.devices import find_devices
+from hfpipe.progress import duration, money
+from hfpipe.sections import Recipe
+
+
+def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
+    devices = find_devices(options.device or "cpu", options.utilisation, options.price)
+    rows = plan_rows(recipe, run, devices)
+    ahead = [row for row in rows if row["trains"] and row.get("seconds")]
+    seconds = sum(row["seconds"] for row in ahead)
+    if options.json:
+        total = {"seconds": seconds, "dollars": devices.cost(seconds), "device": devices.label}
+        sources = {"device_source": devices.source, "price_source": devices.price_source}
+        print(json.dumps({"recipe": recipe.name, "run": str(run), "total": total | sources, "stages": rows}, indent=2))
+        return
+    print(f"{recipe.name} -> {run}")
+    for row in rows:
+        print(f"{row['stage']:<10} {row['status']}{': ' if row['why'] else ''}{'; '.join(row['why'])}")
+        for line in row["notes"]:
+            print(f"{'':<10}   {line}")
+    if ahead:
+        cost = devices.cost(seconds)
+        price = f", {money(cost)} ({devices.price_source})" if cost is not None else ""
+        print(
+            f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{price}; scoring comes on top"
+        )

@@ -1,0 +1,235 @@
+"""A quote for a stage: parameters, work, time, money, memory and disk, by arithmetic alone: no torch, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hfpipe import artifact, upstream
+from hfpipe.data.size import Size, estimate_size
+from hfpipe.plan.costs import stage_flops, stage_seconds
+from hfpipe.plan.devices import Devices, find_devices
+from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_batch, plan_memory
+from hfpipe.plan.shapes import Shape, read_config, read_shape
+from hfpipe.plan.trained import Trained, read_trained
+from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
+from hfpipe.sections import Recipe, Stage
+
+# Of a device's memory, the rest being the driver's and what lies between tensors. On a CPU hfpipe has freed memory kept
+# (hfpipe.training.hardware.keep_freed_memory), which took up to half as much again (benchmarks/RESULTS.md).
+USABLE, USABLE_CPU = 0.9, 0.65
+_CONTROL_TOKENS = {"hfpipe": 13}  # of a chat template that hfpipe gives a tokenizer, pad among them
+_SAVED = 2  # hfpipe's own default of save_total_limit
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What a stage is, does and takes; parts are None where the model or the data is not known yet."""
+
+    shape: Shape | None
+    trained: Trained | None
+    work: Work
+    dtype: str
+    devices: Devices
+    sharding: str
+    flops: dict[str, float] | None
+    seconds: float | None
+    memory: Memory | None
+    largest: int | None
+    disk: float | None
+    bytes_per_token: float
+    sizes: tuple[Size, ...]  # of the training sources
+    unknown: tuple[str, ...]
+
+
+def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: Devices | None = None) -> Quote:
+    """The quote for a stage that trains.
+
+    Args:
+        run: a run's folder: what its finished stages know of their tokenizer is used.
+        devices: what it would run on; by default this machine's CPU.
+    """
+    devices = devices or find_devices("cpu")
+    ranks = devices.count if devices.count > 1 else recipe.pipeline.launch.processes or 1
+    origin, vocab, control = _origin(recipe, stage)
+    shape = _shape(origin, stage, vocab)
+    bytes_per_token = _bytes_per_token(recipe, stage, run) or guess_bytes_per_token(
+        shape.vocab_size if shape else 32768
+    )
+
+    seed = recipe.pipeline.seed
+    sizes = tuple(estimate_size(s, s.as_ or stage.type.rows, "train", seed) for s in stage.data.train)
+    work = plan_work(stage, ranks, bytes_per_token, sizes)
+    trained = shape and read_trained(shape, stage.sections.get("regularize"), stage.adapter, control)
+    dtype = _dtype(stage, devices)
+    sharding = _sharding(recipe)
+    unknown = [work.why] if work.why else []
+    if shape is None:
+        unknown.append(f"the shape of {origin.model.config.get('model_type') or origin.model.from_} is not known here")
+    elif trained is None:
+        unknown.append(f"what a {stage.adapter.type} adapter trains is not counted here")
+    known = (shape, trained, work, dtype, devices, sharding)
+    if shape is None or trained is None:
+        return Quote(*known, None, None, None, None, None, bytes_per_token, sizes, tuple(unknown))
+    setting = _setting(stage, origin, trained, work, dtype, devices, ranks, sharding)
+    beside = _beside(stage, shape, work, setting)
+    memory = plan_memory(shape, trained, setting, beside)
+    rows = 2 if stage.type.name in PAIRS else 1
+    usable = (USABLE_CPU if setting.on_cpu else USABLE) * devices.memory * 1e9
+    largest = largest_batch(shape, trained, setting, usable, beside, rows)
+    costs = stage_flops(stage, shape, trained, work) if work.tokens else None
+    seconds = stage_seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
+    saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
+    disk = disk_bytes(shape, trained, setting.optimizer, saved)
+    return Quote(*known, costs, seconds, memory, largest, disk, bytes_per_token, sizes, tuple(unknown))
+
+
+# --- the model ---
+
+
+def _origin(recipe: Recipe, stage: Stage) -> tuple[Stage, int | None, int]:
+    """The stage that says what the model is, its tokenizer's entries and control tokens where the recipe makes it."""
+    origin = stage
+    while not origin.model.config and (parent := recipe.parent(origin)):
+        origin = parent
+    made = recipe.parent(origin)
+    section = made.sections.get("tokenizer") if made and made.type.leaves == "tokenizer" else None
+    control = _CONTROL_TOKENS.get(section.chat_template, 0) if section else 0
+    return origin, section and section.vocab_size, control
+
+
+def _shape(origin: Stage, stage: Stage, vocab: int | None) -> Shape | None:
+    config = origin.model.config
+    if not config and origin.model.from_:
+        config = read_config(Path(origin.model.from_).expanduser()) or {}
+    vocab = config.get("vocab_size") or vocab
+    return read_shape(config, vocab, scores=stage.type.leaves == "reward_model") if config else None
+
+
+def _bytes_per_token(recipe: Recipe, stage: Stage, run: Path | None) -> float | None:
+    """As the run's finished tokenizer stage has measured it."""
+    while parent := recipe.parent(stage):
+        stage = parent
+    record = run and artifact.read_record(run / stage.name / artifact.STAGE_FILE)
+    return (record or {}).get("metrics", {}).get("bytes_per_token")
+
+
+# --- how it is trained ---
+
+
+def _dtype(stage: Stage, devices: Devices) -> str:
+    if stage.trainer.get("fp16"):
+        return "fp16"
+    return "bf16" if stage.trainer.get("bf16", devices.has_bf16) else "fp32"
+
+
+def _sharding(recipe: Recipe) -> str:
+    name = recipe.pipeline.launch.accelerate_config or ""
+    file = upstream.accelerate_configs().get(name, Path(name))
+    text = file.read_text(encoding="utf-8") if name and file.is_file() else ""
+    if "distributed_type: FSDP" in text or "zero_stage: 3" in text:
+        return "full"
+    return "zero2" if "zero_stage: 2" in text or "zero_stage: 1" in text else "ddp"
+
+
+def _stored(stage: Stage, origin: Stage) -> int:
+    """Bytes of one of the base's parameters, as it is loaded."""
+    given = stage.model.dtype
+    if given is None and stage.adapter is not None and not origin.model.config:
+        config = read_config(Path(origin.model.from_ or "").expanduser()) or {}
+        given = config.get("dtype") or config.get("torch_dtype")
+    return 2 if given in ("bfloat16", "float16") else 4
+
+
+def _setting(
+    stage: Stage,
+    origin: Stage,
+    trained: Trained,
+    work: Work,
+    dtype: str,
+    devices: Devices,
+    ranks: int,
+    sharding: str,
+) -> Setting:
+    section = stage.sections.get("optimizer")
+    attention = stage.model.attn_implementation or (
+        "eager" if origin.model.config.get("model_type") == "gemma2" else "sdpa"
+    )
+    liger = stage.trainer.get("use_liger_kernel")
+    head = "logits" if stage.type.rows == "text" else "score" if stage.type.leaves == "reward_model" else "tiles"
+    return Setting(
+        rows=work.per_device * (2 if stage.type.name in PAIRS else 1),
+        length=work.length,
+        dtype=dtype,
+        stored=_stored(stage, origin),
+        four_bit=trained.four_bit,
+        attention=attention,
+        masked=True,
+        checkpointing=recomputes(stage),
+        accumulates=work.accumulation > 1,
+        head="tiles" if liger and head == "logits" else head,
+        optimizer=(section and section.type) or option(stage, "optim") or "adamw_torch_fused",
+        on_cpu=devices.key == "cpu",
+        ranks=ranks,
+        sharding=sharding,
+    )
+
+
+def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
+    """What lies in memory beside the model that trains."""
+    whole, name = 4.0 * shape.total, stage.type.name
+    found: dict[str, float] = {}
+    if getattr(stage.sections.get("regularize"), "l2_to_parent", 0) and stage.adapter is None:
+        found["parent_copy"] = whole
+    pairwise = name in ("dpo", "kto") and not option(stage, "precompute_ref_log_probs") and stage.adapter is None
+    if pairwise and "precompute_ref_log_probs" in stage.trainer:
+        found["reference"] = whole
+    if name not in BY_REWARDS:
+        return found
+    if option(stage, "beta") and stage.adapter is None:
+        found["reference"] = whole
+    if stage.sections["rewards"].model:
+        found["reward_model"] = whole  # as large as the policy, for want of its own shape
+    if name == "ppo" and option(stage, "critic") != "head":
+        found["critic"] = 4 * whole  # weights, gradients, two moments
+    rollout = work.per_device * (option(stage, "steps_per_generation") or work.accumulation)
+    found["kv_cache"] = kv_cache(shape, rollout, work.length, setting.width)
+    return found
+
+
+def as_json(quote: Quote) -> dict[str, Any]:
+    """All numbers: FLOPs, seconds, USD, bytes."""
+    shape, trained, work = quote.shape, quote.trained, quote.work
+    total = sum(quote.flops.values()) if quote.flops else None
+    return {
+        "parameters": shape
+        and {
+            "total": shape.total,
+            "trainable": trained and trained.count(shape),
+            "embedding": shape.embedding,
+            **{f"{part}_part": n for part, n in shape.parts().items()},
+        },
+        "steps": work.steps,
+        "rows": work.rows,
+        "tokens": work.tokens and round(work.tokens),
+        "exact": work.exact,
+        "batch": {
+            "rows": work.rows_per_step,
+            "tokens": work.tokens_per_step,
+            "per_device": work.per_device,
+            "accumulation": work.accumulation,
+        },
+        "flops": total,
+        "flops_by_part": quote.flops,
+        "device": quote.devices.label,
+        "utilisation": quote.devices.utilisation,
+        "dtype": quote.dtype,
+        "sharding": quote.sharding,
+        "seconds": quote.seconds,
+        "dollars": quote.devices.cost(quote.seconds) if quote.seconds else None,
+        "memory": quote.memory and quote.memory.as_json(),
+        "largest_per_device_train_batch_size": quote.largest,
+        "disk": quote.disk and round(quote.disk),
+        "unknown": list(quote.unknown),
+    }

@@ -1,0 +1,179 @@
+"""`hfpipe plan` as a quote: what it reckons against what a run then does, and that it says what it does not know."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hfpipe.config import load_recipe
+from hfpipe.data.size import estimate_size
+from hfpipe.plan import describe_stage
+from hfpipe.plan.quote import quote_stage
+from hfpipe.plan.workload import guess_bytes_per_token
+from hfpipe.sections import Source
+from hfpipe.stages import stage_types
+
+from .conftest import REAL, hfpipe, stage_json
+
+
+def planned(recipe: str, *arguments) -> dict[str, dict]:
+    told = json.loads(hfpipe("plan", recipe, *arguments, "--json").stdout)
+    return {row["stage"]: row for row in told["stages"]} | {"total": told["total"]}
+
+
+def test_steps_and_tokens_are_those_of_the_run(micro_run, tmp_path):
+    """Before anything is prepared, from the first rows of each source, against what was trained."""
+    plan = planned("micro", "--out", tmp_path / "none")
+    for name in ("pretrain", "midtrain", "sft", "dpo"):
+        metrics, row = stage_json(micro_run / name)["metrics"], plan[name]
+        assert row["steps"] == pytest.approx(metrics["steps"], rel=0.15), name
+        assert not row["exact"]
+        assert row["parameters"]["total"] == plan["pretrain"]["parameters"]["total"]
+    assert plan["pretrain"]["tokens"] == pytest.approx(
+        stage_json(micro_run / "pretrain")["metrics"]["tokens"], rel=0.15
+    )
+    # A finished tokenizer knows its bytes a token, and that is nearer.
+    nearer = planned("micro", "--out", micro_run, "--set", "pretrain.trainer.learning_rate=1e-3")["pretrain"]
+    real = stage_json(micro_run / "pretrain")["metrics"]["tokens"]
+    assert nearer["tokens"] == pytest.approx(real, rel=0.05)
+
+
+def test_parameters_are_those_of_the_model(micro_run, tmp_path):
+    import re
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(micro_run / "sft")
+    row = planned("micro", "--out", tmp_path / "none")["sft"]["parameters"]
+    assert row["total"] == model.num_parameters()
+    assert row["embedding"] == model.get_input_embeddings().weight.numel()
+    log = "\n".join(path.read_text() for path in micro_run.rglob("*.log"))
+    noted = re.search(r"(\d+) special tokens' rows train", log) or re.search(r"(\d+) special", log)
+    special = int(noted[1]) if noted else 13
+    assert row["trainable"] == row["total"] - (768 - special) * 64
+
+
+def test_max_steps_make_the_work_exact():
+    row = planned("micro", "--set", "sft.trainer.max_steps=7", "--set", "sft.trainer.gradient_accumulation_steps=2")[
+        "sft"
+    ]
+    assert row["exact"]
+    assert (row["steps"], row["batch"]["rows"], row["batch"]["tokens"]) == (7, 16, 16 * 256)
+    assert 0.7 * 7 * 16 * 256 < row["tokens"] <= 7 * 16 * 256
+
+
+def test_devices_share_the_steps_and_cost_what_they_cost():
+    one, eight = planned("tiny", "--device", "a100"), planned("tiny", "--device", "a100x8", "--price", "2")
+    assert eight["sft"]["batch"]["rows"] == 8 * one["sft"]["batch"]["rows"]
+    assert eight["pretrain"]["batch"] == {"rows": 16, "tokens": 2048, "per_device": 2, "accumulation": 1}
+    assert eight["sft"]["flops"] == pytest.approx(one["sft"]["flops"])
+    assert eight["sft"]["seconds"] == pytest.approx(one["sft"]["seconds"] / 8)
+    assert one["sft"]["seconds"] == pytest.approx(one["sft"]["flops"] / (312e12 * 0.35))
+    assert eight["sft"]["dollars"] == pytest.approx(eight["sft"]["seconds"] / 3600 * 8 * 2)
+    stages = ("pretrain", "midtrain", "sft", "reward", "ppo", "dpo")
+    assert eight["total"]["seconds"] == pytest.approx(sum(eight[name]["seconds"] for name in stages))
+    half = planned("tiny", "--device", "a100", "--utilisation", "0.7")
+    assert half["sft"]["seconds"] == pytest.approx(one["sft"]["seconds"] / 2)
+
+
+def test_dpo_and_ppo_pay_for_their_other_passes():
+    plan = planned("tiny")
+    dpo = plan["dpo"]["flops_by_part"]
+    # One forward pass of the reference beside 6ND, once: about a third, attention's products aside.
+    assert dpo["reference"] == pytest.approx(dpo["training"] / 3, rel=1e-6)
+    ppo = plan["ppo"]["flops_by_part"]
+    assert set(ppo) == {"training", "generation", "old_log_probs", "reference", "reward_model", "critic"}
+    assert all(value > 0 for value in ppo.values())
+    assert {"reference", "reward_model", "critic", "kv_cache"} <= set(plan["ppo"]["memory"])
+    lora = planned("tiny", "--set", "dpo.adapter={type: lora, r: 8}", "--set", "dpo.regularize=null")["dpo"]
+    assert lora["parameters"]["trainable"] == 4 * 2 * 8 * (192 + 192)
+    assert lora["flops_by_part"]["training"] < 0.75 * dpo["training"]
+    assert lora["memory"]["optimizer"] == 8 * lora["parameters"]["trainable"]
+
+
+def test_what_is_not_known_is_said(recipe):
+    """A model and rows of the Hub: no number is made up for either."""
+    files = {"sft": "stage: sft\nmodel: {from: org/model}\ndata: {train: [{path: org/rows}]}\n"}
+    loaded = load_recipe(recipe(files), stage_types())
+    quote = quote_stage(loaded, loaded.stages["sft"])
+    assert quote.unknown == ("the rows of org/rows are not known yet", "the shape of org/model is not known here")
+    assert (quote.work.steps, quote.work.tokens, quote.flops, quote.seconds, quote.memory) == (None,) * 5
+    notes = describe_stage(loaded, loaded.stages["sft"])["notes"]
+    assert "unknown: the rows of org/rows are not known yet" in notes
+    assert any(note.startswith("work: steps unknown of 8 rows, at most 1024 tokens each") for note in notes)
+    limited = load_recipe(recipe(files), stage_types(), ["sft.trainer.max_steps=10"])
+    assert quote_stage(limited, limited.stages["sft"]).work.steps == 10
+
+
+def test_a_type_that_is_not_known(recipe, tmp_path):
+    folder = recipe()
+    stage = load_recipe(folder, stage_types(), ["pretrain.model.config={model_type: mixtral, hidden_size: 64}"]).stages[
+        "pretrain"
+    ]
+    quote = quote_stage(load_recipe(folder, stage_types()), stage)
+    assert quote.shape is None
+    assert quote.memory is None
+    assert quote.unknown == ("the shape of mixtral is not known here",)
+
+
+def test_it_reads_like_a_quote():
+    told = hfpipe("plan", "tiny", "--device", "h100").stdout
+    stages = told.split("\nsft ")[1].split("\nreward ")[0].splitlines()
+    assert len(stages) <= 6
+    for words in (
+        "model: gemma3_text, 2.07M parameters",
+        "work: about",
+        "time: about",
+        "NVIDIA H100 SXM, at 35% of its bf16 peak",
+    ):
+        assert words in told
+    assert "rows a pass fit into 80 GB" in told
+    assert "total      about" in told
+    assert "runpod.io/pricing" in told
+    assert "no price is known: --price" in hfpipe("plan", "tiny", "--device", "mi300x").stdout
+    small = hfpipe("plan", "tiny", "--device", "t4", "--set", "dpo.trainer.per_device_train_batch_size=4096").stdout
+    assert "too much for 16 GB: lower per_device_train_batch_size to" in small
+
+
+def test_a_large_model_on_a_small_card(recipe):
+    big = "pretrain.model.config={model_type: llama, vocab_size: 128256}"
+    row = planned(recipe(), "--set", big, "--device", "l4")["pretrain"]
+    assert row["largest_per_device_train_batch_size"] == 0
+    assert row["memory"]["weights"] > 24e9
+    assert "not one row fits" in hfpipe("plan", recipe(), "--set", big, "--device", "l4").stdout
+
+
+def test_bytes_a_token_are_guessed_near_what_was_measured(micro_run):
+    assert guess_bytes_per_token(768) == pytest.approx(
+        stage_json(micro_run / "tokenizer")["metrics"]["bytes_per_token"], rel=0.15
+    )
+    assert guess_bytes_per_token(1536) == pytest.approx(2.81, rel=0.05)  # tiny's, as the README prints it
+    assert guess_bytes_per_token(50257) == pytest.approx(4.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("name", "split", "rows"), [("pretrain", "train", 34_000), ("sft", "validation", 300)])
+def test_tinyworld_knows_its_rows(name, split, rows):
+    size = estimate_size(Source(f"tinyworld/{name}"), None, split, 0)
+    assert (size.rows, size.exact) == (rows, True)
+    assert estimate_size(Source(f"tinyworld/{name}", limit=120), None, split, 0).rows == 120
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no real data here")
+@pytest.mark.parametrize("file", ["alpaca_en_demo.json", "gsm8k_train.jsonl", "c4_demo.jsonl", "dpo_en_demo.json"])
+def test_rows_of_a_file_are_reckoned_from_its_first(file):
+    from hfpipe.data.sources import load_source
+
+    source = Source(str(REAL / file))
+    size = estimate_size(source, None, "train", 0)
+    real = sum(1 for _ in load_source(source).rows())
+    assert size.exact == (real < 400)
+    assert size.rows == (real if size.exact else pytest.approx(real, rel=0.25))
+
+
+def test_a_short_file_is_counted(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{i} " + "word " * 9}) + "\n" for i in range(30)))
+    size = estimate_size(Source(str(file), split="all"), None, "train", 0)
+    assert (size.rows, size.exact) == (30, True)
+    assert size.bytes_per_row == pytest.approx(46.7, abs=1)
