@@ -62,7 +62,7 @@ class SourceReport:
     def reasons(self) -> str:
         """Why rows were left out and where they are, a line for each reason, and what the first ones hold."""
         lines = [
-            f"{count} x {reason}: {_listed(self.places[reason], count)}"
+            f"{count} x {reason}: {listed(self.places[reason], count)}"
             for reason, count in self.left_out.most_common()
         ]
         lines += [f"for instance {example}" for example in self.examples]
@@ -70,11 +70,11 @@ class SourceReport:
         return "\n  ".join([others if lines else f"None had a fault; {others}", *lines])
 
 
-def _listed(places: list[str], count: int) -> str:
-    """`rows.jsonl line 3, 7, 12`: a file is named once."""
+def listed(places: list[str], count: int, most: int = PLACES) -> str:
+    """`rows.jsonl line 3, 7, 12`: a file is named once, and `most` rows of `count`."""
     shown, last = [], ""
-    for place in places[:PLACES]:
+    for place in places[:most]:
         start, _, number = place.rpartition(" ")
         shown.append(number if start == last else place)
         last = start
-    return ", ".join(shown) + (f" and {count - PLACES} more" if count > PLACES else "")
+    return ", ".join(shown) + (f" and {count - most:,} more" if count > most else "")
