@@ -129,7 +129,10 @@ CHECKS = {
 def test_runs_from_top_to_bottom(path, tmp_path, hub_server):
     network = {"HF_HUB_OFFLINE": "1"}
     if path.stem == "04_publish":
-        network = hub_server["xet"].env() | {"HF_HOME": str(tmp_path / "home"), "HFPIPE_NOTEBOOK_REPO": "alice/notebook"}
+        network = hub_server["xet"].env() | {
+            "HF_HOME": str(tmp_path / "home"),
+            "HFPIPE_NOTEBOOK_REPO": "alice/notebook",
+        }
     notebook = execute(path, tmp_path, HFPIPE_NOTEBOOK_RECIPE="micro", **network)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.config import load_recipe, recipe_folder
-from hfpipe.data.advice import Use, advice
+from hfpipe.data.advice import TOPICS, Finding, Use, advice
 from hfpipe.data.held_out import HeldOut, index_held_out, probe_rows
 from hfpipe.data.personal import mask, masked
 from hfpipe.data.profile import CountTokens, Profile, profile
@@ -51,7 +51,7 @@ def check_data(
         uses = _of_files(what, held_out)
     told = {use: list(advice(use)) for use in uses}
     if as_json:
-        print(json.dumps({"sources": [masked(_as_json(use, lines)) for use, lines in told.items()]}, indent=2))
+        print(json.dumps({"sources": [masked(_as_json(use, found)) for use, found in told.items()]}, indent=2))
         return
     print(mask(printable("\n".join([*_table(uses), *_attention(told)]))))
 
@@ -76,7 +76,16 @@ def _of_recipe(recipe: Recipe, run: Path) -> list[Use]:
         for role, split in DEFAULT_SPLIT.items():
             for source in getattr(stage.data, role):
                 form = source.as_ or stage.type.rows or "text"
-                key = (source.path, source.name, source.revision, source.limit, source.split or split, form, role, tokenizer)
+                key = (
+                    source.path,
+                    source.name,
+                    source.revision,
+                    source.limit,
+                    source.split or split,
+                    form,
+                    role,
+                    tokenizer,
+                )
                 if key not in known:
                     with named(f"{stage.file}: data.{role}"):
                         index = held_out if role == "train" else None
@@ -95,6 +104,8 @@ def _use(stage: Stage, role: str, source: Source, found: Profile) -> Use:
         role,
         max_length=getattr(stage.data, "max_prompt_length", limit),
         max_bad_rows=stage.data.max_bad_rows,
+        balance=source.balance or stage.data.balance,
+        decontaminate=stage.data.decontaminate,
         drops_repeats=not own_splits and not getattr(stage.data, "streaming", False),
     )
 
@@ -107,7 +118,9 @@ def _of_files(paths: Sequence[str], held_out: Sequence[str]) -> list[Use]:
         splits = list(files_of(local)) if local.is_dir() else ["all"]
         if path.startswith("tinyworld/"):
             splits = ["train", "validation", "test"]
-        listed += [(path, split, (split if split != "all" else split_name(Path(local.name)) or "train")) for split in splits]
+        listed += [
+            (path, split, (split if split != "all" else split_name(Path(local.name)) or "train")) for split in splits
+        ]
     index = HeldOut()
     for path, split, name in listed:
         if name != "train":
@@ -148,7 +161,9 @@ def _tokenizer_file(recipe: Recipe, stage: Stage, run: Path) -> Path | None:
     at: Stage | None = stage
     while at:
         parent = recipe.parent(at)
-        folders = [run / at.name] if parent or not at.model.from_ else [run / at.name, Path(at.model.from_).expanduser()]
+        folders = (
+            [run / at.name] if parent or not at.model.from_ else [run / at.name, Path(at.model.from_).expanduser()]
+        )
         for folder in folders:
             if (folder / "tokenizer.json").is_file():
                 return folder / "tokenizer.json"
@@ -199,12 +214,11 @@ def _cells(use: Use) -> dict[str, str]:
     found = use.profile
     about = "~" if found.estimated else ""
     turns = [n for n, _ in sorted(found.turns.items()) if n]
-    name = found.path if len(found.path) <= 34 else f"…{found.path[-33:]}"
     return {
         "stage": use.stage,
         "role": use.role,
-        "source": name,
-        "split": found.split,
+        "source": _short(found.path),
+        "split": "" if found.split == DEFAULT_SPLIT.get(use.role) else found.split,
         "rows": f"{found.rows:,}",
         "tokens": about + quantity(found.tokens),
         "median": f"{found.length(0.5):,}",
@@ -213,34 +227,46 @@ def _cells(use: Use) -> dict[str, str]:
         "turns": "" if not turns else f"{turns[0]}-{turns[-1]}" if len(turns) > 1 else str(turns[0]),
         "trained": "" if found.trained is None else f"{found.trained:.0%}",
         "refuse": f"{found.refusals / found.answers:.0%}" if found.refusals else "",
+        "held out": f"{sum(seen.count for seen in found.overlaps.values()):,}" if found.overlaps else "",
         "same": f"{found.exact.count:,}" if found.exact.count else "",
         "near": f"{found.near.count:,}" if found.near.count else "",
         "language": _languages(found),
-        "form": found.form,
+        "form": found.form.partition(",")[0] if found.kind == "text" else found.form,
     }
 
 
 def _languages(found: Profile) -> str:
     total = sum(found.languages.values())
-    return " ".join(f"{name} {n / total:.0%}" for name, n in found.languages.most_common(2) if n >= 0.1 * total)
+    most = [(name, n / total) for name, n in found.languages.most_common(2) if n >= 0.1 * total]
+    return " ".join(name if share > 0.9 else f"{name} {share:.0%}" for name, share in most)
 
 
-def _attention(told: dict[Use, list[str]]) -> list[str]:
-    lines: dict[str, list[str]] = {}
+def _attention(told: dict[Use, list[Finding]]) -> list[str]:
+    """By topic; what several stages share is told once."""
+    stages: dict[tuple[str, str], list[str]] = {}
     for use, found in told.items():
-        for line in found:
-            at = f"{use.profile.path} [{use.profile.split}]: {line}"
-            lines.setdefault(at, []).append(use.stage)
-    if not lines:
+        for topic, text in found:
+            name = _short(use.profile.path)
+            text = text.replace(f"{name} ", "")  # of its own rows the number is enough
+            stages.setdefault((topic, f"{name} [{use.profile.split}]: {text}"), []).append(use.stage)
+    if not stages:
         return ["", "Nothing deserves attention."]
-    shown = ["", f"{len(lines)} thing{'s deserve' if len(lines) > 1 else ' deserves'} attention:"]
-    for line, stages in lines.items():
-        where = f"{', '.join(dict.fromkeys(stages))}: " if stages[0] else ""
-        shown += textwrap.wrap(f"- {where}{line}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-    return shown
+    lines = []
+    for topic, what_to_do in TOPICS.items():
+        if entries := [(text, names) for (of, text), names in stages.items() if of == topic]:
+            lines += ["", *textwrap.wrap(what_to_do, _WIDTH)]
+            for text, names in entries:
+                where = f"{', '.join(dict.fromkeys(names))}: " if names[0] else ""
+                lines += textwrap.wrap(f"- {where}{text}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
 
 
-def _as_json(use: Use, lines: list[str]) -> dict[str, Any]:
+def _short(path: str) -> str:
+    return path if path.startswith("tinyworld/") or is_hub_id(path) else Path(path).name
+
+
+def _as_json(use: Use, found: list[Finding]) -> dict[str, Any]:
+    lines = [{"topic": topic, "text": text} for topic, text in found]
     return {"stage": use.stage or None, "role": use.role or None, **use.profile.as_json(), "attention": lines}
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hfpipe.data import tinyworld
+from hfpipe.data.check import held_out_sources
 from hfpipe.data.readers import read_file
 from hfpipe.data.rows import Row
 from hfpipe.data.shingles import Hashed, hash_words, ngrams, wholes
@@ -72,6 +73,10 @@ class HeldOut:
 
     def label(self, item: int) -> str:
         return self.labels[self._label_of[item]]
+
+    def sizes(self) -> dict[str, int]:
+        """Rows of each label."""
+        return {label: self._label_of.count(number) for number, label in enumerate(self.labels)}
 
     def add(self, label: str, rows: Iterable[tuple[str, Row]]) -> None:
         """Hold (place, row) for rows of any canonical form, the answer of a probe's left off."""
@@ -149,18 +154,6 @@ def _look_up(wanted: np.ndarray, known: np.ndarray, items: np.ndarray) -> tuple[
     where = np.repeat(np.arange(len(wanted)), many)
     within = np.arange(len(where)) - np.repeat(np.cumsum(many) - many, many)
     return where, items[left[where] + within]
-
-
-def held_out_sources(recipe: Recipe) -> Iterator[tuple[str, Source, str]]:
-    """(label, source, form) of all held-out rows of a recipe but its probes: `data.eval` of its stages, `evaluate.text`."""
-    listed = [(source, s.type.rows or "text") for s in recipe.stages.values() for source in s.data.eval]
-    listed += [(source, "text") for source in recipe.pipeline.evaluate.text]
-    seen = set()
-    for source, form in listed:
-        split, form = source.split or DEFAULT_SPLIT["eval"], source.as_ or form
-        if (key := (source.path, source.name, source.revision, source.limit, split)) not in seen:
-            seen.add(key)
-            yield f"{source.path} [{split}]", source, form
 
 
 def probe_rows(probe: Probe, where: str = "") -> Iterator[tuple[str, Row]]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,4}[a-z]{2,24}\b", re.IGNORECASE)
-_NOBODYS = re.compile(r"[@.](example(\.(com|org|net|edu))?|test|invalid|localhost)$", re.IGNORECASE)  # RFC 2606
+_NOBODYS = re.compile(  # RFC 2606, and what texts put in its place
+    r"[@.](example([\w-]*\.(com|org|net|edu))?|test|invalid|(your|my)?-?(domain|company|website)\.com)$", re.IGNORECASE
+)
 PHONE = re.compile(
     r"(?<![\w.,/+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,4}){1,4}|\+\d{9,15}"
     r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}(?P<gap>[.-])\d{3}(?P=gap)\d{4})(?![\w/-]|[.,]\d)"
@@ -37,7 +39,7 @@ _KEPT = {"e-mail": 1, "phone": 2, "key": 3}  # characters of each that are shown
 def find_personal(text: str) -> Iterator[tuple[str, int, int]]:
     """(kind, start, end) of what looks like an e-mail address, a phone number, or a key or token.
 
-    Addresses of the domains that are nobody's (example.com) and numbers with the fictional 555 are not told.
+    Placeholders are not told: addresses at example.com and its like, numbers with the fictional 555.
     """
     if "@" in text:
         for found in EMAIL.finditer(text):
@@ -45,7 +47,7 @@ def find_personal(text: str) -> Iterator[tuple[str, int, int]]:
                 yield "e-mail", *found.span()
     for found in PHONE.finditer(text):
         digits = re.sub(r"\D", "", found[0])
-        if 9 <= len(digits) <= 15 and digits[-7:-4] != "555":
+        if 9 <= len(digits) <= 15 and "555" not in (digits[-7:-4], digits[-10:-7]):
             yield "phone", *found.span()
     for found in KEY.finditer(text):
         yield "key", *found.span()

@@ -27,7 +27,7 @@ _ENCODED = 2_000_000  # bytes of a source that are encoded to know its tokens; o
 _SAMPLED = 300  # texts whose language is asked
 _LONGEST_SAMPLE = 500  # characters
 _VALUES = 100  # of a column; one with more is no category
-_CUT = re.compile(r"[\w,;(\[{-]\s*$")
+_CUT = re.compile(r"[^\W\d_][,;]?\s*$")
 _CUT_FROM = 40  # words; a shorter answer may well end without a full stop
 _CONVERSED = ("messages", "prompt", "chosen", "rejected", "completion", "label", "text", "tools", "reference")
 
@@ -60,13 +60,14 @@ class Profile:
     answer_bytes: int = 0
     bytes_a_token: float = _BYTES_A_TOKEN
     estimated: str = "from bytes"  # "", "from bytes", or "from a part"
-    lengths: Counter[int] = field(default_factory=Counter)  # in bytes
+    lengths: Counter[int] = field(default_factory=Counter)  # in bytes; of a preference the longer conversation
     turns: Counter[int] = field(default_factory=Counter)
     left_out: dict[str, Seen] = field(default_factory=dict)  # rows that cannot be used, by reason
     exact: Seen = field(default_factory=Seen)
     near: Seen = field(default_factory=Seen)
     overlaps: dict[str, Seen] = field(default_factory=dict)  # rows that show held-out rows, by where these come from
     shown: dict[str, set[int]] = field(default_factory=dict)  # held-out rows that they show
+    held_out: dict[str, int] = field(default_factory=dict)  # how many there are of each
     personal: dict[str, Seen] = field(default_factory=dict)
     control: dict[str, Seen] = field(default_factory=dict)
     refusals: int = 0
@@ -142,6 +143,8 @@ def profile(loaded: Loaded, count_tokens: CountTokens | None = None, held_out: H
         sample.add(whole, texts)
         if held_out:
             _note_overlaps(found, held_out, held_out.find([row for _, row in chunk]), chunk)
+    if held_out:
+        found.held_out = held_out.sizes()
     counts = loaded.counts
     found.form = loaded.form_seen
     found.left_out = {reason: Seen(n, counts.places[reason]) for reason, n in counts.faults.items()}
@@ -158,6 +161,12 @@ def _all_of(row: Row) -> str:
     return "\n".join([str(row.get("label", "")), *(f"{role} {said}" for role, said in turns_of(row))])
 
 
+def _shorter(row: Row) -> int:
+    """Bytes of the shorter answer of a preference, whose length is that of the other conversation."""
+    sides = [told({"messages": row[side]}) for side in ("chosen", "rejected") if side in row]
+    return min((len(side.encode()) for side in sides), default=0)
+
+
 def _answer(row: Row, turns: list[tuple[str, str]]) -> str | None:
     """What the assistant says at the end; of a preference in the better answer."""
     if "chosen" in row:
@@ -171,7 +180,7 @@ def _look_at(found: Profile, place: str, row: Row, text: str) -> None:
     found.kind = found.kind or kind_of(row)
     found.rows += 1
     found.bytes += size
-    found.lengths[size] += 1
+    found.lengths[size - _shorter(row)] += 1
     found.turns[sum(role in ("user", "assistant") for role, _ in turns)] += 1
     if (answer := _answer(row, turns)) is not None:
         found.answers += 1

@@ -25,6 +25,8 @@ class SourceReport:
     neutralised: int = 0
     other_splits: int = 0
     duplicates: int = 0
+    contaminated: int = 0  # rows left out because they show what is held out
+    repeated: int = 0  # rows given again to balance a column; not in `used`, but in the tokens
     left_out: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)  # where the rows left out for each reason are
     examples: list[str] = field(default_factory=list)  # the first of them with what was found there
@@ -51,6 +53,10 @@ class SourceReport:
         if self.left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
             parts.append(f"{sum(self.left_out.values())} left out ({reasons})")
+        if self.contaminated:
+            parts.append(f"{self.contaminated} left out that show what is held out")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} of rare values repeated")
         if self.duplicates:
             parts.append(f"{self.duplicates} duplicates left out")
         if self.neutralised:
@@ -62,8 +68,7 @@ class SourceReport:
     def reasons(self) -> str:
         """Why rows were left out and where they are, a line for each reason, and what the first ones hold."""
         lines = [
-            f"{count} x {reason}: {listed(self.places[reason], count)}"
-            for reason, count in self.left_out.most_common()
+            f"{count} x {reason}: {listed(self.places[reason], count)}" for reason, count in self.left_out.most_common()
         ]
         lines += [f"for instance {example}" for example in self.examples]
         others = f"{self.other_splits} are in other splits" if self.other_splits else ""
