@@ -309,6 +309,7 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"{row['stage']:<10} {row['status']}{': ' if row['why'] else ''}{'; '.join(row['why'])}")
         for line in row["notes"]:
             print(f"{'':<10}   {line}")
+    print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from hfpipe.data.held_out import HeldOut, index_held_out, probe_rows
 from hfpipe.data.personal import mask, masked
 from hfpipe.data.profile import CountTokens, Profile, profile
 from hfpipe.data.readers import files_of, split_name
+from hfpipe.data.rows import Row
 from hfpipe.data.sources import is_hub_id, load_source, named, open_rows
+from hfpipe.data.splits import SPLITS
 from hfpipe.errors import UserError
 from hfpipe.progress import printable, quantity
 from hfpipe.sections import DEFAULT_SPLIT, Probe, Recipe, Source, Stage
@@ -48,7 +50,7 @@ def check_data(
     else:
         if overrides:
             raise UserError("--set goes with a recipe, not with loose files.")
-        uses = _of_files(what, held_out)
+        uses = _of_files(what, held_out, run)
     told = {use: list(advice(use)) for use in uses}
     if as_json:
         print(json.dumps({"sources": [masked(_as_json(use, found)) for use, found in told.items()]}, indent=2))
@@ -110,12 +112,12 @@ def _use(stage: Stage, role: str, source: Source, found: Profile) -> Use:
     )
 
 
-def _of_files(paths: Sequence[str], held_out: Sequence[str]) -> list[Use]:
+def _of_files(paths: Sequence[str], held_out: Sequence[str], run: Path | None) -> list[Use]:
     """Every file and every split of a folder; what calls itself validation or test is held out from the rest."""
     listed = []
     for path in paths:
         local = Path(path).expanduser()
-        splits = list(files_of(local)) if local.is_dir() else ["all"]
+        splits = sorted(files_of(local), key=(*SPLITS, "all").index) if local.is_dir() else ["all"]
         if path.startswith("tinyworld/"):
             splits = ["train", "validation", "test"]
         listed += [
@@ -129,21 +131,24 @@ def _of_files(paths: Sequence[str], held_out: Sequence[str]) -> list[Use]:
     for path in held_out:
         index.add(path, _held_out_file(path))
     uses = []
+    tokenizer = run / "tokenizer" / "tokenizer.json" if run else None
+    if tokenizer and not tokenizer.is_file():
+        raise UserError(f"--out {run}: there is no {tokenizer}.")
     for path, split, name in listed:
         trains = name == "train"
-        found = _profile(Source(path), split, None, 0, None, index if trains and len(index) else None)
+        found = _profile(Source(path), split, None, 0, tokenizer, index if trains and len(index) else None)
         found.split = name if name != "train" or split != "all" else "all"
         uses.append(Use(found, role="" if trains else "eval", drops_repeats=split == "all"))
     _progress("")
     return uses
 
 
-def _held_out_file(path: str) -> Any:
-    """Rows in a known form, else probes."""
-    try:
-        return load_source(Source(path), split="all").located_rows()
-    except UserError:
+def _held_out_file(path: str) -> Iterator[tuple[str, Row]]:
+    """Rows in a known form, or probes, which carry their check."""
+    _, located = open_rows(path, "all")
+    if "check" in next(located).row:
         return probe_rows(Probe(path))
+    return load_source(Source(path), split="all").located_rows()
 
 
 def _profile(
@@ -204,7 +209,8 @@ def _estimate(uses: list[Use]) -> str:
     kinds = {use.profile.estimated for use in uses}
     parts = []
     if "from bytes" in kinds:
-        parts.append("estimated from bytes, 4 to a token: there is no tokenizer in the run yet")
+        recipe = any(use.stage for use in uses)
+        parts.append(f"estimated from bytes, 4 to a token{': there is no tokenizer in the run yet' if recipe else ''}")
     if "from a part" in kinds:
         parts.append("from the first 2 MB, with the run's tokenizer")
     return "; ".join(parts)

@@ -37,6 +37,8 @@ class Groups:
             self._put_away()
 
     def _put_away(self) -> None:
+        if not self._waiting:
+            return
         self._files = self._files or [Path(self._folder.name) / str(number) for number in range(_FILES)]
         pairs = np.concatenate(self._waiting)
         target = pairs["key"] % np.uint64(_FILES)

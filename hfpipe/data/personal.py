@@ -11,7 +11,7 @@ _NOBODYS = re.compile(  # RFC 2606, and what texts put in its place
     r"[@.](example([\w-]*\.(com|org|net|edu))?|test|invalid|(your|my)?-?(domain|company|website)\.com)$", re.IGNORECASE
 )
 PHONE = re.compile(
-    r"(?<![\w.,/+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,4}){1,4}|\+\d{9,15}"
+    r"(?<![\w.,/+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,4}(?:[ .-]\d{2,8}){1,4}|\+\d{9,15}"
     r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}(?P<gap>[.-])\d{3}(?P=gap)\d{4})(?![\w/-]|[.,]\d)"
 )
 KEY = re.compile(

@@ -71,6 +71,8 @@ class SourceReport:
             f"{count} x {reason}: {listed(self.places[reason], count)}" for reason, count in self.left_out.most_common()
         ]
         lines += [f"for instance {example}" for example in self.examples]
+        if self.contaminated:
+            lines.append(f"{self.contaminated} x left out by data.decontaminate: it shows what is held out")
         others = f"{self.other_splits} are in other splits" if self.other_splits else ""
         return "\n  ".join([others if lines else f"None had a fault; {others}", *lines])
 
