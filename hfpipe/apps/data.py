@@ -224,7 +224,7 @@ def _cells(use: Use) -> dict[str, str]:
         "stage": use.stage,
         "role": use.role,
         "source": _short(found.path),
-        "split": "" if found.split == DEFAULT_SPLIT.get(use.role) else found.split,
+        "split": "" if use.stage and found.split == DEFAULT_SPLIT.get(use.role) else found.split,
         "rows": f"{found.rows:,}",
         "tokens": about + quantity(found.tokens),
         "median": f"{found.length(0.5):,}",

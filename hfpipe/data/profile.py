@@ -19,7 +19,7 @@ from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, kind_of
 from hfpipe.data.shingles import hash_words, wholes
 from hfpipe.data.sources import Loaded
-from hfpipe.data.texts import told, turns_of
+from hfpipe.data.texts import told, turns_of, whole
 
 _CHUNK = 1000
 _BYTES_A_TOKEN = 4.0  # of English text in a vocabulary of the usual size
@@ -27,6 +27,7 @@ _ENCODED = 2_000_000  # bytes of a source that are encoded to know its tokens; o
 _SAMPLED = 300  # texts whose language is asked
 _LONGEST_SAMPLE = 500  # characters
 _VALUES = 100  # of a column; one with more is no category
+_LONGEST_VALUE = 100  # characters
 _CUT = re.compile(r"[^\W\d_][,;]?\s*$")
 _CUT_FROM = 40  # words; a shorter answer may well end without a full stop
 _CONVERSED = ("messages", "prompt", "chosen", "rejected", "completion", "label", "text", "tools", "reference")
@@ -56,7 +57,7 @@ class Profile:
     form: str = ""
     kind: str = ""  # text | messages | preference | unpaired | prompt
     rows: int = 0
-    bytes: int = 0  # of what users and assistants say
+    bytes: int = 0  # of all turns and the tools offered, without what a template writes around them
     answer_bytes: int = 0
     bytes_a_token: float = _BYTES_A_TOKEN
     estimated: str = "from bytes"  # "", "from bytes", or "from a part"
@@ -82,7 +83,7 @@ class Profile:
 
     @property
     def trained(self) -> float | None:
-        """The assistant's share of the text, where there is one."""
+        """The assistant's share of the bytes, where there is one."""
         return self.answer_bytes / max(self.bytes, 1) if self.answers else None
 
     def length(self, share: float) -> int:
@@ -102,6 +103,7 @@ class Profile:
         plain = {k: v for k, v in vars(self).items() if k not in ("lengths", "turns", "bytes_a_token")}
         plain |= {"tokens": self.tokens, "trained": None if self.trained is None else round(self.trained, 4)}
         plain["length"] = {f"p{round(100 * q)}": self.length(q) for q in (0.05, 0.5, 0.95, 1)}
+        plain["columns"] = {name: values for name, values in self.columns.items() if len(values) <= _VALUES}
         plain["turns"] = {str(n): count for n, count in sorted(self.turns.items())}
         return _plain(plain)
 
@@ -129,18 +131,18 @@ def profile(loaded: Loaded, count_tokens: CountTokens | None = None, held_out: H
     rows = loaded.located_rows()
     while chunk := list(itertools.islice(rows, _CHUNK)):
         numbers = np.arange(len(places), len(places) + len(chunk))
-        texts = [told(row) for _, row in chunk]
+        texts = [whole(row) for _, row in chunk]
         for (place, row), text in zip(chunk, texts, strict=True):
             places.append(place)
             _look_at(found, place, row, text)
         if count_tokens and encoded[0] < _ENCODED:
             encoded[0] += sum(len(text.encode()) for text in texts)
             encoded[1] += sum(count_tokens(texts))
-        hashed = hash_words(texts)
-        whole = wholes(hash_words([_all_of(row) for _, row in chunk]))
-        every.add(whole, numbers)
-        near.add(hashed, numbers)
-        sample.add(whole, texts)
+        said = [told(row) for _, row in chunk]
+        keys = wholes(hash_words([_all_of(row) for _, row in chunk]))
+        every.add(keys, numbers)
+        near.add(hash_words(said), numbers)
+        sample.add(keys, said)
         if held_out:
             _note_overlaps(found, held_out, held_out.find([row for _, row in chunk]), chunk)
     if held_out:
@@ -188,17 +190,16 @@ def _look_at(found: Profile, place: str, row: Row, text: str) -> None:
         found.refusals += bool(REFUSES.search(answer[:300].replace("\u2019", "'")))
         if _CUT.search(answer[-20:]) and answer.count(" ") >= _CUT_FROM:
             found.cut.add(place)
-    whole = "\n".join(text for _, text in turns)
-    for kind in {kind for kind, _, _ in find_personal(whole)}:
+    for kind in {kind for kind, _, _ in find_personal(text)}:
         found.personal.setdefault(kind, Seen()).add(place)
-    if "<" in whole or "[" in whole or not whole.isprintable():
-        for token in set(CONTROL.findall(whole)):
+    if "<" in text or "[" in text or not text.isprintable():
+        for token in set(CONTROL.findall(text)):
             found.control.setdefault(token if token.isprintable() else repr(token), Seen()).add(place)
     for name, value in row.items():
         if name not in _CONVERSED and isinstance(value, str | int | bool):
             column = found.columns.setdefault(name, Counter())
-            if len(column) <= _VALUES:
-                column[mask(str(value))] += 1
+            if len(column) <= _VALUES:  # with one more it is no category, and counted no further
+                column[mask(str(value)) if len(str(value)) <= _LONGEST_VALUE else "(long)"] += 1
 
 
 def _note_overlaps(found: Profile, held_out: HeldOut, matches: list[Match], chunk: list[tuple[str, Row]]) -> None:

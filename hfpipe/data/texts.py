@@ -34,3 +34,9 @@ def askings(row: Row) -> list[str]:
 def told(row: Row) -> str:
     """All that users and assistants say; system prompts and results of tools, which repeat from row to row, are not in it."""
     return "\n".join(text for role, text in turns_of(row) if role in ("user", "assistant", "text"))
+
+
+def whole(row: Row) -> str:
+    """All that is made into tokens: every turn, the tools that are offered, but not what a template writes around them."""
+    tools = [json.dumps(row["tools"], ensure_ascii=False)] if row.get("tools") else []
+    return "\n".join([*tools, *(text for _, text in turns_of(row))])
