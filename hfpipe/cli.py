@@ -61,6 +61,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_scale_options(command)
     command.set_defaults(command=_scale)
 
+    command = commands.add_parser("data", help="look at data: hfpipe data check RECIPE, or FILE ...")
+    command = command.add_subparsers(required=True, metavar="check").add_parser(
+        "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
+    )
+    command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
+    command.add_argument("--out", type=Path, help="the run whose tokenizer counts; default: runs/RECIPE")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run")
+    command.add_argument(
+        "--held-out", action="append", default=[], metavar="FILE", help="rows or probes that the files should not show"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_check_data)
+
     command = commands.add_parser("report", help="write a run's report.html and print its scorecard")
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
     command.add_argument("--json", action="store_true", help="machine-readable output")
@@ -167,6 +180,12 @@ def _run(options: argparse.Namespace) -> None:
 
     recipe, run = open_recipe(options.recipe, options.set, options.out)
     run_and_report(recipe, run, Display(), options.start, options.end, options.only)
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    from hfpipe.apps.data import check_data
+
+    check_data(options.what, options.set, options.out, options.held_out, options.json)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -33,3 +33,4 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
         print(
             f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{price}; scoring comes on top"
         )
+    print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")

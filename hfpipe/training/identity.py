@@ -45,6 +45,8 @@ def identify(
         for number, source in enumerate(getattr(stage.data, role)):
             with named(f"{stage.file}: data.{role}"):
                 hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+    if stage.data.decontaminate:
+        hashes |= _hash_held_out(recipe)
     if getattr(stage.sections.get("rewards"), "model", None):
         name = f"rewards.model {stage.sections['rewards'].model}"
         hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
@@ -123,6 +125,18 @@ def hash_source(source: Source, split: str, seed: int) -> str:
         revision=source.revision,
         name=source.name,
     )
+
+
+def _hash_held_out(recipe: Recipe) -> dict[str, str]:
+    """What decides which rows `data.decontaminate` leaves out."""
+    from hfpipe.data.check import held_out_sources
+    from hfpipe.data.sources import content_hash
+
+    seed = recipe.pipeline.seed
+    hashes = {f"held out {label}": hash_source(s, "validation", seed) for label, s, _ in held_out_sources(recipe)}
+    for probe in recipe.pipeline.evaluate.probes:
+        hashes[f"held out probes {probe.path}"] = content_hash(probe.path, split=probe.split, size=probe.limit)
+    return hashes
 
 
 def evaluation_identity(recipe: Recipe) -> str:
