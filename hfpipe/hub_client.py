@@ -153,13 +153,13 @@ def _resolve(repo_id: str, revision: str | None, repo_type: RepoType) -> str:
         commit = _ask_commit(repo_id, revision, repo_type)
     except Refused as error:
         raise UserError(
-            f"{name} is not a local folder, nor a {repo_type} of the Hub that this token may read: {error}"
+            f"{name} is not a local file or folder, nor a {repo_type} of the Hub that this token may read: {error}"
         ) from None
     except Unreachable as error:
         known = (artifact.read_json(_memory(repo_id, repo_type) / "refs.json") or {}).get(revision or "main")
         if known is None:
             raise UserError(
-                f"{name} is not a local folder, and the Hub is not reached ({error}); no commit of that name was verified "
+                f"{name} is not a local file or folder, and the Hub cannot be reached ({error}); no commit of that name was verified "
                 "here before. Give a local folder, or connect."
             ) from None
         _notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
@@ -9,14 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 
 from hfpipe import artifact
+from hfpipe.errors import UserError
+from hfpipe.hub_client import Unreachable
 from hfpipe.publishing.card import build_card
+from hfpipe.publishing.hub import within
 from hfpipe.training.hardware import energy_meter
 
 from .conftest import ROOT, hfpipe, stage_json
@@ -24,6 +29,7 @@ from .conftest import ROOT, hfpipe, stage_json
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "dpo")
 UPLOAD = "PUT /put|POST /cas/v1/xorbs"  # LFS, Xet
 TOKEN = "hf_alice_write"
+LFS = pytest.mark.parametrize("hub", ["lfs"], indirect=True)  # where the way of large files makes no difference
 
 
 @pytest.fixture
@@ -87,8 +93,6 @@ def test_a_run_is_published_while_it_trains(hub, hub_env, repo_id, tmp_path):
     assert told["to_push"] == []
     assert [row["commit"] for row in told["stages"]] == list(manifest["commits"].values())
 
-    from huggingface_hub import HfApi
-
     api = HfApi(hub.endpoint, token=TOKEN)
     [tag] = api.list_repo_refs(repo_id).tags
     assert tag.target_commit == hub.commits(repo_id, "main")[0].id
@@ -108,7 +112,7 @@ def test_a_run_is_published_while_it_trains(hub, hub_env, repo_id, tmp_path):
     assert not any(str(tmp_path).encode() in content for content in published), "a folder of this machine was published"
 
 
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@LFS
 def test_half_a_run_here_and_the_rest_elsewhere(hub, hub_env, repo_id, micro_run, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
@@ -160,7 +164,7 @@ def test_a_repo_for_each_stage(hub, hub_env, repo_id, own_run):
         (TOKEN, "bob/x", "403"),
     ],
 )
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@LFS
 def test_a_push_that_would_be_refused_stops_the_run_at_once(hub, hub_env, tmp_path, token, place, found):
     env = hub_env | {"HF_TOKEN": token}
     began = time.monotonic()
@@ -173,10 +177,8 @@ def test_a_push_that_would_be_refused_stops_the_run_at_once(hub, hub_env, tmp_pa
         assert token not in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@LFS
 def test_a_private_run_does_not_go_to_a_public_repo(hub, hub_env, repo_id, own_run):
-    from huggingface_hub import HfApi
-
     HfApi(hub.endpoint, token=TOKEN).create_repo(repo_id, private=False)
     assert "is public" in push(own_run, hub_env, "--repo-id", repo_id, check=2).stderr
     assert set(hub.files(repo_id)) <= {".gitattributes"}
@@ -288,7 +290,7 @@ def test_a_hub_that_hangs_holds_nobody_up(hub, hub_env, repo_id, own_run):
     assert all(made(hub, repo_id, stage) == 1 for stage in STAGES)
 
 
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@LFS
 def test_with_the_hub_down_a_run_ends_well_and_says_what_is_left(hub, hub_env, repo_id, own_run):
     shutil.rmtree(own_run / "dpo")
     down = hub_env | {"HF_ENDPOINT": "http://127.0.0.1:1"}
@@ -306,7 +308,7 @@ def test_with_the_hub_down_a_run_ends_well_and_says_what_is_left(hub, hub_env, r
     assert_published(hub, repo_id, own_run, "dpo")
 
 
-@pytest.mark.parametrize("hub", ["lfs"], indirect=True)
+@LFS
 def test_what_changed_is_published_anew_and_what_is_gone_goes(hub, hub_env, repo_id, own_run):
     push(own_run, hub_env, "--repo-id", repo_id)
     record = stage_json(own_run / "sft")
@@ -322,6 +324,111 @@ def test_what_changed_is_published_anew_and_what_is_gone_goes(hub, hub_env, repo
     )
     assert stage_json(own_run / "sft")["hub"]["commit"] != record["hub"]["commit"]
     assert made(hub, repo_id) == 2
+
+
+# --- other people's repos, and repos that went away ---
+
+
+@LFS
+def test_what_others_have_put_there_is_not_touched(hub, hub_env, repo_id, short_run):
+    api = HfApi(hub.endpoint, token=TOKEN)
+    api.create_repo(repo_id, private=True)
+    api.upload_file(path_or_fileobj=b"GGUF", path_in_repo="old-model.gguf", repo_id=repo_id)
+    assert (
+        "old-model.gguf, which hfpipe did not publish" in push(short_run, hub_env, "--repo-id", repo_id, check=2).stderr
+    )
+    settings = ["--set", f"hub.repo_id={repo_id}", "--set", "hub.layout=revisions"]
+    done = hfpipe("run", "micro", "--out", short_run.parent / "new", *settings, env=hub_env, check=2)
+    assert "Give another repo_id" in done.stderr
+    assert len(hub.commits(repo_id)) == 2
+
+    other = f"{repo_id}-other"
+    push(short_run, hub_env, "--repo-id", other)
+    for branch in ("sft", "main"):
+        api.upload_file(path_or_fileobj=b"MIT", path_in_repo="LICENSE", repo_id=other, revision=branch)
+    (short_run / "sft" / "metrics.jsonl").unlink()
+    push(short_run, hub_env)
+    for branch in ("sft", "main"):
+        assert hub.files(other, branch)["LICENSE"] == b"MIT"
+    assert "metrics.jsonl" not in hub.files(other, "sft")
+
+
+@LFS
+def test_a_branch_holds_nothing_before_its_stage_is_published(hub, hub_env, repo_id, short_run):
+    push(short_run, hub_env, "--repo-id", repo_id, "--stage", "sft")
+    hfpipe("run", "micro", "--out", short_run, "--only", "dpo", "--set", f"hub.repo_id={repo_id}", env=hub_env)
+    assert set(hub.files(repo_id, "pretrain")) <= {".gitattributes"}
+    assert "it holds no model" in hfpipe("pull", f"{repo_id}@pretrain", env=hub_env, check=2).stderr
+
+
+@LFS
+def test_a_repo_that_was_deleted_is_made_again(hub, hub_env, repo_id, short_run):
+    push(short_run, hub_env, "--repo-id", repo_id)
+    hub.store.repos.pop(("model", repo_id))
+    push(short_run, hub_env)
+    assert_published(hub, repo_id, short_run, "sft")
+
+
+@LFS
+def test_a_repo_that_may_only_be_read_stops_the_run(hub, hub_env, repo_id, tmp_path):
+    HfApi(hub.endpoint, token="hf_bob_write").create_repo(f"bob/{tmp_path.name}-tokenizer", private=False)
+    settings = ["--set", f"hub.repo_id=bob/{tmp_path.name}", "--set", "hub.layout=repos", "--set", "hub.private=false"]
+    done = hfpipe("run", "micro", "--out", tmp_path / "run", *settings, "--to", "tokenizer", env=hub_env, check=2)
+    assert "the Hub refuses" in done.stderr
+
+
+@LFS
+def test_a_hub_that_hangs_or_babbles_before_the_run_does_not_stop_it(hub, hub_env, repo_id, own_run):
+    settings = ["--set", f"hub.repo_id={repo_id}"]
+    portal = http.server.HTTPServer(("127.0.0.1", 0), Portal)
+    threading.Thread(target=portal.serve_forever, daemon=True).start()
+    env = hub_env | {"HF_ENDPOINT": f"http://127.0.0.1:{portal.server_port}"}
+    done = hfpipe("run", "micro", "--out", own_run, *settings, env=env)
+    portal.shutdown()
+    assert "the Hub is not reached" in done.stdout
+    assert "not published yet" in done.stdout
+    with pytest.raises(Unreachable, match=r"no answer within 0\.2 s"):
+        within(0.2, lambda: time.sleep(5))
+    with pytest.raises(UserError, match="told"):
+        within(5, lambda: (_ for _ in ()).throw(UserError("told")))
+
+
+class Portal(http.server.BaseHTTPRequestHandler):
+    """Answers everything with a page, as a hotel's network does."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<html>Please log in.</html>")
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@LFS
+def test_no_folder_of_ours_is_published(hub, hub_env, repo_id, short_run):
+    record, secret = stage_json(short_run / "sft"), "/home/me/My secret plan"
+    record["data"] = {f"train[0] {secret}/rows.jsonl": "0" * 64, f"chat_template {secret}/t.jinja": "1" * 64}
+    record["written"] |= {
+        "tokenizer": {"chat_template": f"{secret}/t.jinja"},
+        "rewards": {"model": f"{secret}/judge", "functions": [{"function": f"{secret}/r.py:f"}]},
+    }
+    record["sources"] = [{"path": f"{secret}/rows.jsonl", "role": "train", "text": f"{secret}/rows.jsonl [train]: text",
+                          "examples": ["a row of ours"], "places": {"x": [f"{secret}/rows.jsonl line 3"]}}]  # fmt: skip
+    record["chat"] = "<s>Hello</s> and/or 1/2"
+    artifact.write_record(short_run / "sft" / "stage.json", record)
+    push(short_run, hub_env, "--repo-id", repo_id)
+    for branch in ("sft", "main", "dpo"):
+        for name, content in hub.files(repo_id, branch).items():
+            assert b"secret plan" not in content, name
+            assert b"a row of ours" not in content, name
+    told = json.loads(hub.files(repo_id, "sft")["stage.json"])
+    assert set(told["data"]) == {"train[0] rows.jsonl", "chat_template t.jinja"}
+    assert told["written"]["rewards"] == {"model": "judge", "functions": [{"function": "r.py:f"}]}
+    assert told["chat"] == record["chat"]
 
 
 # --- the card ---
