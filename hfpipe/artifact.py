@@ -112,9 +112,11 @@ def amend_record(path: Path, **values: Any) -> dict[str, Any]:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        record = {**(read_record(path) or {}), **values}
-        write_record(path, record)
-        return record
+        record = read_record(path)
+        if record is None:
+            raise UserError(f"{path} is missing, cut off or changed: its stage has to be made again.")
+        write_record(path, {**record, **values})
+        return {**record, **values}
     finally:
         os.close(folder)
 
@@ -136,6 +138,7 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     for role in ("train", "eval"):
         for source in sections.get("data", {}).get(role, ()):
             del source["path"]
+    _leave_off(sections.get("data", {}))
     watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
     if stage.type.trainer:
@@ -147,6 +150,14 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     adapter = dataclasses.asdict(stage.adapter) if stage.adapter else None
     config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": adapter, "seed": seed}
     return _plain(config)
+
+
+def _leave_off(data: dict[str, Any]) -> None:
+    """Keys that came later than finished runs, where they change nothing: such a run stays finished."""
+    for section in (data, *data.get("train", ()), *data.get("eval", ())):
+        for key in ("balance", "decontaminate"):
+            if not section.get(key):
+                section.pop(key, None)
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from hfpipe import __version__
 from hfpipe.apps.options import add_device_options, add_probe_options, add_scale_options, positive
@@ -35,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"hfpipe: {explain(error)}", file=sys.stderr)
         return 1
+    finally:
+        if "hfpipe.hub_client" in sys.modules:
+            sys.modules["hfpipe.hub_client"].tell_notes(lambda note: print(f"hfpipe: {note}", file=sys.stderr))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,6 +60,19 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("scale", help="scaling laws: the best model for a budget, and what it costs")
     add_scale_options(command)
     command.set_defaults(command=_scale)
+
+    command = commands.add_parser("data", help="look at data: hfpipe data check RECIPE, or FILE ...")
+    command = command.add_subparsers(required=True, metavar="check").add_parser(
+        "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
+    )
+    command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
+    command.add_argument("--out", type=Path, help="the run whose tokenizer counts; default: runs/RECIPE")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run")
+    command.add_argument(
+        "--held-out", action="append", default=[], metavar="FILE", help="rows or probes that the files should not show"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_check_data)
 
     command = commands.add_parser("report", help="write a run's report.html and print its scorecard")
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
@@ -122,7 +137,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
     command.add_argument("--stage", action="append", metavar="STAGE", help="this stage; may be given several times")
     command.add_argument("--repo-id", metavar="ID", help="where to: me/tiny; default: the recipe's hub.repo_id")
-    command.add_argument("--background", action="store_true", help=argparse.SUPPRESS)
+    command.add_argument("--public", action="store_true", help="where a repo is made, make it public; default: private")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_push)
 
     command = commands.add_parser("pull", help="a published run with all its stages, or one model, each file verified")
@@ -158,67 +174,25 @@ def _recipe_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Path]:
-    from hfpipe.config import load_recipe
-    from hfpipe.data.check import check_sources
-    from hfpipe.evaluation.probes import load_probes
-    from hfpipe.evaluation.reward_functions import check_rewards
-    from hfpipe.run_folder import check_owner
-    from hfpipe.stages import stage_types
-
-    recipe = load_recipe(options.recipe, stage_types(), options.set)
-    run = options.out or Path("runs") / recipe.name
-    check_owner(recipe, run)
-    check_sources(recipe)
-    check_rewards(recipe)
-    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
-    return recipe, run
-
-
 def _run(options: argparse.Namespace) -> None:
-    import time
+    from hfpipe.pipeline import open_recipe, run_and_report
+    from hfpipe.progress import Display
 
-    from hfpipe.pipeline import run_recipe
-    from hfpipe.progress import Display, duration
-
-    began = time.monotonic()
-    recipe, run = _load(options)
-    chosen = run_recipe(recipe, run, Display(), options.start, options.end, options.only)
-    if any(item.runs for item in chosen) or not (run / "report.html").is_file():
-        try:
-            _print_scorecard(run)
-        except Exception as error:
-            raise StageFailed(
-                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {run} writes it again."
-            ) from error
-    whole = len(chosen) == len(recipe.stages)
-    what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
-    print(
-        f"{what} {'is' if whole or len(chosen) == 1 else 'are'} complete in {run} ({duration(time.monotonic() - began)})"
-    )
+    recipe, run = open_recipe(options.recipe, options.set, options.out)
+    run_and_report(recipe, run, Display(), options.start, options.end, options.only)
 
 
-def _print_scorecard(run: Path) -> None:
-    from hfpipe.evaluation.scorecard import read_scorecard, table
-    from hfpipe.publishing.report import write_report
+def _check_data(options: argparse.Namespace) -> None:
+    from hfpipe.apps.data import check_data
 
-    card = read_scorecard(run)
-    if card.capabilities or card.text:
-        print("\n".join(["", *table(card), ""]))
-    if card.stages:
-        print(f"report: {write_report(run)}")
+    check_data(options.what, options.set, options.out, options.held_out, options.json)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from hfpipe.evaluation.scorecard import read_scorecard, table
-    from hfpipe.publishing.report import write_report
+    from hfpipe.evaluation.scorecard import table
+    from hfpipe.pipeline import report_run
 
-    if not (options.run / "run.json").is_file():
-        raise UserError(f"{options.run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
-    card = read_scorecard(options.run)
-    if not card.stages:
-        raise UserError(f"{options.run} holds no finished stage that left a language model.")
-    path = write_report(options.run)
+    card, path = report_run(options.run)
     if options.json:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
@@ -273,8 +247,6 @@ def _redteam(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from hfpipe.stages._run import quiet_environment
 
-    if options.row is not None and options.row < 1:
-        raise UserError(f"--row {options.row}: rows are counted from 1.")
     quiet_environment()
     from hfpipe.apps.inspect import inspect_stage
 
@@ -305,7 +277,7 @@ def _status(options: argparse.Namespace) -> None:
 def _push(options: argparse.Namespace) -> None:
     from hfpipe.apps.hub import push
 
-    push(options.run, options.stage, options.repo_id, options.background)
+    push(options.run, options.stage, options.repo_id, options.public, options.json)
 
 
 def _pull(options: argparse.Namespace) -> None:
@@ -322,8 +294,9 @@ def _lineage(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> None:
     from hfpipe.apps.plan import plan
+    from hfpipe.pipeline import open_recipe
 
-    plan(*_load(options), options)
+    plan(*open_recipe(options.recipe, options.set, options.out), options)
 
 
 def _scale(options: argparse.Namespace) -> None:

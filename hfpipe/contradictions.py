@@ -50,7 +50,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _checkpoints, _rewards)
+    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards)
     checks = (*ours, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -138,6 +138,18 @@ def _weights(stage: Stage) -> Iterator[str]:
         yield "data.train: weight has no meaning here: a tokenizer reads every source whole. Remove it, or set limit."
     elif any(weight is None or weight <= 0 for weight in weights):
         yield "data.train: give every source a weight above 0, or none of them."
+
+
+def _selection(stage: Stage) -> Iterator[str]:
+    """`balance` and `decontaminate` where nothing would follow from them."""
+    if any(source.balance for source in stage.data.eval):
+        yield "data.eval: balance has no meaning here: every held-out source is read as it is. Remove it."
+    balanced = stage.data.balance or any(source.balance for source in stage.data.train)
+    for key, given in (("balance", balanced), ("decontaminate", stage.data.decontaminate)):
+        if given and not stage.type.trainer:
+            yield f"data: {key} has no meaning here: a tokenizer reads every source whole. Remove it."
+        elif given and getattr(stage.data, "streaming", False):
+            yield f"data.{key} beside data.streaming: rows must be read through before training for it. Leave one of the two out."
 
 
 def _rewards(stage: Stage) -> Iterator[str]:

@@ -6,7 +6,15 @@ import difflib
 from collections.abc import Iterable
 
 
-class UserError(Exception):
+class _Told:
+    """What a person is told in one message, in a notebook too."""
+
+    def _render_traceback_(self) -> list[str]:
+        """IPython shows this in the place of a traceback."""
+        return [f"hfpipe: {self}"]
+
+
+class UserError(_Told, Exception):
     """Input at fault: one message (where, what was found, what was expected, what to do), exit code 2, no traceback."""
 
 
@@ -19,8 +27,12 @@ class ConfigErrors(UserError):
         super().__init__(many + "\n".join(problems))
 
 
-class StageFailed(Exception):
+class StageFailed(_Told, Exception):
     """A stage's process ended without its result: a fault of ours or of the machine, exit code 1."""
+
+
+class Interrupted(_Told, KeyboardInterrupt):
+    """Stopped by hand, exit code 130; what was done is on disk."""
 
 
 def nearest(name: object, names: Iterable[str]) -> str:

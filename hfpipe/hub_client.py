@@ -5,12 +5,17 @@ What was verified is written down in the cache. Where the Hub cannot be reached 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import fnmatch
 import functools
+import glob
 import hashlib
+import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +42,9 @@ _MODEL_FILES = (
 )
 
 
-notes: list[str] = []  # what this process has had to take from memory; whoever shows its progress tells them
+_notes: list[str] = []  # what this process has had to take from memory
+_pins: dict[str, str] = {}
+_used: dict[str, str] = {}
 
 
 class Refused(Exception):
@@ -85,7 +92,10 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         said = scrub(": ".join(dict.fromkeys(map(_first_line, causes))))
         if status in _REFUSED:
             raise Refused(said) from None
-        if status is None and isinstance(error, ValueError | FileNotFoundError | PermissionError):
+        plain = isinstance(error, ValueError | FileNotFoundError | PermissionError) and not isinstance(
+            error, json.JSONDecodeError
+        )
+        if status is None and plain:
             raise
         wait = getattr(response, "headers", {}).get("Retry-After", "")
         raise Unreachable(said, float(wait) if wait.isdigit() else None, status in (409, 412)) from None
@@ -101,70 +111,103 @@ def split_id(source: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def is_commit(revision: str | None) -> bool:
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
+def is_commit(revision: Any) -> bool:
+    return isinstance(revision, str) and _COMMIT.fullmatch(revision) is not None
 
 
-@functools.cache
+def use_pins(pins: dict[str, str]) -> None:
+    """From here on names stand for the commits of `pins`, where it has them: those that a stage was begun with."""
+    _pins.clear()
+    _pins.update(pins)
+    _used.clear()
+
+
+def used_pins() -> dict[str, str]:
+    """What was resolved since `use_pins`: name -> commit; a data set's name begins with `datasets/`."""
+    return dict(_used)
+
+
+def tell_notes(tell: Callable[[str], Any]) -> None:
+    """Say once each what has had to be taken from memory."""
+    for note in dict.fromkeys(_notes):
+        tell(note)
+    _notes.clear()
+
+
 def resolve(repo_id: str, revision: str | None = None, repo_type: RepoType = "model") -> str:
-    """The commit of a branch or a tag, asked once in a process. One that comes from memory is told in `notes`.
+    """The commit of a branch or a tag; one that comes from memory is told by `tell_notes`.
 
     Raises:
-        UserError: there is none, or the Hub is not reached and no commit of that name was verified here before.
+        UserError: there is none, or the Hub is not reached and no commit of that name was seen from here before.
     """
     if is_commit(revision):
         return str(revision)
-    from huggingface_hub import HfApi
+    name = ("datasets/" if repo_type == "dataset" else "") + (f"{repo_id}@{revision}" if revision else repo_id)
+    _used[name] = _pins.get(name) or _resolve(repo_id, revision, repo_type)
+    return _used[name]
 
+
+def _resolve(repo_id: str, revision: str | None, repo_type: RepoType) -> str:
     name = f"{repo_id}@{revision}" if revision else repo_id
     try:
-        return ask(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
+        commit = _ask_commit(repo_id, revision, repo_type)
     except Refused as error:
         raise UserError(
-            f"{name} is not a local folder, nor a {repo_type} of the Hub that this token may read: {error}"
+            f"{name} is not a local file or folder, nor a {repo_type} of the Hub that this token may read: {error}"
         ) from None
     except Unreachable as error:
         known = (artifact.read_json(_memory(repo_id, repo_type) / "refs.json") or {}).get(revision or "main")
         if known is None:
             raise UserError(
-                f"{name} is not a local folder, and the Hub is not reached ({error}); no commit of that name was verified "
+                f"{name} is not a local file or folder, and the Hub cannot be reached ({error}); no commit of that name was verified "
                 "here before. Give a local folder, or connect."
             ) from None
-        notes.append(
+        _notes.append(
             f"the Hub is not reached: {name} is taken as it stood {known['seen']}, at commit {known['commit'][:12]}"
         )
         return known["commit"]
+    return commit
 
 
-def fetch(
-    repo_id: str, commit: str, repo_type: RepoType = "model", name: str | None = None, only: tuple[str, ...] = ()
-) -> Path:
-    """The folder of a commit's files, downloaded where they are not yet here, each held to the digest that the Hub gives.
+@functools.cache
+def _ask_commit(repo_id: str, revision: str | None, repo_type: RepoType) -> str:
+    """The Hub's answer, asked once in a process and written down."""
+    from huggingface_hub import HfApi
 
-    Args:
-        name: branch or tag that the commit was found under, to remember it by.
-        only: files (patterns) instead of all that a model is loaded from.
+    commit = ask(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type, timeout=10).sha
+    memory = _memory(repo_id, repo_type)
+    with _alone(memory):
+        refs = artifact.read_json(memory / "refs.json") or {}
+        refs[revision or "main"] = {"commit": commit, "seen": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
+        artifact.write_json(memory / "refs.json", refs)
+    return commit
 
-    Raises:
-        UserError: the files differ from their digests twice, or are not here and the Hub is not reached.
-    """
-    from huggingface_hub import HfApi, snapshot_download
+
+def list_files(repo_id: str, commit: str, repo_type: RepoType = "model") -> dict[str, Any]:
+    """Path -> the Hub's entry, with size and digest, of every file in a commit. Refused or Unreachable where `ask` is."""
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    memory = _memory(repo_id, repo_type) / f"{commit}{'-' + artifact.digest(only)[:8] if only else ''}.json"
-    known = artifact.read_record(memory)
-    if known and Path(known["folder"]).is_dir() and not artifact.damage(Path(known["folder"]), known["files"], True):
-        _remember(repo_id, repo_type, name, commit)
-        return Path(known["folder"])
-    patterns = list(only or _MODEL_FILES) if repo_type == "model" or only else None
-    for attempt in (1, 2):
+    tree = ask(lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)))
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def fetch(repo_id: str, commit: str, repo_type: RepoType = "model", only: tuple[str, ...] | None = None) -> Path:
+    """The folder of a commit's files, downloaded where they are not yet here, each held to the digest that the Hub gives.
+
+    `only`: names or patterns of files, instead of all that a model is loaded from.
+
+    Raises:
+        UserError: files differ from their digests twice, or are not here and the Hub is not reached.
+    """
+    memory = _memory(repo_id, repo_type)
+    record = memory / f"{commit}{'-' + artifact.digest(only)[:8] if only else ''}.json"
+    with _alone(memory):  # one of several processes fetches, the others find it here
+        known = artifact.read_record(record)
+        if known and not artifact.damage(Path(known["folder"]), known["files"], trust_times=True):
+            return Path(known["folder"])
         try:
-            tree = ask(
-                lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type))
-            )
-            folder = Path(
-                ask(snapshot_download, repo_id, revision=commit, repo_type=repo_type, allow_patterns=patterns)
-            )
+            folder, files = _fetch(repo_id, commit, repo_type, only)
         except Refused as error:
             raise UserError(f"{repo_id}@{commit[:12]}: the Hub does not give it: {error}") from None
         except Unreachable as error:
@@ -172,26 +215,52 @@ def fetch(
                 f"{repo_id}@{commit[:12]} was never verified here, and the Hub is not reached ({error}). "
                 "Connect, or give a local folder."
             ) from None
-        wrong = [
-            path
-            for entry in tree
-            if isinstance(entry, RepoFile) and (path := folder / entry.path).is_file() and not same(entry, path)
-        ]
+        artifact.write_record(record, {"folder": str(folder), "files": files})
+        return folder
+
+
+def _fetch(
+    repo_id: str, commit: str, repo_type: RepoType, only: tuple[str, ...] | None
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    from huggingface_hub import snapshot_download
+
+    there = list_files(repo_id, commit, repo_type)
+    wanted = {path: entry for path, entry in there.items() if _is_wanted(path, only, artifact.STAGE_FILE in there)}
+    if not wanted:
+        raise Refused(f"it holds none of {', '.join(only)}" if only else "it holds no model that can be loaded")
+    for last in (False, True):
+        patterns = [glob.escape(path) for path in wanted]
+        options = {"revision": commit, "repo_type": repo_type, "allow_patterns": patterns}
+        folder = Path(ask(snapshot_download, repo_id, **options))
+        wrong = [path for path, entry in wanted.items() if not same(entry, folder / path)]
         if not wrong:
             break
-        for path in wrong:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-        if attempt == 2:
-            told = ", ".join(str(path.relative_to(folder)) for path in wrong)
+        if last:
+            told = ", ".join(wrong)
             raise UserError(
                 f"{repo_id}@{commit[:12]}: {told} arrived twice with other bytes than the Hub names. Try again."
             )
-    files = artifact.checksums(folder)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_record(memory, {"folder": str(folder), "files": files})
-    _remember(repo_id, repo_type, name, commit)
-    return folder
+        for path in wrong:
+            (folder / path).resolve().unlink(missing_ok=True)
+            (folder / path).unlink(missing_ok=True)
+    digests = {
+        path: entry.lfs.sha256 if entry.lfs else artifact.file_sha256(folder / path) for path, entry in wanted.items()
+    }
+    stats = {path: (folder / path).stat() for path in wanted}
+    return folder, {
+        path: {"sha256": digests[path], "bytes": stats[path].st_size, "mtime_ns": stats[path].st_mtime_ns}
+        for path in wanted
+    }
+
+
+def _is_wanted(path: str, only: tuple[str, ...] | None, is_ours: bool) -> bool:
+    """Of a stage of ours every file; of other models those at the top, and no second copy of the weights."""
+    if only is not None:
+        return path in only or any(fnmatch.fnmatch(path, pattern) for pattern in only)
+    if is_ours:
+        return path != ".gitattributes"
+    fits = any(fnmatch.fnmatch(path, pattern) for pattern in _MODEL_FILES)
+    return fits and "/" not in path and not path.startswith("consolidated")
 
 
 def locate(source: str, revision: str | None = None) -> Path:
@@ -204,13 +273,12 @@ def locate(source: str, revision: str | None = None) -> Path:
     if folder.exists():
         return folder
     repo_id, named = split_id(source)
-    named = revision or named
-    return fetch(repo_id, resolve(repo_id, named), name=named or "main")
+    return fetch(repo_id, resolve(repo_id, revision or named))
 
 
 def same(entry: Any, path: Path) -> bool:
     """Whether a local file has the digest that the Hub's listing names: sha256 of large files, git's of small ones."""
-    if path.stat().st_size != entry.size:
+    if not path.is_file() or path.stat().st_size != entry.size:
         return False
     if entry.lfs:
         return artifact.file_sha256(path) == entry.lfs.sha256
@@ -223,13 +291,15 @@ def git_digest(content: bytes) -> str:
 
 
 def _memory(repo_id: str, repo_type: RepoType) -> Path:
+    """Where it is written down what was seen of a repo and verified: per Hub."""
     endpoint = hashlib.sha256(os.environ.get("HF_ENDPOINT", "").encode()).hexdigest()[:8]
     return cache_dir() / "hub" / endpoint / f"{repo_type}s--{repo_id.replace('/', '--')}"
 
 
-def _remember(repo_id: str, repo_type: RepoType, name: str | None, commit: str) -> None:
-    file = _memory(repo_id, repo_type) / "refs.json"
-    refs = artifact.read_json(file) or {}
-    if name and (refs.get(name) or {}).get("commit") != commit:
-        refs[name] = {"commit": commit, "seen": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-        artifact.write_json(file, refs)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, of several ranks or runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

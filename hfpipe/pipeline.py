@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hfpipe import artifact
-from hfpipe.errors import UserError, nearest
-from hfpipe.evaluation.scorecard import changes, read_scorecard, result
-from hfpipe.hub_client import notes
-from hfpipe.plan import warn
+from hfpipe.config import load_recipe
+from hfpipe.errors import StageFailed, UserError, nearest
+from hfpipe.evaluation.scorecard import Scorecard, changes, read_scorecard, result, table
+from hfpipe.faults import explain
+from hfpipe.hub_client import tell_notes
+from hfpipe.plan import describe_stage, warn
+from hfpipe.plan.devices import Devices
 from hfpipe.processes import prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
-from hfpipe.run_folder import claim, complete_at, damage_at, lock, unfinished_step
+from hfpipe.publishing.report import REPORT_FILE, write_report
+from hfpipe.run_folder import check_is_run, check_owner, claim, complete_at, damage_at, lock, unfinished_step
 from hfpipe.sections import Recipe, Stage
+from hfpipe.stages import stage_types
+from hfpipe.stages._run import check_recipe
 from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing
 
 
@@ -36,6 +44,24 @@ class Planned:
     @property
     def trains(self) -> bool:
         return self.status not in ("done", "rescore")
+
+
+def open_recipe(name: str | Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:
+    """A recipe and its run's folder, after every check that reads no weights; UserError with all that is at fault."""
+    recipe = load_recipe(name, stage_types(), overrides)
+    run = out or Path("runs") / recipe.name
+    check_owner(recipe, run)
+    check_recipe(recipe)
+    return recipe, run
+
+
+def plan_rows(recipe: Recipe, run: Path, devices: Devices | None = None) -> list[dict[str, Any]]:
+    """What a run would do: `stage`, `status`, `why`, whether it `trains`, and what `describe_stage` says of it, a stage a row."""
+    return [
+        {"stage": p.stage.name, "status": p.status, "why": list(p.why), "trains": p.trains}
+        | describe_stage(recipe, p.stage, run, devices)
+        for p in plan_run(recipe, run)
+    ]
 
 
 def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
@@ -136,34 +162,73 @@ def run_recipe(
         claim(recipe, run)
         chosen = select(plan_run(recipe, run), start, end, only)
         waiting = [p for p in chosen if p.runs]
-        publisher = Publisher(recipe, run, display, [p.stage.name for p in waiting])
-        publisher.begin()
-        for note in notes:
-            display.line("hub", note)
-        for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
-            display.line(name, told)
-        for item in chosen:
-            if not item.runs:
-                display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
-        if waiting:
-            start_server(run)
-        prepared = False
-        for item in waiting:
-            if not prepared and item.stage.type.trainer:
-                rest = [p.stage.name for p in waiting[waiting.index(item) :]]
-                prepare_stages(recipe, run, rest, display)
-                prepared = True
-            began = time.monotonic()
-            run_stage_process(recipe, run, item.stage, display)
-            took = duration(time.monotonic() - began)
-            display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
-            for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
-                display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
-            for line in _scored(run, item.stage.name):
-                display.line("", f"  {line}")
-            publisher.wake(item.stage.name)
-        publisher.finish()
+        with Publisher(recipe, run, display, [p.stage.name for p in waiting]) as publisher:
+            tell_notes(lambda note: display.line("hub", note))
+            for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
+                display.line(name, told)
+            _run_stages(recipe, run, display, chosen, publisher)
         return chosen
+
+
+def run_and_report(
+    recipe: Recipe,
+    run: Path,
+    display: Display,
+    start: str | None = None,
+    end: str | None = None,
+    only: str | None = None,
+) -> None:
+    """`run_recipe`, then the scorecard and `report.html` where anything ran, and a line that closes it."""
+    began = time.monotonic()
+    chosen = run_recipe(recipe, run, display, start, end, only)
+    if any(item.runs for item in chosen) or not (run / REPORT_FILE).is_file():
+        try:
+            card = read_scorecard(run)
+            if card.capabilities or card.text:
+                display.text("\n".join(["", *table(card), ""]))
+            if card.stages:
+                display.text(f"report: {write_report(run)}")
+        except Exception as error:
+            raise StageFailed(
+                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {run} writes it again."
+            ) from error
+    whole = len(chosen) == len(recipe.stages)
+    what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
+    verb = "is" if whole or len(chosen) == 1 else "are"
+    display.text(f"{what} {verb} complete in {run} ({duration(time.monotonic() - began)})")
+
+
+def report_run(run: Path) -> tuple[Scorecard, Path]:
+    """Write `report.html` of what stands in a run's folder; the scorecard in it, and its path."""
+    check_is_run(run)
+    card = read_scorecard(run)
+    if not card.stages:
+        raise UserError(f"{run} holds no finished stage that left a language model.")
+    return card, write_report(run)
+
+
+def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planned], publisher: Publisher) -> None:
+    waiting = [p for p in chosen if p.runs]
+    for item in chosen:
+        if not item.runs:
+            display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
+    if waiting:
+        start_server(run)
+    prepared = False
+    for item in waiting:
+        if not prepared and item.stage.type.trainer:
+            rest = [p.stage.name for p in waiting[waiting.index(item) :]]
+            prepare_stages(recipe, run, rest, display)
+            prepared = True
+        began = time.monotonic()
+        run_stage_process(recipe, run, item.stage, display)
+        took = duration(time.monotonic() - began)
+        display.line(item.stage.name, f"{_summary(run / item.stage.name)}, {took}")
+        for sample in (artifact.read_json(run / item.stage.name / "eval.json") or {}).get("samples", []):
+            display.line("", f"  {_cut(sample['asked'], 56, keep_end=True)} -> {_cut(sample['answer'], 72)}")
+        for line in _scored(run, item.stage.name):
+            display.line("", f"  {line}")
+        publisher.wake(item.stage.name)
 
 
 def _scored(run: Path, stage: str) -> list[str]:

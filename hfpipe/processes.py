@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def start_server(run: Path) -> None:
     import multiprocessing
     import multiprocessing.forkserver
 
+    before = dict(os.environ)
     quiet_environment()  # before huggingface_hub is imported there: it reads its switches once
     multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
     terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
@@ -40,6 +42,8 @@ def start_server(run: Path) -> None:
     os.dup2(terminal, 2)
     os.close(terminal)
     os.close(stream)
+    for name in os.environ.keys() - before.keys():  # a notebook keeps its own progress bars
+        del os.environ[name]
 
 
 def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
@@ -90,8 +94,11 @@ class _Process:
     def __init__(self, target: Any, arguments: tuple[Any, ...]):
         import multiprocessing
 
-        self._process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
-        self._process.start()
+        # The server may be as old as the notebook: what was set since then, such as HF_TOKEN, goes to the child.
+        arguments = (dict(os.environ), target, arguments)
+        self._process = multiprocessing.get_context("forkserver").Process(target=_with_environment, args=arguments)
+        with _main_hidden():
+            self._process.start()
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -106,6 +113,26 @@ class _Process:
 
     def kill(self) -> None:
         self._process.kill()
+
+
+def _with_environment(environment: dict[str, str], target: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*arguments)
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """multiprocessing has a child import `__main__` first, and a script without a guard would start its run there again.
+
+    Our children need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _follow(process: Any, name: str, events: Path, log: Path, display: Display, hang_minutes: float) -> None:

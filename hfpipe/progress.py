@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import time
+import warnings
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
@@ -38,6 +40,12 @@ def money(dollars: float) -> str:
 def printable(text: str) -> str:
     """Text of a model or of data without the control characters that would command a terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def quiet_imports() -> None:
+    """Before upstream is imported: it misses a 4-bit kernel that no model here asks for, and widgets that nobody needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def describe(event: dict[str, Any]) -> str | None:
@@ -85,9 +93,43 @@ class Display:
 
     def line(self, stage: str, text: str) -> None:
         """A line that stays."""
+        self.text(f"{stage:<10} {text}")
+
+    def text(self, text: str) -> None:
+        """Lines that stay and are of no one stage."""
         if self.live and self._shown:
             self.stream.write("\r" + " " * self._shown + "\r")
             self._shown = 0
-        self.stream.write(f"{stage:<10} {text}\n")
+        self.stream.write(f"{text}\n")
         self.stream.flush()
         self._last = time.monotonic()
+
+
+class NotebookDisplay(Display):
+    """The same in a notebook: one output, written anew as the run goes on, so that only what stays is saved with it."""
+
+    def __init__(self, every_s: float = 1.0):
+        from IPython.display import display
+
+        self.every_s = every_s
+        self._last = 0.0
+        self._lines: list[str] = []
+        self._handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def status(self, stage: str, text: str) -> None:
+        if time.monotonic() - self._last >= self.every_s:
+            self._draw(f"{stage:<10} {text}")
+
+    def text(self, text: str) -> None:
+        self._lines.append(text)
+        self._draw()
+
+    def _draw(self, status: str = "") -> None:
+        self._handle.update({"text/plain": "\n".join([*self._lines, status]).rstrip("\n")}, raw=True)
+        self._last = time.monotonic()
+
+
+def find_display() -> Display:
+    """The display for where this process runs: a notebook's, where IPython drives a kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return NotebookDisplay() if shell is not None and shell.has_trait("kernel") else Display()

@@ -69,6 +69,11 @@ def check_owner(recipe: Recipe, run: Path) -> None:
             )
 
 
+def check_is_run(run: Path) -> None:
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, the newest first; whether they are whole is not looked at."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]

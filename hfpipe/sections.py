@@ -39,6 +39,7 @@ class Source:
     limit: int | None = at_least(1, None)  # rows at the most
     name: str | None = None  # configuration of a Hub dataset
     revision: str | None = None
+    balance: str | None = None  # a column: rows of its rarer values are repeated, 10 times at the most
 
 
 DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
@@ -49,6 +50,8 @@ class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
     max_bad_rows: float = at_least(0, 0.0, at_most=1)  # share of a source's rows that may be left out for a fault
+    balance: str | None = None  # for every source of `train` that names no column of its own
+    decontaminate: bool = False  # leave out training rows that show what the recipe holds out, its probes among it
 
 
 @dataclass(frozen=True)

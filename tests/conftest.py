@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,9 +52,24 @@ def micro_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def own_run(micro_run, tmp_path) -> Path:
+    """A finished run that a test may change, with weights that no other test has: a Hub takes the same bytes only once."""
+    from safetensors.torch import load_file, save_file
+
+    from hfpipe import artifact
+
+    run = Path(shutil.copytree(micro_run, tmp_path / "micro"))
+    for stage in ("pretrain", "midtrain", "sft", "dpo"):
+        weights, record = run / stage / "model.safetensors", stage_json(run / stage)
+        save_file(load_file(weights), weights, metadata={"format": "pt", "test": str(tmp_path)})
+        record["files"] |= artifact.checksums(run / stage, [weights.name])
+        artifact.write_record(run / stage / artifact.STAGE_FILE, record)
+    return run
+
+
+@pytest.fixture
 def recipe(tmp_path):
     """Writes a small recipe: `recipe({"sft": "..."})` replaces or adds stage files; returns its folder."""
-    import shutil
 
     def write(files: dict[str, str] | None = None, base: str = "micro") -> Path:
         folder = tmp_path / "recipe"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,42 +13,66 @@ from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
-from hfpipe.hub_client import locate, notes
-from hfpipe.progress import printable
+from hfpipe.hub_client import locate, tell_notes
+from hfpipe.progress import printable, quiet_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(source: str, takes_turns: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer from a folder or from `org/model@revision`; UserError where there is none.
 
-    With `takes_turns`, one without a chat template is refused.
+    `head` names transformers' class for it.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hfpipe.training.adapters import load_pretrained
-
     folder = Path(source).expanduser()
-    if folder.exists() and not any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+    is_folder = folder.exists()
+    if is_folder and not any((folder / name).is_file() for name in ("config.json", ADAPTER_FILE)):
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
         raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
+
+    quiet_imports()
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    from hfpipe.training.adapters import load_pretrained
+
     try:
         folder = locate(source)
-        for note in notes:
-            print(note, file=sys.stderr)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = load_pretrained(AutoModelForCausalLM, folder)
+        tell_notes(lambda note: print(note, file=sys.stderr))
+        with _no_bars() if is_folder else contextlib.nullcontext():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+            model = load_pretrained(getattr(transformers, head), folder)
     except (UserError, OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
-    if takes_turns and tokenizer.chat_template is None:
-        raise UserError(f"{source} has no chat template: it takes no turns yet. A midtrain or sft stage gives it one.")
+    scores = any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ())
+    if scores and head == "AutoModelForCausalLM":
+        raise UserError(f"{source} is a reward model: it scores answers and gives none.")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bar for what is on disk already; in a notebook the others go on."""
+    from transformers.utils import logging as upstream
+
+    shown = upstream.is_progress_bar_enabled()
+    upstream.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            upstream.enable_progress_bar()
+
+
+def check_takes_turns(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model without a chat template."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{source} has no chat template: it takes no turns yet. A midtrain or sft stage gives it one.")
 
 
 class Session:
@@ -62,8 +87,9 @@ class Session:
         if system:
             self.messages.append({"role": "system", "content": self._clean(system)})
 
-    def say(self, text: str, write: Callable[[str], object]) -> Answer:
+    def say(self, text: str, write: Callable[[str], object] | None = None) -> Answer:
         """The answer to what the user says, piece by piece to `write`; tool calls are carried out on the way."""
+        write = write or (lambda piece: None)
         self.messages.append({"role": "user", "content": self._clean(text)})
         self._make_room()
         question, answer = Question(list(self.messages)), Answer()
@@ -124,12 +150,13 @@ class Session:
 
 def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, max_new_tokens: int) -> None:
     """One turn with `prompt`, else a conversation until the input ends; with `as_json` one JSON object a turn."""
-    model, tokenizer = load(source, takes_turns=True)
+    model, tokenizer = load(source)
+    check_takes_turns(source, tokenizer)
     session = Session(model, tokenizer, system, max_new_tokens)
 
     def turn(text: str) -> None:
         before = len(session.messages)
-        answer = session.say(text, (lambda piece: None) if as_json else _write)
+        answer = session.say(text, None if as_json else _write)
         if as_json:
             print(json.dumps({"answer": answer.text, "stopped": answer.stopped, "messages": session.messages[before:]}))
         else:

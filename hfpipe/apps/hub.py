@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
-from hfpipe.hub_client import Unreachable, fetch, notes, split_id
+from hfpipe.hub_client import Unreachable, fetch
 from hfpipe.progress import duration
-from hfpipe.publishing.hub import ERROR_FILE, push_run
+from hfpipe.publishing.hub import ERROR_FILE, note_failure, push_run
 from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
 from hfpipe.publishing.pull import pull_run, read_run
@@ -76,7 +77,7 @@ def _state(run: Path, stage: str) -> dict[str, Any]:
 
 
 def push_stages(
-    run: Path, say: Callable[[str, str], None], stages: list[str] | None = None, repo_id: str | None = None
+    run: Path, say: Callable[[str, str], None], stages: list[str] | None, repo_id: str | None, private: bool | None
 ) -> list[dict[str, Any]]:
     """Publish what is finished and not on the Hub as it stands here: `stage`, `repo_id`, `revision` and `commit` of each.
 
@@ -95,34 +96,39 @@ def push_stages(
     if not finished_stages(run):
         raise UserError(f"{run}: no stage is finished yet.")
     try:
-        return push_run(run, say, _watch, stages, hub_of(run, repo_id))
+        return push_run(run, say, functools.partial(_watch, run), stages, hub_of(run, repo_id, private))
     except Unreachable as error:
         raise StageFailed(
             f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
         ) from None
 
 
-def push(run: Path, stages: list[str] | None, repo_id: str | None, background: bool) -> None:
+def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool, as_json: bool) -> None:
     """Publish, and print what was sent."""
     told: list[str] = []
 
     def say(stage: str, text: str) -> None:
         told.append(stage)
-        print(f"{stage:<10} {text}", flush=True)
+        if not as_json:
+            print(f"{stage:<10} {text}", flush=True)
 
-    done = push_stages(run, say, stages, repo_id)
-    if not told and not background:
+    done = push_stages(run, say, stages, repo_id, False if public else None)
+    if as_json:
+        print(json.dumps(done, indent=2))
+    elif not told:
         print(f"{len(done)} stages are published already, as they stand here: {done[0]['repo_id']}")
 
 
 @contextlib.contextmanager
-def _watch(what: str, patience_s: float) -> Iterator[None]:
+def _watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
     """End this process when a push takes longer than it may: nothing else stops a request that hangs in an upload."""
 
     def give_up() -> None:
+        note_failure(run, f"pushing {what} took more than {duration(patience_s)}")
         print(
             f"hfpipe: pushing {what} took more than {duration(patience_s)} and was ended; nothing here is lost. "
             "hub.timeout_minutes sets the patience.",
+            file=sys.stderr,
             flush=True,
         )
         os._exit(1)
@@ -148,7 +154,7 @@ def restore(source: str, out: Path | None) -> dict[str, Any]:
         stages = pull_run(repo_id, record, run)
         left = [stage for stage in record["stages"] if stage not in stages]
         return {"run": run, "commit": commit, "stages": stages, "commits": record["commits"], "not_published": left}
-    folder = fetch(repo_id, commit, name=split_id(source)[1] or "main")
+    folder = fetch(repo_id, commit)
     if out:
         if out.exists():
             raise UserError(f"--out {out} is there already. Give another folder.")
@@ -163,8 +169,6 @@ def restore(source: str, out: Path | None) -> dict[str, Any]:
 def pull(source: str, out: Path | None, as_json: bool) -> None:
     """Restore, and print what became of each stage."""
     told = restore(source, out)
-    for note in notes:
-        print(note, file=sys.stderr)
     if as_json:
         print(json.dumps(told, indent=2, default=str))
         return

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.progress import printable
+from hfpipe.progress import printable, quiet_imports
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hfpipe.sections import Recipe
     from hfpipe.training.job import Job
 
 _LONGEST_CHARACTER = 4  # bytes, so tokens at the most
@@ -40,6 +41,9 @@ class Inspected:
     def __post_init__(self) -> None:
         self.length = max(map(len, self.sides.values()), default=0)
         self.trained = sum(token[2] for tokens in self.sides.values() for token in tokens)
+
+    def __str__(self) -> str:
+        return _shown(self, colours=False)
 
 
 def inspect_rows(job: Job) -> Iterator[Inspected]:
@@ -125,23 +129,33 @@ def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
     return "".join(parts)
 
 
+def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> list[Inspected]:
+    """Rows of a stage, counted from 1; UserError where the stage has none, or trains on none."""
+    quiet_imports()
+    from hfpipe.training.job import make_job
+
+    stage = recipe.stages.get(name)
+    file = stage.file if stage else recipe.folder / f"{name}.yaml"
+    if stage is None or not stage.type.trainer:
+        raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
+    if first < 1:
+        raise UserError(f"--row {first}: rows are counted from 1.")
+    found = list(itertools.islice(inspect_rows(make_job(recipe, stage, run, parent_fingerprint="")), first - 1, last))
+    if not found:
+        raise UserError(f"{file}: there is no row {first} in its training data.")
+    return found
+
+
 def inspect_stage(file: Path, overrides: list[str], run: Path | None, row: int | None, as_json: bool) -> None:
     """Print one row of a stage, or the first five."""
     from hfpipe.config import load_recipe
     from hfpipe.stages import stage_types
-    from hfpipe.training.job import make_job
 
     if not file.is_file() or file.name == "pipeline.yaml":
         raise UserError(f"{file} is not a stage's file. Give one, such as stage_configs/tiny/sft.yaml.")
     recipe = load_recipe(file.parent, stage_types(), overrides)
-    stage = recipe.stages.get(file.stem)
-    if stage is None or not stage.type.trainer:
-        raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
-    job = make_job(recipe, stage, run or Path("runs") / recipe.name, parent_fingerprint="")
-    first, last = (row, row) if row else (1, 5)
-    found = list(itertools.islice(inspect_rows(job), first - 1, last))
-    if not found:
-        raise UserError(f"{file}: there is no row {first} in its training data.")
+    first, last = (1, 5) if row is None else (row, row)
+    found = find_rows(recipe, run or Path("runs") / recipe.name, file.stem, first, last)
     for item in found:
         print(json.dumps(asdict(item), ensure_ascii=False) if as_json else _shown(item, sys.stdout.isatty()))
 

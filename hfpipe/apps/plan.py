@@ -6,8 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hfpipe.pipeline import plan_run
-from hfpipe.plan import describe_stage
+from hfpipe.pipeline import plan_rows
 from hfpipe.plan.devices import find_devices
 from hfpipe.progress import duration, money
 from hfpipe.sections import Recipe
@@ -15,12 +14,8 @@ from hfpipe.sections import Recipe
 
 def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
     devices = find_devices(options.device or "cpu", options.utilisation, options.price)
-    planned = plan_run(recipe, run)
-    rows = [
-        {"stage": p.stage.name, "status": p.status, "why": list(p.why), **describe_stage(recipe, p.stage, run, devices)}
-        for p in planned
-    ]
-    ahead = [row for row, p in zip(rows, planned, strict=True) if p.trains and row.get("seconds")]
+    rows = plan_rows(recipe, run, devices)
+    ahead = [row for row in rows if row["trains"] and row.get("seconds")]
     seconds = sum(row["seconds"] for row in ahead)
     if options.json:
         total = {"seconds": seconds, "dollars": devices.cost(seconds), "device": devices.label}
@@ -38,3 +33,4 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
         print(
             f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{price}; scoring comes on top"
         )
+    print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")

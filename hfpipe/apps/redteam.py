@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hfpipe import artifact
-from hfpipe.apps.chat import load
+from hfpipe.apps.chat import check_takes_turns, load
 from hfpipe.errors import UserError
 from hfpipe.evaluation.probes import score_probes
 from hfpipe.evaluation.redteam import HARMLESS, attack_rows, failures, summary
@@ -22,7 +22,8 @@ def redteam(source: str, *, size: int, out: Path | None, as_json: bool) -> None:
         except OSError as error:
             raise UserError(f"--out {out}: no folder can be made there ({error.strerror}). Give another.") from None
     rows = list(attack_rows(size))
-    model, tokenizer = load(source, takes_turns=True)
+    model, tokenizer = load(source)
+    check_takes_turns(source, tokenizer)
     _, told = score_probes(model, tokenizer, rows, max_new_tokens=64)
     found = summary(rows, [row["score"] for row in told])
     failed = list(failures(told))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
-from hfpipe.sections import DEFAULT_SPLIT, Recipe
+from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -32,3 +34,15 @@ def check_sources(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
+
+
+def held_out_sources(recipe: Recipe) -> Iterator[tuple[str, Source, str]]:
+    """(label, source, form) of all held-out rows of a recipe but its probes: `data.eval` of its stages, `evaluate.text`."""
+    listed = [(source, s.type.rows or "text") for s in recipe.stages.values() for source in s.data.eval]
+    listed += [(source, "text") for source in recipe.pipeline.evaluate.text]
+    seen = set()
+    for source, form in listed:
+        split, form = source.split or DEFAULT_SPLIT["eval"], source.as_ or form
+        if (key := (source.path, source.name, source.revision, source.limit, split)) not in seen:
+            seen.add(key)
+            yield f"{source.path} [{split}]", source, form

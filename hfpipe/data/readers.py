@@ -74,7 +74,7 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         raise UserError(f"{path}: files of several kinds in one folder ({', '.join(kinds)}); name one file instead.")
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(_split_name(file.relative_to(path)) or "", []).append(file)
+        splits.setdefault(split_name(file.relative_to(path)) or "", []).append(file)
     if len(set(splits) & set(SPLITS)) < 2:
         return {"all": files}
     if strays := splits.get(""):
@@ -84,7 +84,8 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _split_name(path: Path) -> str | None:
+def split_name(path: Path) -> str | None:
+    """The split that a path names itself after: `data/test-00000.jsonl` is test."""
     matches = (_SPLIT_NAME.match(part.lower()) for part in path.parts)
     name = next((match[1] for match in matches if match), None)
     return _OTHER_NAMES.get(name, name)

@@ -25,6 +25,8 @@ class SourceReport:
     neutralised: int = 0
     other_splits: int = 0
     duplicates: int = 0
+    contaminated: int = 0  # rows left out because they show what is held out
+    repeated: int = 0  # rows given again to balance a column; not in `used`, but in the tokens
     left_out: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)  # where the rows left out for each reason are
     examples: list[str] = field(default_factory=list)  # the first of them with what was found there
@@ -51,6 +53,10 @@ class SourceReport:
         if self.left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
             parts.append(f"{sum(self.left_out.values())} left out ({reasons})")
+        if self.contaminated:
+            parts.append(f"{self.contaminated} left out that show what is held out")
+        if self.repeated:
+            parts.append(f"{self.repeated:,} of rare values repeated")
         if self.duplicates:
             parts.append(f"{self.duplicates} duplicates left out")
         if self.neutralised:
@@ -62,19 +68,20 @@ class SourceReport:
     def reasons(self) -> str:
         """Why rows were left out and where they are, a line for each reason, and what the first ones hold."""
         lines = [
-            f"{count} x {reason}: {_listed(self.places[reason], count)}"
-            for reason, count in self.left_out.most_common()
+            f"{count} x {reason}: {listed(self.places[reason], count)}" for reason, count in self.left_out.most_common()
         ]
         lines += [f"for instance {example}" for example in self.examples]
+        if self.contaminated:
+            lines.append(f"{self.contaminated} x left out by data.decontaminate: it shows what is held out")
         others = f"{self.other_splits} are in other splits" if self.other_splits else ""
         return "\n  ".join([others if lines else f"None had a fault; {others}", *lines])
 
 
-def _listed(places: list[str], count: int) -> str:
-    """`rows.jsonl line 3, 7, 12`: a file is named once."""
+def listed(places: list[str], count: int, most: int = PLACES) -> str:
+    """`rows.jsonl line 3, 7, 12`: a file is named once, and `most` rows of `count`."""
     shown, last = [], ""
-    for place in places[:PLACES]:
+    for place in places[:most]:
         start, _, number = place.rpartition(" ")
         shown.append(number if start == last else place)
         last = start
-    return ", ".join(shown) + (f" and {count - PLACES} more" if count > PLACES else "")
+    return ", ".join(shown) + (f" and {count - most:,} more" if count > most else "")

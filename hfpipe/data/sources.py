@@ -247,7 +247,7 @@ def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Lo
         if streaming:
             splits = datasets.load_dataset(path, name, revision=commit, streaming=True)
         else:
-            splits = datasets.load_dataset(**_verified(path, commit, name, revision))
+            splits = datasets.load_dataset(**_verified(path, commit, name))
     except ConnectionError:
         raise UserError(_unreachable(path)) from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -258,7 +258,7 @@ def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Lo
     return own_splits, (Located(path, "row", number, row) for number, row in enumerate(rows, 1))
 
 
-def _verified(path: str, commit: str, name: str | None, revision: str | None) -> dict[str, Any]:
+def _verified(path: str, commit: str, name: str | None) -> dict[str, Any]:
     """Arguments of `load_dataset` for a Hub dataset: its format and its files, fetched and held to the Hub's digests."""
     import datasets
 
@@ -277,7 +277,7 @@ def _verified(path: str, commit: str, name: str | None, revision: str | None) ->
         memory.parent.mkdir(parents=True, exist_ok=True)
         artifact.write_json(memory, known)
     wanted = tuple(sorted({file for urls in known["files"].values() for file in urls}))
-    folder = fetch(path, commit, "dataset", name=revision or "main", only=wanted)
+    folder = fetch(path, commit, "dataset", only=wanted)
     data_files = {part: [str(folder / file) for file in urls] for part, urls in known["files"].items()}
     return {"path": known["path"], "data_files": data_files, **known["options"]}
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from hfpipe.data.personal import REFUSES
 from hfpipe.errors import UserError, nearest
 from hfpipe.evaluation.answers import Answer
 from hfpipe.evaluation.judges import find_judge
@@ -19,11 +20,6 @@ from hfpipe.evaluation.tools import calculate
 
 Check = Callable[[Answer, Any], float]
 
-REFUSES = re.compile(
-    r"\b(can't|cannot|can not|won't|will not|am not able to|am unable to|'m unable to|'m not able to) "
-    r"(help|do|assist|provide|fulfill|answer|comply|create|write|share|support)",
-    re.IGNORECASE,
-)
 DOUBTS = re.compile(r"\b(don't know|do not know|not sure|can't know|nobody can|not real)\b", re.IGNORECASE)
 PIRATE = re.compile(r"\b(arr+|matey|yo ho|ahoy)\b", re.IGNORECASE)
 RUDE = re.compile(r"\b(silly|stupid|dumb|fool)\b", re.IGNORECASE)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.evaluation.harness import HARNESS_FILE
 from hfpipe.evaluation.intervals import difference
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # The order in which capabilities are shown; others follow by name.
 ORDER = (
@@ -67,6 +70,18 @@ class Scorecard:
         }
         words = {"forgotten": self.forgotten, "beyond_control": self.beyond}
         return {"stages": rows, "held_out_text": self.text, "parents": self.parents, **words}
+
+    def as_frame(self, long: bool = False) -> DataFrame:
+        """Scores, capabilities down and stages across; with `long` a row a score, with all that its `Cell` holds."""
+        from pandas import DataFrame
+
+        rows = [{"stage": s, "capability": c, **vars(x), "arrow": x.arrow} for (s, c), x in self.cells.items()]
+        frame = DataFrame(rows, columns=["stage", "capability", *Cell.__dataclass_fields__, "arrow"]).drop(
+            columns="sure"
+        )
+        if long:
+            return frame
+        return frame.pivot(index="capability", columns="stage", values="score").loc[self.capabilities, self.stages]
 
 
 def read_scorecard(run: Path) -> Scorecard:

@@ -32,8 +32,8 @@ def build_card(record: dict[str, Any], evaluation: dict[str, Any], source: str) 
     """The card of what `stage.json` and `eval.json` tell of; `source` is a folder, or `repo@branch` where it is published."""
     sections = [
         f"# {record['recipe']}: {record['stage']}",
-        f"What the `{record['stage']}` stage of the recipe `{record['recipe']}` left: {record['teaches']}. {_made_from(record)}",
-        "## Load it\n\n```python\n" + "\n".join(_how_to_load(record, record["leaves"], source)) + "\n```",
+        f"What the `{record['stage']}` stage of the recipe `{record['recipe']}` left: {record.get('teaches', record['type'])}. {_made_from(record)}",
+        "## Load it\n\n```python\n" + "\n".join(_how_to_load(record, _leaves(record), source)) + "\n```",
         _chat(record),
         _scores(evaluation),
         _data(record),
@@ -102,6 +102,14 @@ def _head(record: dict[str, Any], evaluation: dict[str, Any]) -> str:
         },
         eval_results=results or None,
     ).to_yaml()
+
+
+def _leaves(record: dict[str, Any]) -> str:
+    if "leaves" in record:  # not in those of older versions
+        return record["leaves"]
+    if not {"config.json", ADAPTER_FILE} & set(record["files"]):
+        return "tokenizer"
+    return "reward_model" if record["type"] == "reward" else "model"
 
 
 def _made_from(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Any, TypeVar
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import Refused, Unreachable, ask
-from hfpipe.publishing.package import RUN_FILE, Package, finished_stages, hub_of, pack, place_of, published_at
+from hfpipe.hub_client import Refused, Unreachable, ask, list_files
+from hfpipe.publishing.package import RUN_FILE, TOLD, Package, finished_stages, hub_of, pack, place_of, published_at
 from hfpipe.run_folder import damage_at
 from hfpipe.sections import Hub
 
@@ -25,12 +26,14 @@ T = TypeVar("T")
 _ATTEMPTS = 5  # of a commit and what goes with it, where they fail at once
 _ENOUGH_S = 60  # uploads are tried again by the client itself: after this long of failing it is left for later
 _WAIT_S = (1.0, 2.0, 4.0, 8.0)
-_MANAGED = (".gitattributes",)  # the Hub's own
+_PROBE_S = 60
+_SCRATCH = "hfpipe-probe"
+_STARTERS = (".gitattributes", "README.md", "LICENSE")  # what the Hub's form for a new repo leaves
 ERROR_FILE = "push.json"  # in a run's logs: why the last push did not get through
 
 
 def check_access(hub: Hub, stages: list[str]) -> str | None:
-    """Try, before anything trains, all that publishing needs: token, namespace, repo, a branch for each stage.
+    """Try, before anything trains and within a minute, all that publishing needs: token, namespace, repo, a branch for each stage.
 
     Returns what must be said where the Hub is not reached: a run goes on without it.
 
@@ -46,13 +49,7 @@ def check_access(hub: Hub, stages: list[str]) -> str | None:
             f"{where}: no token to publish with. Run `hf auth login`, set HF_TOKEN, or leave hub.repo_id out."
         )
     try:
-        who = ask(api.whoami)
-        if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-            raise UserError(f"{where}: the token of {who['name']} may only read. Make one that may write.")
-        for repo in dict.fromkeys(place_of(hub, stage)[0] for stage in stages):
-            _make_repo(api, repo, hub, where)
-        for stage in stages:
-            _make_branch(api, *place_of(hub, stage))
+        within(_PROBE_S, lambda: _probe(api, hub, stages, where))
     except Refused as error:
         raise UserError(
             f"{where}: the Hub refuses: {error}. Give a namespace and a token that may write there."
@@ -60,6 +57,43 @@ def check_access(hub: Hub, stages: list[str]) -> str | None:
     except Unreachable as error:
         return f"the Hub is not reached ({error}); the run goes on, and its results wait on the disk to be pushed"
     return None
+
+
+def _probe(api: Any, hub: Hub, stages: list[str], where: str) -> None:
+    who = ask(api.whoami)
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"{where}: the token of {who['name']} may only read. Make one that may write.")
+    for repo_id in dict.fromkeys([place_of(hub, stage)[0] for stage in stages]):
+        _make_repo(api, repo_id, hub, where)
+        _check_is_ours(api, repo_id, where)
+    for stage in stages:
+        repo_id, branch = place_of(hub, stage)
+        if branch != "main":
+            _make_branch(api, repo_id, branch)
+        else:  # that of a repo is there already, whoever made it
+            _make_branch(api, repo_id, _SCRATCH)
+            ask(api.delete_branch, repo_id, branch=_SCRATCH)
+
+
+def within(seconds: float, act: Callable[[], None]) -> None:
+    """Act in a thread, and stop waiting for it after a while: the client has no time limit of its own."""
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise Unreachable(f"no answer within {seconds:g} s")
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _make_repo(api: Any, repo_id: str, hub: Hub, where: str) -> None:
@@ -71,9 +105,22 @@ def _make_repo(api: Any, repo_id: str, hub: Hub, where: str) -> None:
         )
 
 
+def _check_is_ours(api: Any, repo_id: str, where: str) -> None:
+    """UserError where a repo's `main` holds something that hfpipe did not publish."""
+    files = list_files(repo_id, ask(api.repo_info, repo_id, timeout=20).sha)
+    foreign = sorted(set(files) - set(_STARTERS))
+    if foreign and artifact.STAGE_FILE not in files:
+        raise UserError(
+            f"{where}: {repo_id} is there already and holds {', '.join(foreign[:5])}, which hfpipe did not publish. "
+            "Give another repo_id."
+        )
+
+
 def _make_branch(api: Any, repo_id: str, branch: str) -> None:
+    """A branch that begins where the repo did, so that it holds nothing before its stage is published."""
     if branch != "main":
-        ask(api.create_branch, repo_id, branch=branch, exist_ok=True)
+        first = ask(api.list_repo_commits, repo_id)[-1].commit_id
+        ask(api.create_branch, repo_id, branch=branch, revision=first, exist_ok=True)
 
 
 def patiently(act: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) -> T:
@@ -90,9 +137,10 @@ def patiently(act: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) 
 
 
 def commit_package(api: Any, package: Package, repo_id: str, branch: str, message: str) -> tuple[str, int]:
-    """Make a branch hold exactly a package's files; returns the commit that does, and how many files were sent.
+    """Make a branch hold a package's files; returns the commit that does, and how many files changed.
 
-    What the branch holds is compared first: a commit whose answer was lost is not made again.
+    What the branch holds is compared first: a commit whose answer was lost is not made again. Files that an earlier stage.json
+    of the branch names and this one does not are deleted; files that others have put there stay.
 
     Raises:
         Refused: the Hub says no.
@@ -101,7 +149,9 @@ def commit_package(api: Any, package: Package, repo_id: str, branch: str, messag
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     head = ask(api.repo_info, repo_id, revision=branch, timeout=20).sha
-    wrong, extra = differences(api, package, repo_id, head)
+    there = list_files(repo_id, head)
+    wrong = package.differing(there)
+    extra = sorted((_published_before(api, repo_id, head, there) & set(there)) - set(package.files))
     if not wrong and not extra:
         return head, 0
     contents = [(name, package.files[name]) for name in wrong]
@@ -109,20 +159,19 @@ def commit_package(api: Any, package: Package, repo_id: str, branch: str, messag
     deletes = [CommitOperationDelete(name) for name in extra]
     about = {"commit_message": message, "revision": branch, "parent_commit": head}
     commit = ask(api.create_commit, repo_id, operations=[*adds, *deletes], **about).oid
-    still = [name for names in differences(api, package, repo_id, commit) for name in names]
-    if still:
+    if still := package.differing(list_files(repo_id, commit)):
         raise Unreachable(f"{', '.join(still)} stand in commit {commit[:12]} other than here")
-    return commit, len(wrong)
+    return commit, len(wrong) + len(extra)
 
 
-def differences(api: Any, package: Package, repo_id: str, commit: str) -> tuple[list[str], list[str]]:
-    """Files of the package that a commit lacks or has with another content, and files that it has beyond them."""
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = ask(lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)))
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile) and entry.path not in _MANAGED}
-    wrong = [path for path in package.files if path not in there or not package.same(there[path])]
-    return wrong, [path for path in there if path not in package.files]
+def _published_before(api: Any, repo_id: str, head: str, there: dict[str, Any]) -> set[str]:
+    """The files that are ours in a commit, by the record in it."""
+    if artifact.STAGE_FILE not in there:
+        return set()
+    file = ask(api.hf_hub_download, repo_id, artifact.STAGE_FILE, revision=head)
+    record = artifact.read_json(Path(file)) or {}
+    files = record.get("files")
+    return {*(files if isinstance(files, dict) else ()), *TOLD}
 
 
 @contextlib.contextmanager
@@ -163,25 +212,36 @@ def push_run(
         raise UserError(f"{run}: no repo to push to. Give --repo-id me/NAME, or set hub.repo_id in the recipe.")
     api, done = HfApi(), []
     with _alone(run):
+        (run / "logs" / ERROR_FILE).unlink(missing_ok=True)
         try:
+            heads = patiently(lambda: _heads(api, run, hub))
             for stage in stages if stages is not None else finished_stages(run):
                 if reason := damage_at(run / stage):
                     raise UserError(f"{run / stage} is not published: {reason}. Make that stage again.")
                 with watch(stage, _patience_s(hub, run / stage)):
-                    done.append(_push_stage(api, run, hub, stage, say))
+                    done.append(_push_stage(api, run, hub, stage, heads, say))
             if done:
                 with watch("main", _patience_s(hub, run / done[-1]["stage"])):
                     _push_main(api, run, hub, say)
         except Refused as error:
-            _note_failure(run, str(error))
+            note_failure(run, str(error))
             raise UserError(
                 f"{hub.repo_id}: the Hub refuses: {error}. Nothing here is lost; mend it and push again."
             ) from None
         except (Unreachable, UserError) as error:
-            _note_failure(run, str(error))
+            note_failure(run, str(error))
             raise
-        (run / "logs" / ERROR_FILE).unlink(missing_ok=True)
     return done
+
+
+def _heads(api: Any, run: Path, hub: Hub) -> dict[tuple[str, str], str]:
+    """Where the branches of a run's repos stand now; none of a repo that is not there."""
+    heads = {}
+    for repo_id in dict.fromkeys(place_of(hub, stage)[0] for stage in finished_stages(run)):
+        with contextlib.suppress(Refused):
+            refs = ask(api.list_repo_refs, repo_id)
+            heads |= {(repo_id, branch.name): branch.target_commit for branch in refs.branches}
+    return heads
 
 
 def _patience_s(hub: Hub, folder: Path) -> float:
@@ -190,19 +250,25 @@ def _patience_s(hub: Hub, folder: Path) -> float:
     return 600 + sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
-def _push_stage(api: Any, run: Path, hub: Hub, stage: str, say: Callable[[str, str], None]) -> dict[str, Any]:
+def _push_stage(
+    api: Any, run: Path, hub: Hub, stage: str, heads: dict[tuple[str, str], str], say: Callable[[str, str], None]
+) -> dict[str, Any]:
     repo_id, branch = place_of(hub, stage)
     commit = published_at(run, hub, stage)
-    if commit is None:
-        package = pack(run, hub, stage)
-        patiently(lambda: _make_repo(api, repo_id, hub, f"--repo-id {hub.repo_id}"))
+    if commit is None or heads.get((repo_id, branch)) != commit:  # `main` of a repo of its own moves on with run.json
+        package, where = pack(run, hub, stage), f"--repo-id {hub.repo_id}"
+        patiently(lambda: _make_repo(api, repo_id, hub, where))
+        patiently(lambda: _check_is_ours(api, repo_id, where))
         patiently(lambda: _make_branch(api, repo_id, branch))
-        commit, sent = patiently(lambda: commit_package(api, package, repo_id, branch, f"{stage}, by hfpipe"))
+        head, sent = patiently(lambda: commit_package(api, package, repo_id, branch, f"{stage}, by hfpipe"))
+        if not sent and commit is not None:
+            return {"stage": stage, "repo_id": repo_id, "revision": branch, "commit": commit}
+        commit = head
         told = {"repo_id": repo_id, "revision": branch, "commit": commit, "content": package.content}
         artifact.amend_record(run / stage / artifact.STAGE_FILE, hub={**told, "section": dataclasses.asdict(hub)})
         say(
             stage,
-            f"published: {repo_id}@{branch}, commit {commit[:12]}, {sent or 'no'} files sent, all digests as here",
+            f"published: {repo_id}@{branch}, commit {commit[:12]}, {sent or 'no'} files changed, all digests as here",
         )
     return {"stage": stage, "repo_id": repo_id, "revision": branch, "commit": commit}
 
@@ -213,7 +279,8 @@ def _push_main(api: Any, run: Path, hub: Hub, say: Callable[[str, str], None]) -
     stages = record.get("stages", [])
     commits = {stage: commit for stage in stages if (commit := published_at(run, hub, stage))}
     last = list(commits)[-1]
-    record = {"recipe": record.get("recipe"), "stages": stages, "commits": commits, "layout": hub.layout}
+    section = {k: v for k, v in dataclasses.asdict(hub).items() if k not in ("repo_id", "timeout_minutes")}
+    record = {"recipe": record.get("recipe"), "stages": stages, "commits": commits, "hub": section}
     content = (json.dumps(record, indent=2) + "\n").encode()
     repo_id = str(hub.repo_id) if hub.layout == "revisions" else place_of(hub, last)[0]
     package = pack(run, hub, last)
@@ -241,7 +308,7 @@ def _tag(api: Any, repo_id: str, tag: str, commit: str) -> bool:
     return True
 
 
-def _note_failure(run: Path, reason: str) -> None:
+def note_failure(run: Path, reason: str) -> None:
     (run / "logs").mkdir(exist_ok=True)
     artifact.write_json(
         run / "logs" / ERROR_FILE, {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

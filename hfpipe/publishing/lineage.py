@@ -8,7 +8,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import ask, fetch, is_commit, locate, resolve, same, split_id
+from hfpipe.hub_client import Refused, Unreachable, ask, fetch, is_commit, list_files, locate, resolve, same, split_id
 from hfpipe.sections import DEFAULT_SPLIT, Source
 from hfpipe.strict import build
 from hfpipe.training.identity import hash_source
@@ -37,7 +37,7 @@ def trace(source: str) -> list[Link]:
         UserError: there is no such model, or it was not made by hfpipe.
     """
     folder, where = _read(source)
-    record = artifact.read_json(folder / artifact.STAGE_FILE)
+    record = _record(folder)
     if record is None:
         raise UserError(
             f"{source} has no {artifact.STAGE_FILE}: it was not made by hfpipe, so nothing is known of its making."
@@ -53,7 +53,7 @@ def trace(source: str) -> list[Link]:
         if folder_of_parent is None:
             link.checks.append(("parent", UNKNOWN, where))
             break
-        record, folder = artifact.read_json(folder_of_parent / artifact.STAGE_FILE), folder_of_parent
+        record, folder = _record(folder_of_parent), folder_of_parent
         if record is None:  # a model from outside, which has no record of ours
             known = is_commit(parent.get("revision")) or artifact.folder_identity(folder, ("model", "tokenizer"))
             fine = known is True or known == parent["fingerprint"]
@@ -76,11 +76,19 @@ def _read(source: str) -> tuple[Path, str]:
         return locate(source), source
     repo_id, revision = split_id(source)
     commit = resolve(repo_id, revision)
-    return _small(repo_id, commit, revision), f"{repo_id}@{commit}"
+    return _small(repo_id, commit), f"{repo_id}@{commit}"
 
 
-def _small(repo_id: str, commit: str, name: str | None = None) -> Path:
-    return fetch(repo_id, commit, name=name or "main", only=("*.json", "*.jinja", "*.md"))
+def _record(folder: Path) -> dict[str, Any] | None:
+    """A `stage.json` as hfpipe writes it; None where there is none, or another program's."""
+    record = artifact.read_json(folder / artifact.STAGE_FILE)
+    shape = {"stage": str, "fingerprint": str, "config": dict, "data": dict, "files": dict}
+    fits = record is not None and all(isinstance(record.get(key), kind) for key, kind in shape.items())
+    return record if fits else None
+
+
+def _small(repo_id: str, commit: str) -> Path:
+    return fetch(repo_id, commit, only=("*.json", "*.jinja", "*.md"))
 
 
 def _parent(folder: Path, parent: dict[str, Any]) -> tuple[Path | None, str]:
@@ -88,15 +96,13 @@ def _parent(folder: Path, parent: dict[str, Any]) -> tuple[Path | None, str]:
     beside = folder.parent / str(parent["from"])
     if (beside / artifact.STAGE_FILE).is_file():
         return beside, str(beside)
-    if "commit" in parent:
-        where = f"{parent['repo_id']}@{parent['commit']}"
+    commit = parent.get("commit") or parent.get("revision")
+    if is_commit(commit):
+        repo_id = parent.get("repo_id") or split_id(parent["from"])[0]
         try:
-            return _small(parent["repo_id"], parent["commit"]), where
+            return _small(repo_id, commit), f"{repo_id}@{commit}"
         except UserError as error:
             return None, str(error)
-    if is_commit(parent.get("revision")):
-        repo_id = split_id(parent["from"])[0]
-        return _small(repo_id, parent["revision"]), f"{repo_id}@{parent['revision']}"
     elsewhere = Path(str(parent["from"])).expanduser()
     return (elsewhere, str(elsewhere)) if elsewhere.is_dir() else (None, f"{parent['from']} is not here")
 
@@ -111,7 +117,9 @@ def _checks(folder: Path, where: str, record: dict[str, Any]) -> list[tuple[str,
     fine = again == record["fingerprint"]
     found.append(("fingerprint", HOLDS if fine else BROKEN, record["fingerprint"][:16]))
     found.append(_weights(folder, where, record))
-    return found + [_data(record, role, number) for role in DEFAULT_SPLIT for number in range(_count(record, role))]
+    elsewhere = is_commit(split_id(where)[1])  # its paths are names alone
+    sources = [(role, number) for role in DEFAULT_SPLIT for number in range(_count(record, role))]
+    return found + [_data(record, role, number, elsewhere) for role, number in sources]
 
 
 def _weights(folder: Path, where: str, record: dict[str, Any]) -> tuple[str, str, str]:
@@ -122,11 +130,10 @@ def _weights(folder: Path, where: str, record: dict[str, Any]) -> tuple[str, str
     if not is_commit(commit):
         reason = artifact.damage(folder, record["files"])
         return ("files", BROKEN if reason else HOLDS, reason or told)
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = ask(lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)))
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    try:
+        there = list_files(repo_id, commit)
+    except (Refused, Unreachable) as error:
+        return ("files", UNKNOWN, str(error))
     for name, file in record["files"].items():
         entry = there.get(name)
         if entry is None:
@@ -148,26 +155,39 @@ def _count(record: dict[str, Any], role: str) -> int:
     return sum(name.startswith(f"{role}[") for name in record["data"])
 
 
-def _data(record: dict[str, Any], role: str, number: int) -> tuple[str, str, str]:
-    """The content of one source, hashed again where it is to be had."""
+def _data(record: dict[str, Any], role: str, number: int, elsewhere: bool) -> tuple[str, str, str]:
+    """The content of one source, hashed again where it is to be had; `elsewhere`: a file here need not be the one meant."""
     name = next(n for n in record["data"] if n.startswith(f"{role}[{number}] "))
-    path, written = name.partition(" ")[2], record["data"][name]
-    options = {
-        k: v for k, v in record["config"]["data"][role][number].items() if k in ("limit", "name", "revision", "split")
-    }
+    path, written = name.partition(" ")[2], str(record["data"][name])
+    if "@" in written:  # of the Hub: its commit is its hash
+        return (name, *_of_the_hub(written))
+    listed = (record["config"].get("data") or {}).get(role) or [{}] * (number + 1)
+    options = {k: v for k, v in listed[number].items() if k in ("limit", "name", "revision", "split")}
     source = build(Source, {"path": path, **options}, "", [])
     if source is None:
         return (name, UNKNOWN, "no source that this version knows")
-    if "@" in written:  # of the Hub: its commit is its hash
-        return (name, HOLDS, f"pinned: {written}")
     if not path.startswith("tinyworld/") and not Path(path).expanduser().exists():
         return (name, UNKNOWN, "the file is not here")
     try:
-        again = hash_source(source, DEFAULT_SPLIT[role], record["config"]["seed"])
+        again = hash_source(source, DEFAULT_SPLIT[role], record["config"].get("seed", 0))
     except (UserError, OSError) as error:
         return (name, UNKNOWN, str(error))
-    return (
-        (name, HOLDS, again[:16])
-        if again == written
-        else (name, BROKEN, f"its content is {again[:16]} now, not {written[:16]}")
-    )
+    if again == written:
+        return (name, HOLDS, again[:16])
+    if elsewhere and not path.startswith("tinyworld/"):
+        return (name, UNKNOWN, f"what is here under that name has other content, {again[:16]}")
+    return (name, BROKEN, f"its content is {again[:16]} now, not {written[:16]}")
+
+
+def _of_the_hub(written: str) -> tuple[str, str]:
+    """Verdict on `org/rows@commit`: whether the Hub still has it."""
+    from huggingface_hub import HfApi
+
+    repo_id, commit = split_id(written.partition(" ")[0])
+    try:
+        ask(HfApi().dataset_info, repo_id, revision=commit, timeout=10)
+    except Refused as error:
+        return BROKEN, f"the Hub does not give {written}: {error}"
+    except Unreachable as error:
+        return UNKNOWN, f"the Hub is not reached: {error}"
+    return HOLDS, f"pinned: {written}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
 from hfpipe.adapter_types import ADAPTER_FILE
+from hfpipe.errors import UserError
 from hfpipe.hub_client import git_digest, is_commit, split_id
 from hfpipe.publishing.card import build_card
 from hfpipe.run_folder import damage_at
@@ -17,6 +23,9 @@ from hfpipe.sections import Hub
 from hfpipe.strict import build
 
 RUN_FILE = "run.json"
+# Of what a stage's record names; an adapter's are in a folder of their own.
+ALLOWED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm")
+_PATH = re.compile(r"(~[\w.-]*)?/[^\n]*[^\n/]")
 TOLD = ("eval.json", "metrics.jsonl")  # beside the model itself; not the probes, whose questions are held out
 
 
@@ -38,30 +47,32 @@ class Package:
         return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in self.files.values())
 
     def sha256(self, path: str) -> str:
-        import hashlib
-
         file = self.files[path]
         if path in self.known:
             return self.known[path]
         return hashlib.sha256(file).hexdigest() if isinstance(file, bytes) else artifact.file_sha256(file)
 
-    def same(self, entry: Any) -> bool:
-        """Whether the Hub's entry for a path of ours has our content."""
+    def differing(self, there: dict[str, Any]) -> list[str]:
+        """Paths that the Hub's listing of a commit lacks, or has with another content."""
+        return [path for path in self.files if path not in there or not self._same(there[path])]
+
+    def _same(self, entry: Any) -> bool:
         if entry.lfs:
             return entry.lfs.sha256 == self.sha256(entry.path)
         file = self.files[entry.path]
         return entry.blob_id == git_digest(file if isinstance(file, bytes) else file.read_bytes())
 
 
-def hub_of(run: Path, repo_id: str | None = None) -> Hub:
-    """Where a run publishes: as its recipe says, or where its stages are already; `repo_id` stands above both."""
+def hub_of(run: Path, repo_id: str | None = None, private: bool | None = None) -> Hub:
+    """Where a run publishes: as its recipe says, or where its stages are already; what is given stands above both."""
     record = artifact.read_json(run / RUN_FILE) or {}
     section = build(Hub, record.get("hub") or {}, f"{run / RUN_FILE}: hub.", []) or Hub()
     stages = record.get("stages", [])
     known = [r["hub"] for s in stages if (r := artifact.read_record(run / s / artifact.STAGE_FILE)) and "hub" in r]
     if section.repo_id is None and known:
         section = build(Hub, known[-1]["section"], "hub.", []) or section
-    return Hub(**{**vars(section), "repo_id": repo_id}) if repo_id else section
+    given = {"repo_id": repo_id, "private": private}
+    return dataclasses.replace(section, **{key: value for key, value in given.items() if value is not None})
 
 
 def place_of(hub: Hub, stage: str) -> tuple[str, str]:
@@ -85,22 +96,20 @@ def published_at(run: Path, hub: Hub, stage: str) -> str | None:
 
 
 def pack(run: Path, hub: Hub, stage: str) -> Package:
-    """The stage as it is published."""
+    """The stage as it is published.
+
+    Raises:
+        UserError: it holds an adapter on a stage of the run that is not published, so that its base could not be found.
+    """
     folder = run / stage
-    record = artifact.read_record(folder / artifact.STAGE_FILE) or {}
-    record = _public(run, hub, record)
+    record = _public(run, hub, artifact.read_record(folder / artifact.STAGE_FILE) or {})
     files: dict[str, bytes | Path] = {name: folder / name for name in record["files"]}
     files |= {name: folder / name for name in TOLD if (folder / name).is_file()}
     known = {name: told["sha256"] for name, told in record["files"].items()}
-    for name in record["files"]:
-        if Path(name).name == ADAPTER_FILE:
-            files[name] = _adapter_config(folder / name, record)
-            known[name] = ""
-    known = {name: digest for name, digest in known.items() if digest}
-    for name in record["files"]:
-        if isinstance(content := files[name], bytes):
-            record["files"][name] = {**record["files"][name], "bytes": len(content)}
-            record["files"][name]["sha256"] = Package(stage, files, known).sha256(name)
+    for name in [name for name in record["files"] if Path(name).name == ADAPTER_FILE]:
+        files[name] = content = _adapter_config(run, folder / name, record)
+        known[name] = hashlib.sha256(content).hexdigest()
+        record["files"][name] = {**record["files"][name], "bytes": len(content), "sha256": known[name]}
     sealed = {k: v for k, v in record.items() if k != "seal"}
     sealed["seal"] = artifact.digest(sealed)
     files[artifact.STAGE_FILE] = (json.dumps(sealed, indent=2, ensure_ascii=False) + "\n").encode()
@@ -111,11 +120,19 @@ def pack(run: Path, hub: Hub, stage: str) -> Package:
 
 
 def _public(run: Path, hub: Hub, record: dict[str, Any]) -> dict[str, Any]:
-    """The record without where it was published, with the parent's place on the Hub, the card's fields, and no local folders."""
+    """The record as others may read it: the parent's place on the Hub, the card's fields, allowed files, no folders of ours."""
     record = {k: v for k, v in record.items() if k != "hub"}
+    record["files"] = {
+        name: told for name, told in record["files"].items() if any(fnmatch(name, pattern) for pattern in ALLOWED)
+    }
     record["card"] = {
         "license": hub.license, "language": list(hub.language), "carbon_intensity": hub.carbon_intensity,
     }  # fmt: skip
+    # Where a row was at fault its text is kept for its owner; how many there were is enough for the others.
+    record["sources"] = [
+        {key: value for key, value in source.items() if key not in ("examples", "places")}
+        for source in record.get("sources", [])
+    ]
     parent = record.get("parent")
     if parent:
         beside = artifact.read_record(run / str(parent["from"]) / artifact.STAGE_FILE)
@@ -130,28 +147,38 @@ def _public(run: Path, hub: Hub, record: dict[str, Any]) -> dict[str, Any]:
 
 def _without_folders(record: dict[str, Any]) -> dict[str, Any]:
     """Names of files instead of their paths on this machine: `/home/me/rows.jsonl` as `rows.jsonl`."""
-    named = [source["path"] for source in record.get("sources", [])]
-    named += [str((record.get("parent") or {}).get("from"))]
-    named += [
-        item["path"] for items in _lists(record.get("written", {}).get("data")) for item in items if "path" in item
-    ]
     text = json.dumps(record, ensure_ascii=False)
-    for path in sorted({p for p in named if p.startswith(("/", "~"))}, key=len, reverse=True):
-        inside = json.dumps(path, ensure_ascii=False)[1:-1]
-        text = text.replace(inside, json.dumps(Path(path).name, ensure_ascii=False)[1:-1])
+    for path in sorted(set(_paths(record)), key=len, reverse=True):
+        inside, name = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (path, Path(path).name))
+        text = text.replace(inside, name)
     return json.loads(text)
 
 
-def _lists(data: Any) -> list[list[dict[str, Any]]]:
-    return [value for value in (data or {}).values() if isinstance(value, list)]
+def _paths(value: Any) -> Iterator[str]:
+    """Every string, and every key behind `train[0] ` and its like, that is the path of something on this machine."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _paths(key)
+            yield from _paths(key.partition(" ")[2])
+            yield from _paths(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _paths(item)
+    elif isinstance(value, str) and _PATH.fullmatch(value):
+        yield value
 
 
-def _adapter_config(file: Path, record: dict[str, Any]) -> bytes:
+def _adapter_config(run: Path, file: Path, record: dict[str, Any]) -> bytes:
     """PEFT's configuration with the base's repo and commit in the place of a folder of this machine."""
     config = json.loads(file.read_text(encoding="utf-8"))
     parent = record.get("parent") or {}
     if "commit" in parent:
         config |= {"base_model_name_or_path": parent["repo_id"], "revision": parent["commit"]}
-    elif Path(str(config.get("base_model_name_or_path"))).is_absolute():
-        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).name
+    elif (run / str(parent.get("from")) / artifact.STAGE_FILE).is_file():
+        raise UserError(
+            f"{file.parent} holds an adapter on `{parent['from']}`, which is not published: nobody could load it. "
+            f"Push that stage first, or both: --stage {parent['from']} --stage {record['stage']}."
+        )
+    else:
+        config["base_model_name_or_path"] = Path(str(config.get("base_model_name_or_path"))).name
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()

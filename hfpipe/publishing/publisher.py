@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from hfpipe import artifact
+from hfpipe.faults import explain
 from hfpipe.progress import Display
 from hfpipe.publishing.hub import ERROR_FILE, check_access
 from hfpipe.publishing.package import finished_stages, published_at
@@ -29,15 +32,35 @@ class Publisher:
         self._log = run / "logs" / "push.log"
         self._shown = 0
 
-    def begin(self) -> None:
+    def __enter__(self) -> Publisher:
         """UserError where the Hub would refuse; else nothing is lost by going on."""
         if self.hub.repo_id is None:
-            return
+            return self
         if note := check_access(self.hub, self.stages):
             self.display.line("hub", note)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_text("")
         self.wake()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait for what is being sent, have the rest sent, and say what did not get through; after a failure only say it."""
+        if self.hub.repo_id is None:
+            return
+        with self._failing_softly():
+            if kind is None:
+                self._wait()
+                if set(self._left()) - set(self._sending):  # finished since the last process began
+                    self.wake()
+                    self._wait()
+            self._say_what_is_left()
+
+    @contextlib.contextmanager
+    def _failing_softly(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.display.line("hub", f"publishing failed: {explain(error)}; `hfpipe push {self.run}` tries again")
 
     def wake(self, finished: str | None = None) -> None:
         """Have what is finished sent, unless that is being done."""
@@ -45,13 +68,17 @@ class Publisher:
             return
         if finished in self.waiting:
             self.waiting.remove(finished)
-        self._show()
+        with self._failing_softly():
+            self._show()
+            self._send()
+
+    def _send(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
         stages = [stage for stage in finished_stages(self.run) if stage not in self.waiting]
         if not any(published_at(self.run, self.hub, stage) is None for stage in stages):
             return
-        command = [sys.executable, "-m", "hfpipe", "push", str(self.run), "--background"]
+        command = [sys.executable, "-m", "hfpipe", "push", str(self.run)]
         for stage in stages:
             command += ["--stage", stage]
         self._sending = stages
@@ -61,17 +88,11 @@ class Publisher:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=lambda: os.nice(19)
             )
 
-    def finish(self) -> None:
-        """Wait for what is being sent, have the rest sent, and say what did not get through."""
-        if self.hub.repo_id is None:
-            return
-        self._wait()
-        if set(self._left()) - set(self._sending):  # finished since the last process began
-            self.wake()
-            self._wait()
+    def _say_what_is_left(self) -> None:
         if left := self._left():
             told = artifact.read_json(self.run / "logs" / ERROR_FILE) or {}
-            why = f" ({told['reason']})" if "reason" in told else f"; the reason is in {self._log}"
+            busy = self._process is not None and self._process.poll() is None
+            why = " (it is being sent)" if busy else f" ({told['reason']})" if "reason" in told else ""
             self.display.line("hub", f"not published yet: {', '.join(left)}{why}")
             self.display.line("hub", f"everything is on the disk; `hfpipe push {self.run}` sends it")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.evaluation.scorecard import Cell, read_scorecard, result
 from hfpipe.progress import duration, quantity
+from hfpipe.publishing.figures import curves_svg, shade
 
 REPORT_FILE = "report.html"
 _LONGEST = 160  # characters of an answer that the story shows
@@ -64,7 +63,7 @@ def build_report(run: Path) -> str:
         stages=stages,
         card=card,
         story=story(stages),
-        curves=_curves(stages),
+        curves=curves_svg(stages),
         total_s=sum(stage.record.get("wall_s", 0) for stage in stages),
         last=stages[-1].record if stages else {},
     )
@@ -78,12 +77,12 @@ def read_stages(run: Path) -> list[StageStory]:
         record = artifact.read_json(folder / artifact.STAGE_FILE)
         if record is None:
             continue
-        history = _lines(folder / "metrics.jsonl")
+        history = read_lines(folder / "metrics.jsonl")
         curve = [(line["step"], line["loss"]) for line in history if "loss" in line]
         held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
         rewards = [(line["step"], line["reward"]) for line in history if "reward" in line]
         samples = (artifact.read_json(folder / "eval.json") or {}).get("samples", [])
-        stages.append(StageStory(name, record, curve, held_out, rewards, samples, _lines(folder / "probes.jsonl")))
+        stages.append(StageStory(name, record, curve, held_out, rewards, samples, read_lines(folder / "probes.jsonl")))
     return stages
 
 
@@ -129,7 +128,12 @@ def _asked(row: dict[str, Any]) -> str:
     return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in row["messages"])
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _shade(cell: Cell) -> str:
+    return "rgb({}, {}, {})".format(*shade(cell.score))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file; none where there is no file."""
     if not path.is_file():
         return []
     found = []
@@ -137,66 +141,3 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):  # the last line of a write that was cut off
             found.append(json.loads(line))
     return found
-
-
-def _shade(cell: Cell) -> str:
-    """The heat map's colour: from a pale sand at 0 to a full teal at 1."""
-    low, high = (247, 240, 228), (92, 184, 170)
-    return "rgb({}, {}, {})".format(*(round(a + (b - a) * cell.score) for a, b in zip(low, high, strict=True)))
-
-
-def _curves(stages: list[StageStory]) -> str:
-    """All stages' losses on one time line, and beside them the rewards of reinforcement, as SVG."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    # The loss of reinforcement says nothing of how well it goes: it is about 0 from the first step.
-    colours = {stage.name: f"C{number}" for number, stage in enumerate(s for s in stages if s.curve)}
-    panels = [
-        (draw, chosen)
-        for draw, chosen in (
-            (_draw_losses, [s for s in stages if s.curve and not s.rewards]),
-            (_draw_rewards, [s for s in stages if s.rewards]),
-        )
-        if chosen
-    ]
-    if not panels:
-        return ""
-    mpl.rcParams["svg.fonttype"] = "none"  # text stays text
-    mpl.rcParams["svg.hashsalt"] = "hfpipe"  # the same run gives the same file
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    width_ratios = [3, 2][: len(panels)]
-    for axes, (draw, chosen) in zip(
-        figure.subplots(1, len(panels), squeeze=False, width_ratios=width_ratios)[0], panels, strict=True
-    ):
-        draw(axes, chosen, colours)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, ncols=len(chosen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
-    text = picture.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _draw_losses(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
-    start = 0
-    for stage in stages:
-        colour = colours[stage.name]
-        steps = [start + step for step, _ in stage.curve]
-        axes.plot(steps, [loss for _, loss in stage.curve], color=colour, linewidth=1.4, label=stage.name)
-        if stage.held_out:
-            axes.plot(
-                *zip(*((start + s, loss) for s, loss in stage.held_out), strict=True), "o", color=colour, markersize=3
-            )
-        after = stage.metrics.get("validation", {}).get("loss")
-        start += stage.metrics.get("steps", stage.curve[-1][0])
-        if after is not None and math.isfinite(after):
-            axes.plot([start], [after], "D", color=colour, markersize=5, markeredgecolor="white")
-        axes.axvline(start, color="#cccccc", linewidth=0.8, zorder=0)
-    axes.set(xlabel="step, one stage after the other", ylabel="loss (nats per token)", yscale="log")
-
-
-def _draw_rewards(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
-    for stage in stages:
-        axes.plot(*zip(*stage.rewards, strict=True), color=colours[stage.name], linewidth=1.4, label=stage.name)
-    axes.set(xlabel="step", ylabel="mean reward of what was sampled")

@@ -62,7 +62,8 @@ def run_stage(job: Job, progress: Progress) -> None:
                 progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
         spent = energy_meter()
         metrics = module.train(job, progress)
-        if energy := spent():
+        energy = spent()
+        if energy and not metrics.get("resumed_from_step"):  # that of an attempt that was killed is not known
             metrics["energy"] = energy
         if is_main_process():
             job.mark_trained(metrics)
@@ -180,9 +181,7 @@ def main(stage_type: StageType) -> None:
         pipeline_holds_it = options.progress is not None
         with contextlib.nullcontext() if pipeline_holds_it or not is_main_process() else lock(run):
             if is_main_process() and not pipeline_holds_it:
-                check_sources(recipe)
-                check_rewards(recipe)
-                load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
+                check_recipe(recipe)
                 claim(recipe, run)
             job = make_job(recipe, stage, run)
             job.check_parents()
@@ -196,6 +195,13 @@ def main(stage_type: StageType) -> None:
     except Exception as error:
         progress.tell("error", text=explain(error), user=False)
         raise
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Look at what a recipe names: its data, reward functions and probes. UserError where one of them is at fault."""
+    check_sources(recipe)
+    check_rewards(recipe)
+    load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
 
 
 def is_main_process() -> bool:

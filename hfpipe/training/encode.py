@@ -45,8 +45,8 @@ def encode_rows(
                 report.leave_out(place, problem)
                 continue
             report.used += 1
-            report.tokens += _length(encoded)
-            report.trained_tokens += _trained(encoded)
+            report.tokens += count_tokens(encoded)
+            report.trained_tokens += count_trained(encoded)
             for piece in _pieces(encoded, max_length) if kind == "text" else (encoded,):
                 yield row, piece
 
@@ -129,26 +129,30 @@ def _problem(row: dict, kind: str, max_length: int) -> str | None:
     """Why an encoded row cannot be trained on, or None."""
     if kind == "text":
         return None if len(row["input_ids"]) > 1 else "empty text"
-    longest = _length(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)), default=0)
+    longest = (
+        count_tokens(row) if kind == "messages" else len(row["prompt_ids"]) + max(map(len, _answers(row)), default=0)
+    )
     if longest > max_length:
         return f"longer than max_length {max_length}"
     if kind in ("preference", "unpaired", "prompt"):
         return None
-    trained = _trained(row)
+    trained = count_trained(row)
     if not trained:
         return "nothing of it is trained: no assistant's words"
-    return "all of it is trained: no prompt" if trained == _length(row) else None
+    return "all of it is trained: no prompt" if trained == count_tokens(row) else None
 
 
 def _answers(row: dict) -> list[list[int]]:
     return [row[name] for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
 
 
-def _length(row: dict) -> int:
+def count_tokens(row: dict) -> int:
+    """Tokens of an encoded row, of all its answers."""
     if "input_ids" in row:
         return len(row["input_ids"])
     return sum(len(row["prompt_ids"]) + len(answer) for answer in _answers(row) or [[]])
 
 
-def _trained(row: dict) -> int:
+def count_trained(row: dict) -> int:
+    """Those of them that are trained."""
     return sum(label != -100 for label in row["labels"]) if "labels" in row else sum(map(len, _answers(row)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,28 +77,43 @@ def choose_bf16() -> tuple[bool, str]:
     return False, "fp32: the CPU has no bf16 instructions (avx512_bf16, amx_bf16)"
 
 
-def energy_meter(rapl: Path = Path("/sys/class/powercap")) -> Callable[[], dict[str, Any] | None]:
-    """Start counting; the function that is returned gives the Wh since, or None where nothing here can be read.
+def energy_meter(
+    rapl: Path = Path("/sys/class/powercap"), every_s: float = 60.0
+) -> Callable[[], dict[str, Any] | None]:
+    """Start counting; the function that is returned stops, and gives the Wh since, or None where nothing here can be read.
 
-    CPUs count by RAPL (packages; on most systems for root alone), NVIDIA cards by NVML where `pynvml` is installed.
+    CPUs count by RAPL (packages; on most systems for root alone), NVIDIA cards by NVML where `pynvml` is installed. RAPL's
+    counters run over within the hour, so they are read from time to time.
     """
     packages = {
         p: int((p / "max_energy_range_uj").read_text()) for p in rapl.glob("*-rapl:?") if _readable(p / "energy_uj")
     }
-    before = {p: int((p / "energy_uj").read_text()) for p in packages}
-    cards = _card_joules()
+    last = {p: int((p / "energy_uj").read_text()) for p in packages}
+    cards, joules, ended = _card_joules(), [0.0], threading.Event()
+
+    def read() -> None:
+        for package, before in last.items():
+            last[package] = int((package / "energy_uj").read_text())
+            joules[0] += (last[package] - before) % packages[package] / 1e6
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            read()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if packages:
+        watcher.start()
 
     def spent() -> dict[str, Any] | None:
-        joules, how = 0.0, []
-        if before:
-            joules += (
-                sum((int((p / "energy_uj").read_text()) - start) % packages[p] for p, start in before.items()) / 1e6
-            )
-            how.append("CPU, by RAPL")
+        ended.set()
+        if packages:
+            watcher.join()
+            read()
+        how = ["CPU, by RAPL"] if packages else []
         if cards is not None and (now := _card_joules()) is not None:
-            joules += now - cards
+            joules[0] += now - cards
             how.append("GPU, by NVML")
-        return {"wh": round(joules / 3600, 4), "how": "; ".join(how)} if how else None
+        return {"wh": round(joules[0] / 3600, 4), "how": "; ".join(how)} if how else None
 
     return spent
 

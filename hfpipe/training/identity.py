@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import resolve, split_id
+from hfpipe.hub_client import resolve, split_id, use_pins
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
 
 
@@ -38,12 +38,15 @@ def identify(
     from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
 
+    use_pins(_pins_of(stage, run))
     seed = recipe.pipeline.seed
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
         for number, source in enumerate(getattr(stage.data, role)):
             with named(f"{stage.file}: data.{role}"):
                 hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+    if stage.data.decontaminate:
+        hashes |= _hash_held_out(recipe)
     if getattr(stage.sections.get("rewards"), "model", None):
         name = f"rewards.model {stage.sections['rewards'].model}"
         hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
@@ -124,6 +127,18 @@ def hash_source(source: Source, split: str, seed: int) -> str:
     )
 
 
+def _hash_held_out(recipe: Recipe) -> dict[str, str]:
+    """What decides which rows `data.decontaminate` leaves out."""
+    from hfpipe.data.check import held_out_sources
+    from hfpipe.data.sources import content_hash
+
+    seed = recipe.pipeline.seed
+    hashes = {f"held out {label}": hash_source(s, "validation", seed) for label, s, _ in held_out_sources(recipe)}
+    for probe in recipe.pipeline.evaluate.probes:
+        hashes[f"held out probes {probe.path}"] = content_hash(probe.path, split=probe.split, size=probe.limit)
+    return hashes
+
+
 def evaluation_identity(recipe: Recipe) -> str:
     """Changes when the recipe's `evaluate` section or the text and probes that it names do."""
     from hfpipe.data.sources import content_hash
@@ -144,6 +159,15 @@ def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str 
     return None
 
 
+def _pins_of(stage: Stage, run: Path | None) -> dict[str, str]:
+    """The commits that a stage, finished or begun, was begun with."""
+    pins: dict[str, str] = {}
+    for name, file in ((f"{stage.name}.partial", artifact.BEGUN_FILE), (stage.name, artifact.STAGE_FILE)):
+        record = artifact.read_record(run / name / file) if run else None
+        pins |= (record or {}).get("pins", {})
+    return pins
+
+
 def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> str:
     """The commit that a Hub id and its revision stand for.
 
@@ -152,10 +176,8 @@ def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> 
     Raises:
         UserError: there is none to be had.
     """
-    for name, file in ((stage.name, artifact.STAGE_FILE), (f"{stage.name}.partial", artifact.BEGUN_FILE)):
-        record = artifact.read_record(run / name / file) if run else None
-        if record and source in record.get("pins", {}):
-            return record["pins"][source]
+    if source in (pins := _pins_of(stage, run)):
+        return pins[source]
     try:
         return resolve(*split_id(source))
     except UserError as error:

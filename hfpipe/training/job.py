@@ -13,7 +13,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import fetch, split_id
+from hfpipe.hub_client import fetch, split_id, used_pins
 from hfpipe.run_folder import CHECKPOINTS, complete_at, damage_at, put_in_place, set_aside
 from hfpipe.sections import Recipe, Stage
 from hfpipe.training.identity import hub_commit, identify, parent_identity
@@ -61,8 +61,8 @@ class Job:
         source = str(self.stage.model.from_)
         if Path(source).expanduser().is_dir():
             return str(Path(source).expanduser())
-        repo_id, revision = split_id(source)
-        return str(fetch(repo_id, str(self.parent_revision), name=revision or "main"))
+        repo_id, _ = split_id(source)
+        return str(fetch(repo_id, str(self.parent_revision)))
 
     @property
     def parent_id(self) -> str:
@@ -118,17 +118,16 @@ class Job:
             return str(self.run / made_by.name)
         if Path(source).expanduser().is_dir():
             return str(Path(source).expanduser())
-        repo_id, revision = split_id(source)
-        return str(fetch(repo_id, hub_commit(self.stage, "rewards.model", source, self.run), name=revision or "main"))
+        return str(fetch(split_id(source)[0], hub_commit(self.stage, "rewards.model", source, self.run)))
 
     @property
     def pins(self) -> dict[str, str]:
-        """The commits of the Hub ids that the stage reads models from; it keeps them."""
+        """The commits of the Hub ids that the stage reads models and data from; it keeps them."""
         found = {str(self.stage.model.from_): self.parent_revision}
         judge = getattr(self.stage.sections.get("rewards"), "model", None)
         if judge and not self.recipe.reward_stage(self.stage) and not Path(judge).expanduser().is_dir():
             found[judge] = hub_commit(self.stage, "rewards.model", judge, self.run)
-        return {source: commit for source, commit in found.items() if commit}
+        return {**used_pins(), **{source: commit for source, commit in found.items() if commit}}
 
     def start(self, note: Callable[[str], None]) -> bool:
         """Make the working folder; returns False where the stage turns out to be finished already.

@@ -21,15 +21,18 @@ from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
 from hfpipe.training.encode import encode_rows
 from hfpipe.training.identity import hash_source
+from hfpipe.training.select_rows import Balance, concatenate, mix, shares, without_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+    from hfpipe.data.held_out import HeldOut
     from hfpipe.training.job import Job
 
 _VERSION = 3  # raise when the same inputs come to give other rows
 _KEPT_SAMPLES = 64
+_REMOVED = "decontaminated.jsonl"
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
         options = {"job": job, "tokenizer": tokenizer, "source": source, "max_length": max_length}
         stream = IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
         streams.append(pack_dataset(stream, max_length, "bfd").repeat(None))
-    seed, weights = job.recipe.pipeline.seed, _shares(job.stage.data.train)
+    seed, weights = job.recipe.pipeline.seed, shares(job.stage.data.train)
     mixed = interleave_datasets(streams, probabilities=weights, seed=seed, stopping_strategy="all_exhausted")
     held_out = None
     report: dict[str, Any] = {"sources": [], "samples": []}
@@ -164,6 +167,9 @@ def _stored(
                 making.rename(folder)
             finally:
                 shutil.rmtree(making, ignore_errors=True)
+        if (folder / _REMOVED).is_file():
+            (job.run / "logs").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / _REMOVED, job.run / "logs" / f"{job.stage.name}.{_REMOVED}")
     train, held_out = (load_from_disk(str(folder / r)) if (folder / r).is_dir() else None for r in ("train", "eval"))
     return Prepared(train, held_out, artifact.read_json(folder / "report.json") or {})
 
@@ -187,6 +193,7 @@ def _make(
     reports: list[SourceReport] = []
     held_out: list[dict[str, Any]] = []
     tokens_per_row = 0.0
+    index = _index_held_out(job) if data.decontaminate else None
     for role in ("train", "eval"):
         sources, parts, own = getattr(data, role), [], []
         for number, source in enumerate(sources):
@@ -195,13 +202,18 @@ def _make(
             report = SourceReport.of(source, role)
             wanted = source.as_ or rows
             given = read_source(source, report, wanted=wanted, job=job)
+            if index and role == "train":
+                given = without_held_out(given, index, report, folder / _REMOVED)
             encoded = encode_rows(given, report, wanted, tokenizer, max_length)
-            kept = _keep(encoded, held_out if role == "eval" else None)
+            column = (source.balance or data.balance) if role == "train" else None
+            balance = Balance(column, f"{job.stage.file}: data.train[{number}] {source.path}") if column else None
+            kept = _keep(balance.note(encoded) if balance else encoded, held_out if role == "eval" else None)
             part = _write(kept, folder / f"{role}-{number}.arrow", rows, report, job, data.max_bad_rows)
+            part = balance.repeat(part, report, job.recipe.pipeline.seed) if balance else part
             parts.append(_pack(part, max_length) if packing else part)
             own.append(report)
         if parts:
-            mixed = _mix(parts, sources, own, job) if role == "train" else _concatenate(parts)
+            mixed = mix(parts, sources, own, job) if role == "train" else concatenate(parts)
             mixed.save_to_disk(str(folder / role), max_shard_size="1GB")
             if role == "train":
                 tokens_per_row = sum(r.tokens * r.taken for r in own) / len(mixed)
@@ -211,6 +223,12 @@ def _make(
     artifact.write_json(folder / "report.json", {**report, "tokens_per_row": round(tokens_per_row, 2)})
     for scratch in folder.glob("*.arrow"):
         scratch.unlink()
+
+
+def _index_held_out(job: Job) -> HeldOut:
+    from hfpipe.data.held_out import index_held_out
+
+    return index_held_out(job.recipe)
 
 
 def _keep(encoded: Iterable[tuple[dict, dict]], rows: list[dict] | None) -> Iterator[dict]:
@@ -267,33 +285,3 @@ def _pack(rows: Dataset, max_length: int) -> Dataset:
     from trl import pack_dataset
 
     return pack_dataset(rows.remove_columns("seq_lengths"), max_length, "bfd")
-
-
-def _concatenate(parts: list[Dataset]) -> Dataset:
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets(parts)
-
-
-def _mix(parts: list[Dataset], sources: tuple[Source, ...], reports: list[SourceReport], job: Job) -> Dataset:
-    """All of every source, or, with weights, as much of each as the scarcest allows without repeating a row.
-
-    Weights are shares of tokens, for preferences, judged answers and prompts of rows.
-    """
-    seed, weights = job.recipe.pipeline.seed, _shares(sources)
-    if weights:
-        counted = job.stage.type.rows in ("preference", "unpaired", "prompt")
-        sizes = [len(part) if counted else report.tokens for part, report in zip(parts, reports, strict=True)]
-        total = min(size / weight for size, weight in zip(sizes, weights, strict=True))
-        for i, weight in enumerate(weights):
-            reports[i].taken = min(1.0, total * weight / sizes[i])
-            if reports[i].taken < 1:
-                keep = max(1, round(len(parts[i]) * reports[i].taken))
-                parts[i] = parts[i].shuffle(seed=seed).select(range(keep))
-    return _concatenate(parts).shuffle(seed=seed)
-
-
-def _shares(sources: tuple[Source, ...]) -> list[float] | None:
-    """The sources' weights as shares of 1, or None where none has one (`contradictions` refuses some of both)."""
-    given = [source.weight for source in sources if source.weight is not None]
-    return [weight / sum(given) for weight in given] or None

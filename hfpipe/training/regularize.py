@@ -37,7 +37,7 @@ def freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     section = job.stage.sections["regularize"]
     freeze_layers(model, section.freeze_layers, f"{job.stage.file}")
     parameters = list(model.parameters())
-    if not all(p.requires_grad for p in parameters):
+    if section.freeze_layers:
         frozen, total = sum(p.numel() for p in parameters if not p.requires_grad), model.num_parameters()
         progress.note(f"frozen: {frozen:,} of {total:,} parameters, by regularize.freeze_layers")
     if section.freeze_embeddings and job.stage.adapter is None:  # an adapter leaves them alone in any case

@@ -1,0 +1,323 @@
+"""Reading from the Hub through the command line: pinned, verified, and without it only what was verified before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+
+from hfpipe import artifact
+
+from .conftest import hfpipe, stage_json
+from .test_hub import LFS, STAGES, TOKEN, push
+
+# --- what is read from the Hub ---
+
+FROM_HUB = """
+stage: sft
+model: {{from: "{source}"}}
+data:
+  train: [{{path: tinyworld/sft, limit: 64}}]
+  eval: [{{path: tinyworld/sft, limit: 8}}]
+trainer: {{max_steps: 2, max_length: 128, per_device_train_batch_size: 8}}
+"""
+
+
+@pytest.fixture
+def hub_recipe(tmp_path):
+    def write(source: str, stage: str = FROM_HUB, name: str = "mine") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "pipeline.yaml").write_text("name: mine\nstages: [sft]\nevaluate: {samples: 0}\n")
+        (folder / "sft.yaml").write_text(stage.format(source=source))
+        return folder
+
+    return write
+
+
+def test_a_stage_from_the_hub_is_pinned_and_needs_no_hub_again(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    commit = stage_json(own_run / "midtrain")["hub"]["commit"]
+    folder, out = hub_recipe(f"{repo_id}@midtrain"), tmp_path / "out"
+    hfpipe("run", folder, "--out", out, env=hub_env)
+    record = stage_json(out / "sft")
+    assert record["parent"]["revision"] == commit
+    assert record["pins"] == {f"{repo_id}@midtrain": commit}
+    # the branch moves on: a finished stage keeps its commit, and asks nobody
+    (own_run / "midtrain" / "metrics.jsonl").unlink()
+    push(own_run, hub_env, "--stage", "midtrain")
+    assert stage_json(own_run / "midtrain")["hub"]["commit"] != commit
+    down = hub_env | {"HF_ENDPOINT": hub.endpoint.rpartition(":")[0] + ":1"}
+    assert '"done"' in hfpipe("plan", folder, "--out", out, "--json", env=down).stdout
+    # a new own_run takes the new one
+    hfpipe("run", folder, "--out", tmp_path / "out2", env=hub_env)
+    assert (
+        stage_json(tmp_path / "out2" / "sft")["parent"]["revision"] == stage_json(own_run / "midtrain")["hub"]["commit"]
+    )
+    chain = json.loads(hfpipe("lineage", out / "sft", "--json", env=hub_env).stdout)
+    assert [link["stage"] for link in chain["links"]] == ["sft", "midtrain", "pretrain", "tokenizer"]
+    assert chain["links"][1]["where"] == f"{repo_id}@{commit}"
+    assert chain["holds"]
+
+
+def test_with_the_hub_away_only_what_was_verified_is_used_and_it_is_said(
+    hub, hub_env, repo_id, own_run, hub_recipe, tmp_path
+):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    hub.fault(r"GET .*(/revision/|/api/models/)", status=503, times=10_000)
+    folder = hub_recipe(f"{repo_id}@midtrain")
+    done = hfpipe("run", folder, "--out", tmp_path / "a", env=hub_env, check=2)
+    assert "no commit of that name was verified here before" in done.stderr
+    assert not (tmp_path / "a" / "sft").exists()
+    hub.reset()
+    hfpipe("pull", f"{repo_id}@midtrain", env=hub_env)
+    hub.fault(r"/api/models/", status=503, times=10_000)
+    done = hfpipe("run", folder, "--out", tmp_path / "b", env=hub_env)
+    assert f"the Hub is not reached: {repo_id}@midtrain is taken as it stood" in done.stdout
+    assert stage_json(tmp_path / "b" / "sft")["parent"]["revision"] == stage_json(own_run / "midtrain")["hub"]["commit"]
+
+
+def test_a_corrupt_download_is_fetched_again_or_refused(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    content = r"GET .*/resolve/.*/tokenizer.json|GET .*/resolve-cache/.*/tokenizer.json"
+    rule = hub.fault(content, corrupt=True)
+    out = tmp_path / "pulled"
+    hfpipe("pull", repo_id, "--out", out, env=hub_env)
+    assert rule["fired"]
+    for stage in STAGES:
+        for name in stage_json(own_run / stage)["files"]:
+            assert (out / stage / name).read_bytes() == (own_run / stage / name).read_bytes()
+    shutil.rmtree(out)
+    shutil.rmtree(hub_env["HF_HOME"])
+    hub.fault(content, corrupt=True, times=10_000)
+    done = hfpipe("pull", repo_id, "--out", out, env=hub_env, check=2)
+    assert "tokenizer.json arrived twice with other bytes than the Hub names" in done.stderr
+    assert not list(out.glob("*/"))
+
+
+def test_a_model_that_somebody_changed_is_told_by_its_lineage(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    forged = tmp_path / "config.json"
+    forged.write_text((own_run / "sft" / "config.json").read_text().replace("{", '{"attention_bias": true,', 1))
+    HfApi(hub.endpoint, token=TOKEN).upload_file(
+        path_or_fileobj=forged, path_in_repo="config.json", repo_id=repo_id, revision="sft"
+    )
+    told = hfpipe("lineage", f"{repo_id}@sft", env=hub_env, check=2)
+    assert re.search("broken +files: config.json", told.stdout)
+    commit = stage_json(own_run / "sft")["hub"]["commit"]
+    assert "broken" not in hfpipe("lineage", f"{repo_id}@{commit}", env=hub_env).stdout
+    # and a push puts it right, by one more commit
+    (own_run / "sft" / "metrics.jsonl").unlink()
+    push(own_run, hub_env, "--stage", "sft")
+    assert hub.files(repo_id, "sft")["config.json"] == (own_run / "sft" / "config.json").read_bytes()
+
+
+@LFS
+def test_the_cards_snippet_runs(hub, hub_env, repo_id, own_run):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    for stage in STAGES:
+        card = hub.files(repo_id, stage)["README.md"].decode()
+        [snippet] = re.findall(r"```python\n(.*?)```", card, re.S)
+        assert f'"{repo_id}", revision="{stage}"' in snippet
+        done = subprocess.run([sys.executable, "-c", snippet], env=os.environ | hub_env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "<|assistant|>" in done.stdout or stage in ("tokenizer", "pretrain")
+
+
+ADAPTED = FROM_HUB + "adapter: {{type: lora, r: 4, target_modules: all-linear}}\n"
+
+
+@LFS
+def test_an_adapter_names_its_bases_commit(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    commit = stage_json(own_run / "midtrain")["hub"]["commit"]
+    out = tmp_path / "out"
+    hfpipe("run", hub_recipe(f"{repo_id}@midtrain", ADAPTED), "--out", out, env=hub_env)
+    push(out, hub_env, "--repo-id", f"{repo_id}-mine")
+    there = hub.files(f"{repo_id}-mine", "sft")
+    assert "model.safetensors" in there
+    assert "adapter/adapter_model.safetensors" in there
+    config = json.loads(there["adapter/adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == (repo_id, commit)
+    code = (
+        "import sys; from peft import PeftConfig, PeftModel; from transformers import AutoModelForCausalLM\n"
+        "there = {'revision': 'sft', 'subfolder': 'adapter'}; config = PeftConfig.from_pretrained(sys.argv[1], **there)\n"
+        "base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision)\n"
+        "print(PeftModel.from_pretrained(base, sys.argv[1], **there).num_parameters())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{repo_id}-mine"], env=os.environ | hub_env, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+# --- data sets ---
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
+    api = HfApi(hub.endpoint, token=TOKEN)
+    api.create_repo(repo_id, repo_type="dataset", private=True)
+    texts = [f"The capital of country {n} is city {n * 7}." for n in range(200)]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    first = api.upload_file(path_or_fileobj=rows, path_in_repo="train.jsonl", repo_id=repo_id, repo_type="dataset").oid
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "pipeline.yaml").write_text("name: rows\nstages: [tokenizer, pretrain]\nevaluate: {samples: 0}\n")
+    (folder / "tokenizer.yaml").write_text(
+        f"stage: tokenizer\ntokenizer: {{vocab_size: 300}}\ndata: {{train: [{{path: {repo_id}, revision: main}}]}}\n"
+    )
+    (folder / "pretrain.yaml").write_text(
+        "stage: pretrain\nmodel: {from: tokenizer, config: {model_type: llama, hidden_size: 16, intermediate_size: 32, "
+        "num_hidden_layers: 1, num_attention_heads: 2}}\n"
+        f"data: {{train: [{{path: {repo_id}}}], max_length: 64, streaming: {str(streaming).lower()}}}\n"
+        "trainer: {max_steps: 2, per_device_train_batch_size: 2}\n"
+    )
+    out = tmp_path / "out"
+    hfpipe("run", folder, "--out", out, env=hub_env)
+    record = stage_json(out / "pretrain")
+    assert record["data"] == {f"train[0] {repo_id}": f"{repo_id}@{first}"}
+    assert record["metrics"]["steps"] == 2
+    links = json.loads(hfpipe("lineage", out / "pretrain", "--json", env=hub_env).stdout)["links"]
+    assert any("pinned" in check["why"] for check in links[0]["checks"])
+    # the branch moves on: what is finished keeps the commit that it was begun with
+    rows.write_text(json.dumps({"text": "Something else."}) + "\n")
+    api.upload_file(path_or_fileobj=rows, path_in_repo="more.jsonl", repo_id=repo_id, repo_type="dataset")
+    assert record["pins"] == {f"datasets/{repo_id}": first}
+    planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=hub_env).stdout)["stages"]
+    assert [row["status"] for row in planned] == ["done", "done"]
+    down = hub_env | {"HF_ENDPOINT": "http://127.0.0.1:1", "HFPIPE_CACHE": str(tmp_path / "empty")}
+    planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=down).stdout)["stages"]
+    assert [row["status"] for row in planned] == ["done", "done"]
+    if streaming:
+        return
+    api.delete_file("more.jsonl", repo_id=repo_id, repo_type="dataset")
+    hfpipe("run", folder, "--out", tmp_path / "again", env=hub_env)
+    # the Hub away: what was verified is used, and it is said
+    hub.fault("/api/datasets/", status=503, times=10_000)
+    done = hfpipe("run", folder, "--out", tmp_path / "out2", env=hub_env)
+    assert f"the Hub is not reached: {repo_id}" in done.stdout
+    assert stage_json(tmp_path / "out2" / "pretrain")["weights"] == record["weights"]
+    hub.faults.clear()
+    hub.store.repos.pop(("dataset", repo_id))
+    told = hfpipe("lineage", out / "pretrain", env=hub_env, check=2).stdout
+    assert "the Hub does not give" in told
+
+
+# --- what must not be believed ---
+
+
+@LFS
+def test_there_already_means_the_same_weights(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    out = tmp_path / "pulled"
+    hfpipe("pull", repo_id, "--out", out, env=hub_env)
+    record = artifact.read_record(out / "sft" / "stage.json")
+    assert record["hub"]["section"]["repo_id"] == repo_id
+    del record["hub"]  # as a pull leaves it that was killed before its last word
+    artifact.write_record(out / "sft" / "stage.json", record)
+    assert hfpipe("pull", repo_id, "--out", out, env=hub_env).stdout.count("there already") == 5
+    assert stage_json(out / "sft")["hub"]["commit"] == stage_json(own_run / "sft")["hub"]["commit"]
+    weights = out / "sft" / "model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+    record["files"] |= artifact.checksums(out / "sft", [weights.name])
+    artifact.write_record(out / "sft" / "stage.json", record)
+    assert "is there and is not what" in hfpipe("pull", repo_id, "--out", out, env=hub_env, check=2).stderr
+
+
+HOSTILE = {
+    "a stage outside": {"recipe": "x", "stages": ["../../x"], "commits": {"../../x": "0" * 40}},
+    "a stage of ours": {"recipe": "x", "stages": ["run.json"], "commits": {"run.json": "0" * 40}},
+    "no commits": {"recipe": "x", "stages": ["sft"]},
+    "a branch for a commit": {"recipe": "x", "stages": ["sft"], "commits": {"sft": "main"}},
+    "a number": {"recipe": "x", "stages": ["sft"], "commits": {"sft": 5}},
+    "another program's": {"name": "x"},
+}
+
+
+@LFS
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_run_file_that_is_not_one_is_no_run(hub, hub_env, repo_id, micro_run, tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(micro_run / "sft" / file, folder)
+    (folder / "run.json").write_text(json.dumps(HOSTILE[name]))
+    code = "import sys; from huggingface_hub import HfApi as A; A().create_repo(sys.argv[1]); A().upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, repo_id, folder], env=os.environ | hub_env, check=True)
+    told = hfpipe("pull", repo_id, "--out", tmp_path / "out", env=hub_env).stdout  # a model that has such a file
+    assert "every file verified" in told
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        micro_run / "sft" / "model.safetensors"
+    ).read_bytes()
+
+
+@LFS
+def test_a_record_that_names_files_outside_is_refused(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    before = victim.stat().st_mtime_ns
+    record = json.loads(hub.files(repo_id, "tokenizer")["stage.json"])
+    record["files"]["../../victim.txt"] = {"sha256": "0" * 64, "bytes": 4, "mtime_ns": 1}
+    artifact.write_record(tmp_path / "forged.json", record)
+    api = HfApi(hub.endpoint, token=TOKEN)
+    commit = api.upload_file(
+        path_or_fileobj=tmp_path / "forged.json", path_in_repo="stage.json", repo_id=repo_id, revision="tokenizer"
+    ).oid
+    manifest = json.loads(hub.files(repo_id)["run.json"])
+    manifest["commits"]["tokenizer"] = commit
+    api.upload_file(path_or_fileobj=json.dumps(manifest).encode(), path_in_repo="run.json", repo_id=repo_id)
+    done = hfpipe("pull", repo_id, "--out", tmp_path / "a" / "b", env=hub_env, check=2)
+    assert "names files outside its folder" in done.stderr
+    assert victim.stat().st_mtime_ns == before
+
+
+@LFS
+def test_a_foreign_record_or_no_hub_is_an_answer_and_not_a_traceback(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    HfApi(hub.endpoint, token=TOKEN).upload_file(
+        path_or_fileobj=b'{"stage": 1}', path_in_repo="stage.json", repo_id=repo_id, revision="sft"
+    )
+    assert "was not made by hfpipe" in hfpipe("lineage", f"{repo_id}@sft", env=hub_env, check=2).stderr
+    hfpipe("lineage", f"{repo_id}@dpo", env=hub_env)
+    down = hub_env | {"HF_HUB_OFFLINE": "1"}
+    told = hfpipe("lineage", f"{repo_id}@{stage_json(own_run / 'dpo')['hub']['commit']}", env=down)
+    assert "not here" in told.stdout
+
+
+ADAPTER_ALONE = FROM_HUB.replace('"{source}"', "midtrain") + "adapter: {{type: prompt, num_virtual_tokens: 4}}\n"
+
+
+@LFS
+def test_an_adapter_is_not_published_without_its_base(hub, hub_env, repo_id, own_run, recipe):
+    folder = recipe({"sft": ADAPTER_ALONE.format()})
+    (folder / "pipeline.yaml").write_text(
+        "name: micro\nstages: [tokenizer, pretrain, midtrain, sft]\nevaluate: {samples: 0}\n"
+    )
+    shutil.rmtree(own_run / "dpo")
+    hfpipe("run", folder, "--out", own_run, env=hub_env)
+    told = push(own_run, hub_env, "--repo-id", repo_id, "--stage", "sft", check=2).stderr
+    assert "holds an adapter on `midtrain`, which is not published" in told
+    push(own_run, hub_env, "--repo-id", repo_id, "--stage", "midtrain", "--stage", "sft")
+    config = json.loads(hub.files(repo_id, "sft")["adapter_config.json"])
+    assert config["revision"] == stage_json(own_run / "midtrain")["hub"]["commit"]
+
+
+def test_several_processes_fetch_once(hub, hub_env, repo_id, own_run):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    code = "import sys; from hfpipe.hub_client import locate; print(locate(sys.argv[1]))"
+    command = [sys.executable, "-c", code, f"{repo_id}@sft"]
+    several = [subprocess.Popen(command, env=os.environ | hub_env, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({process.communicate()[0] for process in several}) == 1
+    assert [process.returncode for process in several] == [0] * 4
