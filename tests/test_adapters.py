@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hfpipe.adapter_types import _UNMERGED, describe, find_kind
 from hfpipe.config import load_recipe
 from hfpipe.errors import UserError
 from hfpipe.run_folder import damage_at
+from hfpipe.sections import Adapter
 from hfpipe.stages import stage_types
 
 from .conftest import ROOT, hfpipe, stage_json
@@ -195,7 +197,7 @@ def test_the_bottleneck_begins_as_nothing_and_counts_as_by_hand(tmp_path):
         torch.testing.assert_close(layer(x), by_hand)
         with model.disable_adapter():
             assert torch.equal(logits(model), untouched)
-        with pytest.raises(NotImplementedError, match="can't be merged"):
+        with pytest.raises(NotImplementedError, match="can't be merged"):  # PEFT's word for it, not a stub's
             model.merge_and_unload()
         model.save_pretrained(tmp_path / f"adapter{number}")
         assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / f"adapter{number}")), changed)
@@ -203,6 +205,21 @@ def test_the_bottleneck_begins_as_nothing_and_counts_as_by_hand(tmp_path):
         model.set_adapter("other")
         assert torch.equal(logits(model), untouched)
         assert torch.equal(logits(model.unload()), untouched)
+
+
+def test_a_broken_adapter_is_no_result(micro_run, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    from hfpipe.training.adapters import save_adapted
+
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    stage = SimpleNamespace(adapter=Adapter(type="lora"), type=SimpleNamespace(leaves="model"))
+    job = SimpleNamespace(stage=stage, work=tmp_path / "work", parent_id="parent", parent_revision=None)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        save_adapted(job, model, AutoTokenizer.from_pretrained(micro_run / "sft"), SimpleNamespace(note=print))
+    assert not (job.work / "config.json").exists()
 
 
 def test_what_is_called_unmerged_is_what_peft_cannot_merge():
@@ -225,7 +242,7 @@ def test_what_is_called_unmerged_is_what_peft_cannot_merge():
         try:
             model.merge_and_unload()
             merged.add(name)
-        except (NotImplementedError, AttributeError):
+        except (NotImplementedError, AttributeError):  # how PEFT's methods say that they have no merge
             not_merged.add(name)
         except (ValueError, RuntimeError):
             pass  # for this model: a bias that it has not

@@ -222,6 +222,7 @@ def test_it_needs_no_torch_and_plan_points_to_it():
 # Real data
 
 
+# Other people's data, not shipped with the project; each fault that is looked for is also planted above.
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}")
 def test_real_data():
     found = sources("real-small", "--set", f"data_dir={REAL}")
@@ -445,7 +446,7 @@ def test_thinned_ngrams_still_find_what_is_shown(monkeypatch):
     from hfpipe.data import held_out
     from hfpipe.data.held_out import HeldOut
 
-    monkeypatch.setattr(held_out, "_MOST", 2000)
+    monkeypatch.setattr(held_out, "_MOST", 2000)  # a size at which thinning begins, in place of gigabytes of text
     rng = random.Random(0)
     texts = [sentence(rng, 300) for _ in range(60)]
     index = HeldOut()

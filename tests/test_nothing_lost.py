@@ -389,7 +389,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")
+        pytest.skip("no right to mount a small disk")  # which no test can give itself
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 
@@ -530,6 +530,7 @@ def test_stage_json_is_written_when_all_that_it_names_is_on_the_disk(tmp_path, m
     job = Job(recipe, recipe.stages["sft"], tmp_path, "f", {}, None)
     done: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.rename  # both are still called: what is looked at is their order
+    # A power cut can't be had in a test: the order of the calls, which all reach the disk, stands for it.
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", str(self))), rename(self, to))[1])
     job.start(print)

@@ -68,7 +68,7 @@ def build_trainer(
     _train_new_rows(job, config, model, options["processing_class"], progress)
     try:
         trainer = trainer_class(model, *args, peft_config=config, **options)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # PEFT: no such module, or none of its kind; TRL: no such pair
         raise UserError(f"{stage.file}: adapter is refused upstream for this model: {error}") from error
     _mend(trainer.model)
     if find_kind(stage.adapter.type).four_bit:
@@ -152,7 +152,12 @@ def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
     try:
         merged = _merge(job, model, tokenizer)
-    except (ValueError, NotImplementedError) as error:
+    except (
+        ValueError,
+        NotImplementedError,
+    ) as error:  # PEFT's answers where a method, or this form of it, has no merge
+        if "NaN" in str(error):  # the adapter itself is broken, and no result
+            raise
         progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")
         shutil.rmtree(job.work / ADAPTER_FOLDER)
         _save_adapter(job, model, tokenizer, job.work)
