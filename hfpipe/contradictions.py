@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from hfpipe import adapter_types
+from hfpipe.errors import nearest
 from hfpipe.sections import Stage
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
@@ -50,7 +52,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards)
+    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _order, _checkpoints, _rewards)
     checks = (*ours, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -150,6 +152,68 @@ def _selection(stage: Stage) -> Iterator[str]:
             yield f"data: {key} has no meaning here: a tokenizer reads every source whole. Remove it."
         elif given and getattr(stage.data, "streaming", False):
             yield f"data.{key} beside data.streaming: rows must be read through before training for it. Leave one of the two out."
+
+
+def _order(stage: Stage) -> Iterator[str]:
+    """`curriculum` and `phases`: each lays the rows out in the one order in which they are trained."""
+    data, rows = stage.data, stage.type.rows
+    key = "data.curriculum" if data.curriculum else "data.phases" if data.phases else None
+    if key is None:
+        return
+    if not stage.type.trainer:
+        yield f"{key} has no meaning here: a tokenizer reads every source whole. Remove it."
+    if data.curriculum and data.phases:
+        yield "data.curriculum beside data.phases: each is the order of all rows. Give one of the two."
+    if getattr(data, "streaming", False):
+        yield f"{key} beside data.streaming: rows must be read through before training for it. Leave one of the two out."
+    for option in ("train_sampling_strategy", "shuffle_dataset"):
+        if option in stage.trainer:
+            yield f"trainer.{option} beside {key}, which sets the order: give one of the two."
+    laid_out_whole = data.phases or data.curriculum.pace == "growing"
+    if laid_out_whole and stage.trainer.get("auto_find_batch_size"):
+        yield f"trainer.auto_find_batch_size beside {key}, which is laid out for a known batch: leave one of the two out."
+    yield from _curriculum(stage) if data.curriculum else ()
+    if data.phases and rows not in ("text", "messages", None):
+        yield f"data.phases is for text and conversations, not for a {stage.type.name} stage's rows. Remove it."
+    elif data.phases:
+        yield from _phases(stage)
+
+
+def _curriculum(stage: Stage) -> Iterator[str]:
+    given, is_prompt = stage.data.curriculum, stage.type.rows == "prompt"
+    if given.pace == "epoch" and "start" in stage.raw["data"]["curriculum"]:
+        yield "data.curriculum.start belongs to pace: growing. Set that, or remove it."
+    if given.by == "parent_loss" and stage.model.config:
+        yield "data.curriculum.by = 'parent_loss': the model is made from scratch, by model.config: there is no parent."
+    if given.by == "parent_loss" and is_prompt:
+        yield "data.curriculum.by = 'parent_loss': a prompt has no answer to lose on. Take length or a column."
+    if given.pace == "growing" and is_prompt:
+        yield "data.curriculum.pace = 'growing': a rollout repeats its prompts by upstream's own sampler. Take epoch."
+
+
+def _phases(stage: Stage) -> Iterator[str]:
+    sources, phases = stage.data.train, stage.data.phases
+    paths = [source.path for source in sources]
+    if any(source.weight is not None for source in sources):
+        yield "data.train: weight beside data.phases, which have weights of their own: give one of the two."
+    if abs((total := sum(phase.share for phase in phases)) - 1) > 1e-6:
+        yield f"data.phases: the shares sum to {total:g}; expected 1."
+    length = stage.trainer.get("max_length") or getattr(stage.data, "max_length", 1024)
+    for number, phase in enumerate(phases):
+        where, weights = f"data.phases[{number}]", phase.weights
+        if phase.max_length and phase.max_length > length:
+            yield f"{where}.max_length = {phase.max_length}: expected at most the stage's max_length, {length}."
+        if isinstance(weights, dict):
+            for path in [path for path in weights if path not in paths]:
+                yield f"{where}.weights: {path!r} is no path of data.train.{nearest(path, paths)}"
+            if len(set(paths)) < len(paths):
+                yield f"{where}.weights: two sources have the same path: give a list, a number for each source."
+            weights = tuple(weights.values())
+        elif weights and len(weights) != len(sources):
+            yield f"{where}.weights: {len(weights)} numbers for {len(sources)} sources: give one for each; 0 leaves it out."
+        numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool) and 0 <= w < math.inf]
+        if len(numbers) < len(weights) or (weights and not sum(numbers)):
+            yield f"{where}.weights = {weights}: expected numbers of 0 or more, one of them above 0."
 
 
 def _rewards(stage: Stage) -> Iterator[str]:

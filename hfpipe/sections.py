@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,12 +47,38 @@ DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
 
 
 @dataclass(frozen=True)
+class Curriculum:
+    """From easy to hard, in each epoch; or drawn from the easiest rows alone at first, and in the end from all of them."""
+
+    by: str  # length (in tokens), parent_loss (of a trained token, under model.from), or a column that holds a number
+    pace: Literal["epoch", "growing"] = "epoch"
+    start: float = above(0, 0.2, at_most=1)  # of `growing`: the share of the rows that may be drawn at first
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage's training with a mixture and a length of its own."""
+
+    share: float = field(metadata={"above": 0, "at_most": 1})  # of the stage's steps
+    weights: tuple[float, ...] | dict[str, float] = ()  # shares of tokens by path, or one for each source; else by size
+    max_length: int | None = at_least(2, None)  # tokens of a document or conversation; rows keep the stage's length
+
+    def mixture(self, sources: tuple[Source, ...], sizes: Sequence[float]) -> list[float]:
+        """What each source gives of the phase's tokens, as shares of 1; `sizes` are theirs in tokens."""
+        named = isinstance(self.weights, dict)
+        given = [self.weights.get(source.path, 0) for source in sources] if named else self.weights or sizes
+        return [weight / sum(given) for weight in given]
+
+
+@dataclass(frozen=True)
 class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
     max_bad_rows: float = at_least(0, 0.0, at_most=1)  # share of a source's rows that may be left out for a fault
     balance: str | None = None  # for every source of `train` that names no column of its own
     decontaminate: bool = False  # leave out training rows that show what the recipe holds out, its probes among it
+    curriculum: Curriculum | None = None  # default: shuffled
+    phases: tuple[Phase, ...] = ()  # of text and conversations, one after the other
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Inspected:
     sides: dict[str, list[tuple[str, int, bool]]]
     neutralised: int
     problem: str | None = None
+    difficulty: float | None = None
+    phase: int | None = None
     length: int = field(init=False)
     trained: int = field(init=False)
 
@@ -47,13 +49,20 @@ class Inspected:
 
 
 def inspect_rows(job: Job) -> Iterator[Inspected]:
-    """The rows of a stage's training sources, one source after the other, before they are packed and mixed."""
+    """The rows of a stage's training sources, one source after the other, before they are packed and mixed.
+
+    With a curriculum or phases: the rows that the stage trains on, packed, in the order in which it sees them.
+    """
     from hfpipe.data.report import SourceReport
     from hfpipe.training.models import load_tokenizer
+    from hfpipe.training.order import is_ordered
     from hfpipe.training.prepare import read_source
 
     stage = job.stage
     tokenizer = load_tokenizer(job)
+    if is_ordered(stage.data):
+        yield from _inspect_ordered(job, tokenizer)
+        return
     max_length = stage.trainer.get("max_length") or getattr(
         stage.data, "max_length", getattr(stage.data, "max_prompt_length", 1024)
     )
@@ -63,6 +72,30 @@ def inspect_rows(job: Job) -> Iterator[Inspected]:
         report = SourceReport.of(source, "train")
         for place, row in read_source(source, report, wanted=wanted, job=job):
             yield _inspect(next(number), source.path, place, wanted, row, tokenizer, max_length)
+
+
+def _inspect_ordered(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[Inspected]:
+    from hfpipe.stages import stage_module
+    from hfpipe.training.order import find_order
+
+    form = job.stage.type.rows or "text"
+    prepared = stage_module(job.stage.type.name).prepare(job, tokenizer)
+    order = find_order(job, prepared) or range(len(prepared.train))
+    for number, place in enumerate(order, 1):
+        row = prepared.train[place]
+        told = {name: row.get(name) for name in ("difficulty", "phase")}
+        documents = len(row.get("seq_lengths") or [0])
+        packed = f"{documents} packed" if documents > 1 else "1 alone"
+        yield Inspected(
+            number,
+            job.stage.name,
+            f"row {place + 1} of {len(prepared.train)}, {packed}",
+            form,
+            [],
+            _sides(row, tokenizer),
+            0,
+            **told,
+        )
 
 
 def _inspect(
@@ -140,7 +173,11 @@ def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> li
         raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
     if first < 1:
         raise UserError(f"--row {first}: rows are counted from 1.")
-    found = list(itertools.islice(inspect_rows(make_job(recipe, stage, run, parent_fingerprint="")), first - 1, last))
+    by_parent = stage.data.curriculum is not None and stage.data.curriculum.by == "parent_loss"
+    job = make_job(recipe, stage, run, parent_fingerprint=None if by_parent else "")
+    if by_parent:
+        job.check_parents()
+    found = list(itertools.islice(inspect_rows(job), first - 1, last))
     if not found:
         raise UserError(f"{file}: there is no row {first} in its training data.")
     return found
@@ -168,6 +205,7 @@ def _shown(item: Inspected, colours: bool) -> str:
     head += [item.form, f"{item.length} tokens, {item.trained} trained"]
     if item.roles:
         head.append(" ".join(item.roles))
+    head += [f"{name} {value:.4g}" for name in ("difficulty", "phase") if (value := getattr(item, name)) is not None]
     if item.neutralised:
         head.append(f"{item.neutralised} control tokens neutralised")
     lines = [" · ".join(map(str, head))]

@@ -31,6 +31,7 @@ class SourceReport:
     places: dict[str, list[str]] = field(default_factory=dict)  # where the rows left out for each reason are
     examples: list[str] = field(default_factory=list)  # the first of them with what was found there
     taken: float = 1.0  # share of it that its weight admits
+    phases: list[float] = field(default_factory=list)  # the same of each phase
 
     @classmethod
     def of(cls, source: Source, role: str) -> SourceReport:
@@ -61,7 +62,10 @@ class SourceReport:
             parts.append(f"{self.duplicates} duplicates left out")
         if self.neutralised:
             parts.append(f"{self.neutralised} control tokens neutralised")
-        if self.taken < 1:
+        if self.phases:
+            shares = ", ".join(f"{share:.0%} in phase {number}" for number, share in enumerate(self.phases, 1))
+            parts.append(f"{shares} of it taken")
+        elif self.taken < 1:
             parts.append(f"{self.taken:.0%} of it taken at its weight")
         return ", ".join(parts)
 

@@ -8,6 +8,7 @@ from typing import Any
 from hfpipe.adapter_types import describe
 from hfpipe.plan.advice import advise
 from hfpipe.plan.devices import Devices
+from hfpipe.plan.ordering import describe_order
 from hfpipe.plan.quote import Quote, as_json, quote_stage
 from hfpipe.progress import duration, money, quantity
 from hfpipe.sections import Recipe, Stage
@@ -20,6 +21,8 @@ def describe_stage(
 ) -> dict[str, Any]:
     """All numbers of a stage's quote, and `notes`: a few lines that read like one."""
     notes = [f"data: {', '.join(_source(s) for s in stage.data.train)}"] if stage.data.train else []
+    if order := describe_order(stage.data):
+        notes[0] += f"; {order}"
     if stage.adapter:
         notes.append(f"adapter: {describe(stage.adapter)}")
     if not stage.type.trainer:

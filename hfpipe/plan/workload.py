@@ -66,6 +66,17 @@ def row_length(stage: Stage) -> int:
     )
 
 
+def rows_of_pass(stage: Stage, ranks: int) -> tuple[int, int]:
+    """Rows of one pass of one device, and how many passes make a step."""
+    per_device = option(stage, "per_device_train_batch_size") or 8
+    accumulation = option(stage, "gradient_accumulation_steps") or 1
+    if batch := getattr(stage.data, "batch_tokens", None):
+        rows = max(batch // (row_length(stage) * ranks), 1)
+        per_device = next(n for n in range(min(per_device, rows), 0, -1) if rows % n == 0)
+        accumulation = rows // per_device
+    return per_device, accumulation
+
+
 def plan_work(stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[Size]) -> Work:
     """Rows, tokens and steps of a stage.
 
@@ -75,12 +86,7 @@ def plan_work(stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[
         sizes: what is known of each training source.
     """
     length = row_length(stage)
-    per_device = option(stage, "per_device_train_batch_size") or 8
-    accumulation = option(stage, "gradient_accumulation_steps") or 1
-    if batch := getattr(stage.data, "batch_tokens", None):
-        rows = max(batch // (length * ranks), 1)
-        per_device = next(n for n in range(min(per_device, rows), 0, -1) if rows % n == 0)
-        accumulation = rows // per_device
+    per_device, accumulation = rows_of_pass(stage, ranks)
     together = per_device * accumulation * ranks
     given = option(stage, "max_steps") or -1
     epochs = None if given > 0 else option(stage, "num_train_epochs")
@@ -125,8 +131,11 @@ def _rows(
     counts = [float(size.rows) if by_rows else total for size, total in zip(sizes, totals, strict=True)]
     shares = [1.0] * len(sizes)
     weights = [source.weight for source in stage.data.train if source.weight is not None]
+    if stage.data.phases:
+        mixtures = [(phase.share, phase.mixture(stage.data.train, counts)) for phase in stage.data.phases]
+        weights = [sum(share * mixture[i] for share, mixture in mixtures) for i in range(len(counts))]
     if weights:  # as much of each as the scarcest allows without repeating a row
-        whole = min(count / weight for count, weight in zip(counts, weights, strict=True))
+        whole = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
         shares = [min(1.0, whole * weight / count) for count, weight in zip(counts, weights, strict=True)]
     rows = sum(size.rows * share for size, share in zip(sizes, shares, strict=True))
     tokens = sum(total * share for total, share in zip(totals, shares, strict=True))

@@ -238,6 +238,7 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
     from hfpipe.evaluation.basics import prepare_held_out
     from hfpipe.evaluation.text_metrics import load_metrics
     from hfpipe.training.models import load_tokenizer, try_regularize
+    from hfpipe.training.order import find_order
 
     load_metrics(recipe.pipeline.evaluate.metrics)
     for name in stages:
@@ -252,6 +253,7 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
         tokenizer = load_tokenizer(job, about_to_run=stages)
         progress.tell("doing", text="preparing data", stage=name)
         prepared = module.prepare(job, tokenizer)
+        find_order(job, prepared)
         for source in prepared.report["sources"]:
             progress.tell("data", text=source["text"], stage=name)
         prepare_held_out(job, tokenizer)

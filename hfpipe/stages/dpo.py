@@ -54,6 +54,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
+    from hfpipe.training.order import in_order
 
     class PreparedDPOTrainer(DPOTrainer):
         """Takes rows that hold token ids already (TRL 1.16 would render them again from messages)."""
@@ -66,6 +67,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     # With an adapter the base is the reference; without, one pass over the pairs replaces a second model in memory.
     precompute = job.stage.trainer.get("precompute_ref_log_probs", job.stage.adapter is None)
     args = build_args(job, DPOConfig, progress, precompute_ref_log_probs=precompute)
+    data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     progress.tell("doing", text="log-probabilities of the reference")

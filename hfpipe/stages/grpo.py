@@ -73,6 +73,7 @@ def train_by_rewards(
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
+    from hfpipe.training.order import in_order
     from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts, held_out_reward
 
     tokenizer = load_tokenizer(job)
@@ -80,6 +81,7 @@ def train_by_rewards(
     model = load_model(job, tokenizer, progress)
     rewards, weights = build_rewards(job, tokenizer, stop_ids(model))
     args = build_args(job, config_class, progress, reward_weights=weights, **_held_out(job.stage.trainer))
+    data = in_order(job, data, args, progress)
     check_rollouts(job, args, len(data.train))
     set_seed(args.seed)
     trainer = build_trainer(

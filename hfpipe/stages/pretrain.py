@@ -47,6 +47,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
+    from hfpipe.training.order import in_order
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
@@ -54,6 +55,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     dispatch = {"accelerator_config": {"dispatch_batches": False}} if job.stage.data.streaming else {}
     args = build_args(job, TrainingArguments, progress, remove_unused_columns=False, **dispatch)
     _set_batch(job, args, progress)
+    data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     trainer = Trainer(

@@ -50,11 +50,13 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.collate import PairCollator
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_reward_model, load_tokenizer
+    from hfpipe.training.order import in_order
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
     # Longer pairs are left out already, and the collator takes columns that upstream does not know.
     args = build_args(job, RewardConfig, progress, max_length=None, remove_unused_columns=False)
+    data = in_order(job, data, args, progress)
     set_seed(args.seed)
     trainer = build_trainer(
         job,

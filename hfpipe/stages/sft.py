@@ -69,12 +69,14 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
+    from hfpipe.training.order import in_order
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
     args = build_args(
         job, SFTConfig, progress, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
     )  # packed already
+    data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     trainer = build_trainer(

@@ -96,6 +96,15 @@ def _load_parent(
     return model
 
 
+def load_parent(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The stage's parent as a language model, before training, in 4 bits where the adapter says so."""
+    from transformers import AutoModelForCausalLM
+
+    from hfpipe.training.job import Progress
+
+    return _load_parent(job, tokenizer, Progress(None), AutoModelForCausalLM)
+
+
 def load_whole(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The stage's parent as it is before training, not quantised."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -21,6 +21,7 @@ from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
 from hfpipe.training.encode import encode_rows
 from hfpipe.training.identity import hash_source
+from hfpipe.training.order import check_numbers, columns, is_ordered, measure, pack, store_ordered
 from hfpipe.training.select_rows import Balance, concatenate, mix, shares, without_held_out
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Prepared:
 
     Rows of `train` and `eval` are, for text and conversations, `input_ids`, `labels` and `seq_lengths` (the tokens of
     each document packed into the row); for preferences those of `templates.EncodedPreference`; for judged answers
-    `prompt_ids`, `completion_ids` and `label`; for prompts `prompt_ids` and `row`, the whole row as JSON. `report` holds
+    `prompt_ids`, `completion_ids` and `label`; for prompts `prompt_ids` and `row`, the whole row as JSON. With a curriculum or
+    phases those of `train` also have `tokens`, and `difficulty` or `phase` (hfpipe/training/order.py). `report` holds
     `sources` (a record each), `samples` (some held-out rows, control tokens neutralised), `kinds` (the column `kind` of
     the rows of `eval` as they were read, None where they have none) and `tokens_per_row` (mean).
     """
@@ -68,7 +70,13 @@ def prepare_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: in
         UserError: more rows are at fault than `data.max_bad_rows` allows, or none is left.
     """
     hashes = {name: found for name, found in job.data_hashes.items() if not name.startswith("rewards.")}
-    return _stored(job, tokenizer, job.stage.data, job.stage.type.rows or "text", max_length, packing, hashes)
+    data = job.stage.data
+    if data.curriculum and data.curriculum.by == "parent_loss":
+        if job.parent_fingerprint:
+            hashes["parent"] = f"{job.parent_fingerprint} {job.stage.model.dtype} {job.stage.adapter}"
+        else:  # not made yet: its rows are looked at all the same
+            data = dataclasses.replace(data, curriculum=None)
+    return _stored(job, tokenizer, data, job.stage.type.rows or "text", max_length, packing, hashes)
 
 
 def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Data) -> Prepared:
@@ -204,16 +212,25 @@ def _make(
             given = read_source(source, report, wanted=wanted, job=job)
             if index and role == "train":
                 given = without_held_out(given, index, report, folder / _REMOVED)
+            ordered = role == "train" and is_ordered(data)
+            if ordered:
+                given = check_numbers(given, data.curriculum, f"{job.stage.file}")
             encoded = encode_rows(given, report, wanted, tokenizer, max_length)
+            if ordered:
+                encoded = measure(encoded, data)
             column = (source.balance or data.balance) if role == "train" else None
             balance = Balance(column, f"{job.stage.file}: data.train[{number}] {source.path}") if column else None
             kept = _keep(balance.note(encoded) if balance else encoded, held_out if role == "eval" else None)
-            part = _write(kept, folder / f"{role}-{number}.arrow", rows, report, job, data.max_bad_rows)
+            more = columns(data) if ordered else {}
+            part = _write(kept, folder / f"{role}-{number}.arrow", rows, report, job, data.max_bad_rows, more)
             part = balance.repeat(part, report, job.recipe.pipeline.seed) if balance else part
-            parts.append(_pack(part, max_length) if packing else part)
+            parts.append(pack(part, max_length) if packing and not ordered else part)
             own.append(report)
         if parts:
-            mixed = mix(parts, sources, own, job) if role == "train" else concatenate(parts)
+            if ordered:
+                mixed = store_ordered(parts, own, job, data, tokenizer, max_length, packing)
+            else:
+                mixed = mix(parts, sources, own, job) if role == "train" else concatenate(parts)
             mixed.save_to_disk(str(folder / role), max_shard_size="1GB")
             if role == "train":
                 tokens_per_row = sum(r.tokens * r.taken for r in own) / len(mixed)
@@ -240,7 +257,13 @@ def _keep(encoded: Iterable[tuple[dict, dict]], rows: list[dict] | None) -> Iter
 
 
 def _write(
-    encoded: Iterable[dict], path: Path, rows: str, report: SourceReport, job: Job, max_bad_rows: float
+    encoded: Iterable[dict],
+    path: Path,
+    rows: str,
+    report: SourceReport,
+    job: Job,
+    max_bad_rows: float,
+    more: dict[str, str],
 ) -> Dataset:
     """Write encoded rows to an Arrow file as they come; refuse the source if too many were at fault."""
     from datasets import Dataset, Features, List, Value
@@ -253,8 +276,8 @@ def _write(
         "unpaired": ("prompt_ids", "completion_ids", "label"),
         "prompt": ("prompt_ids", "row"),
     }
-    names = by_kind.get(rows, ("input_ids", "labels", "seq_lengths"))
-    others = {"label": Value("bool"), "row": Value("string")}
+    names = (*by_kind.get(rows, ("input_ids", "labels", "seq_lengths")), *more)
+    others = {name: Value(kind) for name, kind in {"label": "bool", "row": "string", **more}.items()}
     features = {name: others.get(name, List(Value("int32"))) for name in names}
     with ArrowWriter(path=str(path), features=Features(features)) as writer:
         for row in encoded:
@@ -275,13 +298,3 @@ def refuse_bad_rows(report: SourceReport, job: Job, max_bad_rows: float) -> None
             f"allows. {report.reasons()}\nMend the rows, or raise data.max_bad_rows, a share from 0 to 1, to leave them "
             f"out: {math.ceil(bad / (report.used + bad) * 100) / 100:g} would do here."
         )
-
-
-# --- packing and mixing ---
-
-
-def _pack(rows: Dataset, max_length: int) -> Dataset:
-    """Several documents or conversations in a row, none of them cut (TRL's best fit decreasing)."""
-    from trl import pack_dataset
-
-    return pack_dataset(rows.remove_columns("seq_lengths"), max_length, "bfd")
