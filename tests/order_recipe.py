@@ -1,32 +1,36 @@
 """A very small recipe whose rows tell where they come from and how hard they are, and what a stage saw of them.
 
-    python -m tests.order_recipe SEEN -- FILE OPTIONS of a stage, run with the batches of each of its steps written down
-
-A row is told by its first number: `17 comes ...`.
+python -m tests.order_recipe SEEN hfpipe.stages.NAME FILE OPTIONS     a stage, what it trains on written to SEEN.RANK
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 MODEL = "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
 TRAINER = "per_device_train_batch_size: 4, learning_rate: 1.0e-2, logging_steps: 1, save_steps: 4"
-STAGES = ("tokenizer", "pretrain", "sft", "dpo")
+STAGES = ("tokenizer", "pretrain", "sft", "dpo", "kto", "reward", "grpo")
+ON_PRETRAIN = "model: {from: pretrain}\ndata:\n  train: [{path: DATA/FILE.jsonl, split: all}]\nORDER\n"
+EPOCH = f"trainer: {{num_train_epochs: 1, max_length: 96, {TRAINER}}}\n"
 FILES = {
     "pipeline": f"name: nano\nstages: [{', '.join(STAGES)}]\nevaluate: {{samples: 0}}\n",
     "tokenizer": "stage: tokenizer\ntokenizer: {vocab_size: 300}\ndata: {train: [{path: DATA/a.jsonl, split: all}]}\n",
     "pretrain": f"stage: pretrain\nmodel: {{from: tokenizer, config: {MODEL}}}\n"
     "data:\n  max_length: 64\n  train: [{path: DATA/a.jsonl, split: all}, {path: DATA/b.jsonl, split: all}]\nORDER\n"
     f"trainer: {{max_steps: 12, {TRAINER}}}\n",
-    "sft": "stage: sft\nmodel: {from: pretrain}\ndata:\n  train: [{path: DATA/talks.jsonl, split: all}]\nORDER\n"
-    f"trainer: {{num_train_epochs: 1, max_length: 96, {TRAINER}}}\n",
-    "dpo": "stage: dpo\nmodel: {from: pretrain}\ndata:\n  train: [{path: DATA/pairs.jsonl, split: all}]\nORDER\n"
-    f"trainer: {{num_train_epochs: 1, max_length: 96, {TRAINER}}}\n",
+    "sft": f"stage: sft\n{ON_PRETRAIN.replace('FILE', 'talks')}{EPOCH}",
+    "dpo": f"stage: dpo\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "kto": f"stage: kto\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "reward": f"stage: reward\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "grpo": f"stage: grpo\n{ON_PRETRAIN.replace('FILE', 'talks')}rewards: {{functions: [{{check: contains, value: so}}]}}\n"
+    f"trainer: {{num_train_epochs: 1, max_completion_length: 4, num_generations: 2, {TRAINER}}}\n",
 }
 
 
@@ -63,23 +67,58 @@ def _write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def watch(seen: Path) -> None:
-    """Have every trainer of this process write down the rows of each micro-batch that it computes, before it does."""
+def watch(seen: Path, kill_at: int | None = None) -> None:
+    """Have every trainer of this process write down what each micro-batch holds before it computes it.
+
+    A row is a list of documents, a document [token ids, labels]; of prompts it is their text. `kill_at`: kill -9 there.
+    """
     from transformers import Trainer
 
     compute = Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        rank = os.environ.get("RANK", "0")
-        with open(f"{seen}.{rank}", "a") as file:
-            file.write(json.dumps({"step": self.state.global_step, "rows": inputs["input_ids"].tolist()}) + "\n")
+        step = self.state.global_step
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        is_ids = "input_ids" in inputs
+        told = _documents(inputs) if is_ids else [row["prompt"][-1]["content"] for row in inputs]
+        with open(f"{seen}.{os.environ.get('RANK', 0)}", "a") as file:
+            file.write(json.dumps([step, told]) + "\n")
         return compute(self, model, inputs, *args, **kwargs)
 
     Trainer.training_step = training_step
 
 
+def _documents(inputs: dict) -> list[list]:
+    ids, rows = inputs["input_ids"], []
+    labels = inputs.get("labels", ids)
+    for r in range(len(ids)):
+        if "position_ids" not in inputs:
+            kept = inputs["attention_mask"][r].bool()
+            rows.append([[ids[r][kept].tolist(), labels[r][kept].tolist()]])
+            continue
+        starts = [*(inputs["position_ids"][r] == 0).nonzero().flatten().tolist(), len(ids[r])]
+        pieces = [[ids[r][i:j].tolist(), labels[r][i:j].tolist()] for i, j in itertools.pairwise(starts)]
+        rows.append([piece for piece in pieces if len(set(piece[0])) > 1 or max(piece[1]) >= 0])  # not the padding
+    return rows
+
+
+def read_seen(seen: Path, ranks: int = 1) -> list[list]:
+    """The rows of each step, those of all ranks together; of a step that was begun twice the second time's."""
+    steps: dict[int, list] = {}
+    for rank in range(ranks):
+        own: dict[int, list] = {}
+        before = -1
+        for step, rows in map(json.loads, Path(f"{seen}.{rank}").read_text().splitlines()):
+            own[step] = own[step] + rows if step == before else rows
+            before = step
+        for step, rows in own.items():
+            steps.setdefault(step, []).extend(rows)
+    assert sorted(steps) == list(range(len(steps)))
+    return [steps[step] for step in sorted(steps)]
+
+
 if __name__ == "__main__":
-    watch(Path(sys.argv[1]))
-    module = sys.argv[3]
-    sys.argv = [module, *sys.argv[4:]]
-    runpy.run_module(module, run_name="__main__")
+    watch(Path(sys.argv[1]), int(os.environ["KILL_AT"]) if "KILL_AT" in os.environ else None)
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__")
