@@ -191,12 +191,12 @@ def test_no_row_comes_twice_in_phases_by_epochs(base):
     order = "phases: [{share: 0.5, max_length: 22}, {share: 0.5}]"
     steps, record = train(base, "sft", order=order)
     numbers = [asked(record["run"], row) for row in flat(steps)]
-    assert len(set(numbers)) == len(numbers) > 30
+    assert len(set(numbers)) == len(numbers) > 20
     assert all(len(step) == BATCH for step in steps)
     longest = [max(tokens(row) for row in step) for step in steps]
     short = sum(length <= 22 for length in longest)
     assert all(length <= 22 for length in longest[:short])
-    assert 0 < short < len(steps)
+    assert short / len(steps) == pytest.approx(0.5, abs=1 / len(steps))
 
 
 # --- the same bits ---
@@ -234,17 +234,68 @@ def test_killed_it_goes_on_at_the_next_row_and_two_processes_see_the_same_batche
 # --- told before ---
 
 
-def test_the_plan_and_inspect_tell_the_order(base):
-    recipe = write_recipe(
-        base, sft="curriculum: {by: hard, pace: growing}", pretrain="phases: [{share: 1, max_length: 8}]"
+def test_the_plan_and_inspect_tell_the_order(base, tmp_path):
+    from hfpipe.apps.inspect import find_rows
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+
+    phases = "phases: [{share: 0.5, weights: [0, 1], max_length: 8}, {share: 0.5}]"
+    folder = write_recipe(base, sft="curriculum: {by: hard, pace: growing}", pretrain=phases)
+    planned = json.loads(hfpipe("plan", folder, "--out", tmp_path, "--json").stdout)["stages"]
+    pretrain, sft = planned[1], planned[2]
+    assert sft["notes"][0].endswith("talks.jsonl; from easy to hard by hard, the easiest 20% at first")
+    assert "; phase 1: 50% of the steps, 0 / 1, at most 8 tokens; phase 2: 50% of the steps" in pretrain["notes"][0]
+    assert sft["steps"] == 64 / BATCH
+    assert pretrain["steps"] == 12
+
+    recipe = load_recipe(folder, stage_types())
+    drawn = find_rows(recipe, base / "run", "sft", 1, 8)
+    assert len({row.difficulty for row in drawn}) == 8
+    assert max(row.difficulty for row in drawn) < 20
+    seen = find_rows(recipe, base / "run", "pretrain", 1, 100)
+    assert [row.phase for row in seen] == [1] * 24 + [2] * 24
+    assert "so so" in "".join(token for token, _, _ in seen[0].sides["row"])
+    assert "phase 1" in str(seen[0])
+    recipe = load_recipe(write_recipe(base, sft="curriculum: {by: parent_loss}"), stage_types())
+    with pytest.raises(UserError, match="holds no finished"):
+        find_rows(recipe, tmp_path, "sft", 1, 1)
+
+
+def test_weights_balance_and_decontamination_go_on_working(base):
+    from hfpipe.apps.inspect import find_rows
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+
+    held_out = base / "data" / "held.jsonl"
+    rows = [json.loads(line) for line in (base / "data" / "talks.jsonl").read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["kind"] = "rare" if n < 8 else "common"
+        row["messages"][0]["content"] = f"{n}? Say it to me."
+    (base / "data" / "kinds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[40:48]))
+    sources = f"[{{path: {base}/data/kinds.jsonl, split: all, weight: 1, balance: kind}}, "
+    sources += f"{{path: {base}/data/a.jsonl, split: all, as: text, weight: 1}}]"
+    settings = [f"sft.data.train={sources}", f"sft.data.eval=[{{path: {held_out}, split: all}}]"]
+    recipe = load_recipe(
+        write_recipe(base, sft="curriculum: {by: hard}"), stage_types(), [*settings, "sft.data.decontaminate=true"]
     )
-    lines = hfpipe("plan", recipe, "--out", base / "elsewhere").stdout
-    assert "; from easy to hard by hard, the easiest 20% at first" in lines
-    assert "; phase 1: 100% of the steps, at most 8 tokens" in lines
-    shown = hfpipe("inspect", recipe / "sft.yaml", "--out", base / "run", "--json").stdout.splitlines()
-    seen = [json.loads(line)["difficulty"] for line in shown]
-    assert max(seen) < 16
-    assert seen != sorted(seen)
+    with pytest.raises(UserError, match=r"expected a column with a number; a.jsonl line 1 has only text"):
+        find_rows(recipe, base / "run", "sft", 1, 1)
+    recipe = load_recipe(
+        write_recipe(base, sft="curriculum: {by: length}"), stage_types(), [*settings, "sft.data.decontaminate=true"]
+    )
+    shown = find_rows(recipe, base / "run", "sft", 1, 1000)
+    assert is_sorted([row.length for row in shown])
+    assert [row.difficulty for row in shown] == [row.length for row in shown]
+    texts = ["".join(token for token, _, _ in row.sides["row"]) for row in shown]
+    talks = Counter(int(text.split("<|user|>")[1].split("?")[0]) for text in texts if "<|user|>" in text)
+    assert not set(talks) & set(range(40, 48))
+    assert min(talks[n] for n in range(8)) >= 4  # 8 rare rows given as often as 48 common ones
+    lengths = [
+        sum(row.length for row, text in zip(shown, texts, strict=True) if ("<|user|>" in text) == is_talk)
+        for is_talk in (True, False)
+    ]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +336,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, name, order, settings, t
         ("sft", "curriculum: {by: hart}", [], r"talks.jsonl line 1 has only messages, hard. Did you mean `hard`\?"),
         ("dpo", "curriculum: {by: chosen}", [], "expected a column with a number; pairs.jsonl line 1 has"),
         ("sft", "phases: [{share: 0.5, max_length: 4}, {share: 0.5}]", [], "has at most 4 tokens"),
-        ("sft", "phases: [{share: 0.01}, {share: 0.99}]", [], "phase 1 has 1 rows and no step of 4 rows"),
+        ("sft", "phases: [{share: 0.01}, {share: 0.99}]", [], "phase 1 gets no step of 4 rows: it has 1"),
     ],
 )
 def test_what_the_rows_do_not_give_is_told_before_training(base, name, order, settings, told):

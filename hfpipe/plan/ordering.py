@@ -25,48 +25,20 @@ def _phase(phase: Phase) -> str:
     return ", ".join(part for part in (f"{phase.share:.0%} of the steps", weights, length) if part)
 
 
-def lay_out(
-    data: Data, counts: Sequence[int], *, batch: int, max_steps: int, epochs: float, seed: int
-) -> list[int] | None:
-    """The number of each row in the order in which a whole training sees them, whole steps of `batch` rows.
+def draw_growing(curriculum: Curriculum, rows: int, steps: int, batch: int, seed: int) -> list[int]:
+    """Which of the rows, from the easiest on, each step of `batch` rows sees: drawn from a share that grows to all of them.
 
-    None where they are seen as they lie, over again in each epoch. Growing and shuffled, the steps are those that the same
-    rows have without a curriculum; phases drop what fills no step.
-
-    Args:
-        counts: rows of each phase, one phase after the other; of a curriculum their number alone.
-        batch: rows of one step, of all processes together.
-        max_steps: steps of the stage; 0 or less: `epochs` passes over the rows.
-
-    Raises:
-        ValueError: a phase fills no step.
-    """
-    if data.phases:
-        return _lay_phases(data.phases, counts, batch, max_steps, epochs, seed)
-    if data.curriculum and data.curriculum.pace == "growing":
-        steps = max_steps if max_steps > 0 else math.ceil(epochs * math.ceil(counts[0] / batch))
-        return _draw_growing(data.curriculum, counts[0], steps * batch, seed)
-    return None
-
-
-def may_be_drawn(curriculum: Curriculum, rows: int, progress: float) -> int:
-    """How many of the easiest rows may be drawn when a share `progress` of the training is over."""
-    share = curriculum.start + (1 - curriculum.start) * progress
-    return min(rows, max(1, math.ceil(rows * share - 1e-9)))
-
-
-def _draw_growing(curriculum: Curriculum, rows: int, draws: int, seed: int) -> list[int]:
-    """At random from a bag that rows join as they are admitted; empty, it is filled with all that have been.
-
-    So no row comes again before every other that may be drawn (unlike Platanios et al. 2019, arXiv:1903.09848, who draw
-    with replacement), and in one epoch each comes once.
+    From a bag that rows join as they are admitted; empty, it is filled with all that have been. So no row comes again before
+    every other that may be drawn, and in one epoch each comes once (Platanios et al. 2019, arXiv:1903.09848, draw with
+    replacement).
     """
     rng = Random(f"curriculum {seed}")
     bag: list[int] = []
     order: list[int] = []
     admitted = 0
-    for drawn in range(draws):
-        allowed = may_be_drawn(curriculum, rows, drawn / max(draws - 1, 1))
+    for drawn in range(steps * batch):
+        share = curriculum.start + (1 - curriculum.start) * drawn / max(steps * batch - 1, 1)
+        allowed = min(rows, max(1, math.ceil(rows * share - 1e-9)))
         bag += range(admitted, allowed)
         bag = bag or list(range(allowed))
         admitted = allowed
@@ -76,17 +48,30 @@ def _draw_growing(curriculum: Curriculum, rows: int, draws: int, seed: int) -> l
     return order
 
 
-def _lay_phases(
-    phases: Sequence[Phase], counts: Sequence[int], batch: int, max_steps: int, epochs: float, seed: int
+def lay_phases(
+    phases: Sequence[Phase], counts: Sequence[int], steps: int | None, batch: int, epochs: float, seed: int
 ) -> list[int]:
-    ends = [round(max_steps * sum(phase.share for phase in phases[: n + 1])) for n in range(len(phases))]
+    """Which of the rows, one phase after the other, each step of `batch` rows sees; a step holds rows of one phase.
+
+    Args:
+        counts: rows of each phase.
+        steps: of the whole training: rows are repeated where a phase has too few. None: the most that need no row more
+            than `epochs` times.
+
+    Raises:
+        ValueError: a phase gets no step.
+    """
+    whole = steps or int(min(epochs * n / (batch * phase.share) for n, phase in zip(counts, phases, strict=True)))
+    ends = [0, *(round(whole * sum(phase.share for phase in phases[: n + 1])) for n in range(len(phases)))]
     order: list[int] = []
     for number, count in enumerate(counts):
-        steps = ends[number] - ([0, *ends][number]) if max_steps > 0 else int(epochs * count // batch)
-        if steps < 1:
-            raise ValueError(f"phase {number + 1} has {count} rows and no step of {batch} rows")
+        wanted = (ends[number + 1] - ends[number]) * batch
+        if steps is None:  # rounding may have given it a step too many
+            wanted = min(wanted, int(epochs * count // batch) * batch)
+        if not wanted:
+            raise ValueError(f"phase {number + 1} gets no step of {batch} rows: it has {count}")
         rng, first, rows = Random(f"phase {number} {seed}"), sum(counts[:number]), []
-        while len(rows) < steps * batch:
+        while len(rows) < wanted:
             rows += rng.sample(range(first, first + count), count)
-        order += rows[: steps * batch]
+        order += rows[:wanted]
     return order

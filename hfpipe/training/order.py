@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError, nearest
-from hfpipe.plan.ordering import describe_order, lay_out
+from hfpipe.plan.ordering import describe_order, draw_growing, lay_phases
 from hfpipe.plan.workload import option, rows_of_pass
 from hfpipe.sections import Curriculum, Data
 from hfpipe.training.identity import processes_now
@@ -205,17 +205,21 @@ def find_order(job: Job, prepared: Prepared, args: Any = None) -> list[int] | No
     else:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps, epochs = args.max_steps, args.num_train_epochs
-    counts = [len(prepared.train)]
+    seed = job.recipe.pipeline.seed
     if data.phases:
         found = Counter(prepared.train["phase"])
         counts = [found[number] for number in range(1, len(data.phases) + 1)]
-    seed = job.recipe.pipeline.seed
-    try:
-        return lay_out(data, counts, batch=batch, max_steps=steps, epochs=epochs, seed=seed)
-    except ValueError as error:
-        raise UserError(
-            f"{stage.file}: data.phases: {error}. Give more data or steps, a larger share or a smaller batch."
-        ) from None
+        try:
+            return lay_phases(data.phases, counts, steps if steps > 0 else None, batch, epochs, seed)
+        except ValueError as error:
+            raise UserError(
+                f"{stage.file}: data.phases: {error}. Give more data or steps, a larger share or a smaller batch."
+            ) from None
+    if data.curriculum.pace == "epoch":
+        return None
+    count = len(prepared.train)
+    steps = steps if steps > 0 else math.ceil(epochs * math.ceil(count / batch))  # as upstream counts them
+    return draw_growing(data.curriculum, count, steps, batch, seed)
 
 
 def in_order(job: Job, prepared: Prepared, args: Any, progress: Progress) -> Prepared:
@@ -238,8 +242,7 @@ def in_order(job: Job, prepared: Prepared, args: Any, progress: Progress) -> Pre
         told += f", laid out for {args.max_steps:,} steps of {batch}"
     stored = Counter(prepared.train["phase"]) if data.phases else {}
     for number, count in sorted(Counter(train["phase"]).items()) if data.phases else ():
-        again = count / stored[number]
-        told += f"; phase {number}: {count // batch:,} steps" + (f", its rows {again:.2g} times" if again > 1 else "")
+        told += f"; phase {number}: {count // batch:,} steps, its {stored[number]:,} rows {count / stored[number]:.2f} times"
     progress.note(told)
     tokens_per_row = round(sum(train["tokens"]) / len(train), 2)
     kept = [name for name in train.column_names if name not in ("tokens", "difficulty", "phase")]

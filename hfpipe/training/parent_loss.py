@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,9 @@ _TOKENS = 4096  # of a batch, padding counted
 def parent_losses(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> list[float]:
     """Mean loss of a row's trained tokens under the stage's parent, in nats; of a preference those of `chosen`."""
     model = load_parent(job, tokenizer).eval()
-    if not getattr(model, "is_quantized", False):
-        model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    if torch.accelerator.is_available() and not getattr(model, "is_quantized", False):
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+        model.to(torch.accelerator.current_accelerator())
     collate = PaddedCollator(tokenizer.pad_token_id)
     losses = [0.0] * len(rows)
     for numbers in _batches(list(rows["tokens"])):
@@ -34,6 +36,9 @@ def parent_losses(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -
         loss = cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none").sum(1)
         for number, mean in zip(numbers, (loss / (labels != -100).sum(1).clamp(min=1)).tolist(), strict=True):
             losses[number] = mean
+    del model
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()  # the stage's own model comes next
     return losses
 
 
