@@ -170,7 +170,7 @@ TALK = [
 MIDTRAIN = """
 stage: midtrain
 model: {{from: {folder}}}
-tokenizer: {{chat_template: {template}}}
+tokenizer: {{chat_template: hfpipe}}
 data: {{train: [{{path: {data}, split: all}}]}}
 trainer: {{learning_rate: 5.0e-3, max_steps: 60, per_device_train_batch_size: 2, max_length: 256, save_strategy: "no",
   activation_checkpointing: false}}
@@ -203,8 +203,8 @@ def write_hub_model(folder, kind):
     tokenizer.save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("kind", "template"), [("gpt2", "hfpipe"), ("qwen3", "hfpipe"), ("qwen3", "chatml")])
-def test_a_hub_model_learns_to_call_twice_in_a_turn(kind, template, tmp_path):
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_a_hub_model_learns_to_call_twice_in_a_turn(kind, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     write_hub_model(tmp_path / "hub", kind)
@@ -212,7 +212,7 @@ def test_a_hub_model_learns_to_call_twice_in_a_turn(kind, template, tmp_path):
     recipe = tmp_path / "recipe"
     recipe.mkdir()
     (recipe / "pipeline.yaml").write_text("name: calls\nstages: [midtrain]\nevaluate: {samples: 0}\n")
-    stage = MIDTRAIN.format(folder=tmp_path / "hub", template=template, data=tmp_path / "talk.jsonl")
+    stage = MIDTRAIN.format(folder=tmp_path / "hub", data=tmp_path / "talk.jsonl")
     (recipe / "midtrain.yaml").write_text(stage)
     hfpipe("run", recipe, "--out", tmp_path / "run")
     folder = tmp_path / "run" / "midtrain"
