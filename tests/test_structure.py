@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfpipe.evaluation.answers import Question, answer_all
 from hfpipe.training.templates import encode_messages, encode_prompts, load_chat_template, neutralise_row
-from hfpipe.training.tokenizers import SPECIAL_TOKENS, encode_text, extend_tokenizer, train_tokenizer
+from hfpipe.training.tokenizers import SPECIAL_TOKENS, extend_tokenizer, train_tokenizer
 
-from .conftest import hfpipe, stage_json
+from .conftest import hfpipe
 
 TEXTS = ["What is 12 * 3, and 4 + 5? They are 36 and 9. The weather in Oslo is nice."] * 20
 
@@ -148,7 +149,7 @@ CALLS = st.lists(st.tuples(NAMES, ARGUMENTS), max_size=4)
 
 
 @given(text=TEXT, calls=CALLS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_a_message_says_comes_back(tokenizer, text, calls):
     # As rows are read: no text spells a control token.
     row, _ = neutralise_row({"messages": [says(text, *calls)]}, (*SPECIAL_TOKENS, "<|im_start|>", "<|im_end|>"))
@@ -203,29 +204,36 @@ def write_hub_model(folder, kind):
     tokenizer.save_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory):
+    """A run's folder with two models of the Hub that have learnt one conversation by heart."""
+    folder = tmp_path_factory.mktemp("calling")
+    (folder / "talk.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    (folder / "pipeline.yaml").write_text("name: calls\nstages: [gpt2, qwen3]\nevaluate: {samples: 0}\n")
+    for kind in ("gpt2", "qwen3"):
+        write_hub_model(folder / "hub" / kind, kind)
+        stage = MIDTRAIN.format(folder=folder / "hub" / kind, data=folder / "talk.jsonl")
+        (folder / f"{kind}.yaml").write_text(stage)
+    hfpipe("run", folder, "--out", folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
-def test_a_hub_model_learns_to_call_twice_in_a_turn(kind, tmp_path):
+def test_a_hub_model_learns_to_call_twice_in_a_turn(calling, kind):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    write_hub_model(tmp_path / "hub", kind)
-    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
-    recipe = tmp_path / "recipe"
-    recipe.mkdir()
-    (recipe / "pipeline.yaml").write_text("name: calls\nstages: [midtrain]\nevaluate: {samples: 0}\n")
-    stage = MIDTRAIN.format(folder=tmp_path / "hub", data=tmp_path / "talk.jsonl")
-    (recipe / "midtrain.yaml").write_text(stage)
-    hfpipe("run", recipe, "--out", tmp_path / "run")
-    folder = tmp_path / "run" / "midtrain"
-    assert stage_json(folder)["metrics"]["train_loss"] < 2
+    from hfpipe import load_model
 
+    folder = calling / kind
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     written = model.generate(ids, max_new_tokens=80, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.parse_response(written, prefix=ids[0]) == TALK[1]
-    assert encode_text(tokenizer, ["12"])  # plain text goes on working
 
-    done = hfpipe("chat", folder, "--prompt", QUESTION, "--json", "--max-new-tokens", 80)
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["answer"] == ANSWER
-    assert told["stopped"]
-    assert [m["content"] for m in told["messages"] if m["role"] == "tool"] == ["36", "9"]
+    answer = load_model(str(folder)).chat(QUESTION, max_new_tokens=80)
+    assert str(answer) == ANSWER
+    # The same where a scorecard's questions are asked: both calls are carried out, in their order.
+    (told,) = answer_all(model, tokenizer, [Question([user(QUESTION)])], max_new_tokens=80)
+    assert told.messages[:3] == [TALK[1], *({**m, "name": "calculator"} for m in TALK[2:4])]
+    assert told.stopped
+    assert told.text == ANSWER

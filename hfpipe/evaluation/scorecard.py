@@ -66,7 +66,7 @@ class Scorecard:
     def text_rows(self) -> list[tuple[str, dict[str, float]]]:
         """What is known of held-out text: a label, and a figure for each stage that has one."""
         rows = []
-        for domain in [None, *dict.fromkeys(name for scores in self.domains.values() for name in scores)]:
+        for domain in dict.fromkeys(name for scores in self.domains.values() for name in scores) or [None]:
             told = {s: self.domains.get(s, {}).get(domain) for s in self.stages} if domain else self.text
             for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
                 values = {stage: scores[key] for stage, scores in told.items() if scores and key in scores}
@@ -210,15 +210,17 @@ def table(card: Scorecard) -> list[str]:
     """The scorecard as lines of plain text."""
     text = card.text_rows()
     width = max([14, *map(len, card.capabilities), *(len(label) for label, _ in text)]) + 2
-    lines = [" " * width + "".join(f"{stage:>12}" for stage in card.stages)]
-    if branches := card.branches():
-        lines.append(" " * width + "".join(f"{branches.get(stage, ''):>12}" for stage in card.stages))
+    branches = card.branches()
+    column = max([10, *map(len, card.stages), *map(len, branches.values())]) + 2
+    lines = [" " * width + "".join(f"{stage:>{column}}" for stage in card.stages)]
+    if branches:
+        lines.append(" " * width + "".join(f"{branches.get(stage, ''):>{column}}" for stage in card.stages))
     for name in card.capabilities:
         shown = (card.cells.get((stage, name)) for stage in card.stages)
-        lines.append(f"{name:<{width}}" + "".join(f"{_show(cell):>12}" for cell in shown))
+        lines.append(f"{name:<{width}}" + "".join(f"{_show(cell):>{column}}" for cell in shown))
     for label, figures in text:
         values = [figures.get(stage) for stage in card.stages]
-        lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>12}" for v in values))
+        lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>{column}}" for v in values))
     lines += [OTHER_TOKENS] if card.fertility else []
     if any(cell.arrow for cell in card.cells.values()):
         lines.append("↑ ↓: changed from the stage that it starts from by more than the 95% interval of the difference")

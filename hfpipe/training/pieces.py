@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
 _PLANE = 0x20000  # each old piece is one letter, from here on, while merges are learnt
-_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_NOT_BYTES = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
 _VERSION = 1  # raise when the same text comes to give other pieces
 
 
@@ -75,7 +75,7 @@ def _checked_state(tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, 
         raise UserError(
             f"{where}: the tokenizer's model is {kind}, and only byte-pair merging (BPE) can go on. Leave it out."
         )
-    if not state["pre_tokenizer"] or any(state["model"].get(key) for key in _AFFIXES):
+    if not state["pre_tokenizer"] or any(state["model"].get(key) for key in _NOT_BYTES):
         raise UserError(
             f"{where}: this BPE does not split text into words of bytes before it merges (as GPT-2's, Llama 3's and "
             "Qwen's do): pieces would be learnt across words. Leave it out."
