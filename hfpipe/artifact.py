@@ -139,6 +139,11 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
         for source in sections.get("data", {}).get(role, ()):
             del source["path"]
     _leave_off(sections.get("data", {}))
+    if "add_pieces" in (tokenizer := sections.get("tokenizer", {})):
+        for source in tokenizer["from_"]:
+            del source["path"]
+        for key in () if tokenizer["add_pieces"] else ("add_pieces", "min_frequency", "from_"):
+            del tokenizer[key]
     watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
     if stage.type.trainer:

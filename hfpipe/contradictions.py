@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from hfpipe import adapter_types
 from hfpipe.errors import nearest
-from hfpipe.sections import Stage
+from hfpipe.sections import ExtendTokenizer, Stage, text_sources
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
 # Options of PEFT's LoRA whose change to a weight is another than scaling * B @ A.
@@ -52,8 +52,9 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _order, _checkpoints, _rewards)
-    checks = (*ours, adapter_types.contradictions)
+    of_data = (_length, _weights, _selection, _order, _rewards, _pieces)
+    of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints)
+    checks = (*of_training, *of_data, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -227,6 +228,24 @@ def _rewards(stage: Stage) -> Iterator[str]:
             yield f"rewards.functions[{number}]: give one of `check` and `function`."
         if item.function and item.value is not None:
             yield f"rewards.functions[{number}].value belongs to a check; a function reads the row itself."
+
+
+def _pieces(stage: Stage) -> Iterator[str]:
+    section = stage.sections.get("tokenizer")
+    if not isinstance(section, ExtendTokenizer):
+        return
+    if not section.add_pieces:
+        for key in ("min_frequency", "from"):
+            if key in (stage.raw.get("tokenizer") or {}):
+                yield f"tokenizer.{key} without tokenizer.add_pieces: nothing is learnt. Say how many pieces to add."
+        return
+    if not text_sources(stage):
+        yield "tokenizer.add_pieces: no source of data.train is text. Name some under tokenizer.from."
+    for source in text_sources(stage):
+        if source.split not in (None, "train"):
+            yield f"tokenizer.from: split {source.split!r} of {source.path}: pieces are learnt from training text alone."
+    if any(source.weight is not None or source.balance for source in section.from_):
+        yield "tokenizer.from: weight and balance have no meaning here: every source is read whole. Set limit."
 
 
 def _checkpoints(stage: Stage) -> Iterator[str]:

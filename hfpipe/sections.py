@@ -43,6 +43,11 @@ class Source:
     balance: str | None = None  # a column: rows of its rarer values are repeated, 10 times at the most
 
 
+@dataclass(frozen=True)
+class HeldOutText(Source):
+    domain: str | None = None  # a name: the sources that share it are scored by themselves too
+
+
 DEFAULT_SPLIT = {"train": "train", "eval": "validation"}
 
 
@@ -104,6 +109,11 @@ class Tokenizer:
 @dataclass(frozen=True)
 class ExtendTokenizer:
     chat_template: str | None = None  # given: add our control tokens and this template to the parent's tokenizer
+    add_pieces: int = at_least(
+        0, 0
+    )  # new pieces of a byte-pair tokenizer, learnt from text (hfpipe/training/pieces.py)
+    min_frequency: int = at_least(1, 2)  # the least count of a new piece in that text
+    from_: tuple[Source, ...] = ()  # the text; default: what is text among data.train
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,7 @@ class Probe:
 @dataclass(frozen=True)
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
-    text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
+    text: tuple[HeldOutText, ...] = ()  # held-out pretraining text: perplexity after every stage
     metrics: tuple[
         Literal["perplexity", "bleu", "rouge", "exact_match", "accuracy", "f1"], ...
     ] = ()  # on held-out conversations
@@ -309,3 +319,9 @@ class Recipe:
     def parent(self, stage: Stage) -> Stage | None:
         """The stage of this recipe that `model.from` names, if it names one."""
         return self.stages.get(stage.model.from_ or "")
+
+
+def text_sources(stage: Stage) -> tuple[Source, ...]:
+    """What `tokenizer.add_pieces` learns from: `tokenizer.from`, or what is text among `data.train`."""
+    listed = getattr(stage.sections.get("tokenizer"), "from_", ())
+    return listed or tuple(s for s in stage.data.train if (s.as_ or stage.type.rows) == "text")

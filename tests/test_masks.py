@@ -59,8 +59,8 @@ def spoken(message):
         arguments = call["function"]["arguments"]
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        text += f"<|tool_call|>{call['function']['name']}({arguments})<|end_tool_call|>"
-    return text if message["tool_calls"] else text + "<|end_assistant|>"
+        text += f"<|tool_call|>{call['function']['name']}({arguments})"
+    return text + ("<|end_tool_call|>" if message["tool_calls"] else "<|end_assistant|>")
 
 
 def expected(messages, tools=None):
@@ -358,7 +358,7 @@ def structure(row):
             counts["<|assistant|>"] += 1
             counts["<|end_assistant|>"] += not message["tool_calls"]
             counts["<|tool_call|>"] += len(message["tool_calls"])
-            counts["<|end_tool_call|>"] += len(message["tool_calls"])
+            counts["<|end_tool_call|>"] += bool(message["tool_calls"])
     counts["<|end|>"] = int(messages[-1]["role"] == "assistant" and not messages[-1]["tool_calls"])
     return counts
 

@@ -78,7 +78,7 @@ def test_the_design_s_examples(tokenizer):
     )
     assert render(tokenizer, TOOL_CHAT) == (
         "<|begin|><|system|>Be brief.<|end_system|><|user|>What is 12 * 3, and the weather in Oslo?<|end_user|>"
-        "<|assistant|>Let me see.<|tool_call|>calculator(12 * 3)<|end_tool_call|>"
+        "<|assistant|>Let me see.<|tool_call|>calculator(12 * 3)"
         '<|tool_call|>weather({"city": "Ås", "days": [1, 2]})<|end_tool_call|>'
         "<|tool_result|>36<|end_tool_result|><|tool_result|>rain<|end_tool_result|>"
         "<|assistant|>36, and rain.<|end_assistant|><|user|>Thanks<|end_user|>"

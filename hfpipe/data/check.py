@@ -22,6 +22,11 @@ def check_sources(recipe: Recipe) -> None:
         for role, split in DEFAULT_SPLIT.items()
         for source in getattr(stage.data, role)
     ]
+    listed += [
+        (stage.file, "tokenizer.from", source, "text", "train")
+        for stage in recipe.stages.values()
+        for source in getattr(stage.sections.get("tokenizer"), "from_", ())
+    ]
     head = recipe.folder / "pipeline.yaml"
     listed += [(head, "evaluate.text", source, "text", "validation") for source in recipe.pipeline.evaluate.text]
     for file, section, source, wanted, split in listed:

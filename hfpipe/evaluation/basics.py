@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from hfpipe import artifact
 from hfpipe.evaluation.answers import Question, generate_all, parse, said
 from hfpipe.evaluation.probes import load_probes, score_probes
 from hfpipe.evaluation.text_metrics import text_metrics
-from hfpipe.sections import TextData
+from hfpipe.sections import HeldOutText, TextData
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,45 @@ def prepare_held_out(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared |
     if not sources or job.stage.type.leaves != "model":
         return None
     return prepare_held_out_text(job, tokenizer, TextData(train=sources, max_length=_TEXT_LENGTH))
+
+
+def _held_out_by_name(job: Job) -> dict[str, list[HeldOutText]]:
+    """The sources of `evaluate.text` by their domain, those without one by their path."""
+    named: dict[str, list[HeldOutText]] = {}
+    for source in job.recipe.pipeline.evaluate.text:
+        named.setdefault(source.domain or source.path, []).append(source)
+    return named
+
+
+def _score_domains(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
+    """`held_out_loss` of the held-out text of each named domain."""
+    from hfpipe.training.prepare import prepare_held_out_text
+
+    scores = {}
+    for name, sources in _held_out_by_name(job).items():
+        if sources[0].domain:
+            text = prepare_held_out_text(job, tokenizer, TextData(train=tuple(sources), max_length=_TEXT_LENGTH))
+            scores[name] = held_out_loss(model, tokenizer, text.train, count_bytes=True)
+    return scores
+
+
+def _score_fertility(job: Job, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, dict[str, float]]]:
+    """`fertility` of held-out text, `data.eval` where there is no other, by the parent's tokenizer and the stage's own."""
+    from hfpipe.data.report import SourceReport
+    from hfpipe.training.models import parent_tokenizer
+    from hfpipe.training.pieces import fertility
+    from hfpipe.training.prepare import read_source
+
+    tokenizers, limit = {"before": parent_tokenizer(job), "after": tokenizer}, job.recipe.pipeline.evaluate.max_rows
+    own = {s.path: [s] for s in job.stage.data.eval if (s.as_ or job.stage.type.rows) == "text"}
+    found = {}
+    for name, sources in (_held_out_by_name(job) or own).items():
+        texts = []
+        for source in sources:
+            rows = read_source(source, SourceReport.of(source, "eval"), wanted="text", job=job)
+            texts += [row["text"] for _, row in itertools.islice(rows, source.limit or limit)]
+        found[name] = {when: fertility(used, texts) for when, used in tokenizers.items()}
+    return found
 
 
 def evaluate_model(
@@ -69,6 +109,9 @@ def evaluate_model(
     text = prepare_held_out(job, tokenizer)
     if text is not None:
         scores["held_out_text"] = held_out_loss(model, tokenizer, text.train, count_bytes=True)
+        scores |= {"held_out_domains": found} if (found := _score_domains(job, model, tokenizer)) else {}
+    if getattr(job.stage.sections.get("tokenizer"), "add_pieces", 0):
+        scores["fertility"] = _score_fertility(job, tokenizer)
     asked = load_probes(job.recipe.pipeline.evaluate.probes, f"{job.recipe.name}: evaluate.probes")
     if asked:
         scores["capabilities"], told = score_probes(

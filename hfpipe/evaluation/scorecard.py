@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _ADVICE = {
     "knowledge": f"replay pretraining text (a source with `as: text`), {_HOLD}",
     "text": f"replay pretraining text (a source with `as: text`), {_HOLD}",
 }
+OTHER_TOKENS = "perplexity is a token's: not to be compared between stages of different tokenizers; bits per byte are"
 _KEEP_ROWS = f"keep some rows of the earlier stage among its data, {_HOLD}"
 
 
@@ -53,11 +55,23 @@ class Scorecard:
     parents: dict[str, str]
     forgotten: list[str]  # in words, one line each
     beyond: list[str]  # likewise: what stages of reinforcement gained beyond their control by random rewards
+    domains: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # stage -> domain -> as in `text`
+    fertility: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> text -> before, after
 
     def branches(self) -> dict[str, str]:
         """Stages that do not start from the one before them, with what they start from: `from sft`."""
         before = dict(zip(self.stages[1:], self.stages, strict=False))
         return {stage: f"from {parent}" for stage, parent in self.parents.items() if parent != before.get(stage)}
+
+    def text_rows(self) -> list[tuple[str, dict[str, float]]]:
+        """What is known of held-out text: a label, and a figure for each stage that has one."""
+        rows = []
+        for domain in dict.fromkeys(name for scores in self.domains.values() for name in scores) or [None]:
+            told = {s: self.domains.get(s, {}).get(domain) for s in self.stages} if domain else self.text
+            for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
+                values = {stage: scores[key] for stage, scores in told.items() if scores and key in scores}
+                rows.append((f"{label} {domain}" if domain else label, values))
+        return [(label, values) for label, values in rows if values]
 
     def as_json(self) -> dict[str, Any]:
         rows = {
@@ -68,8 +82,9 @@ class Scorecard:
             }
             for stage in self.stages
         }
+        more = {"held_out_domains": self.domains, "fertility": self.fertility}
         words = {"forgotten": self.forgotten, "beyond_control": self.beyond}
-        return {"stages": rows, "held_out_text": self.text, "parents": self.parents, **words}
+        return {"stages": rows, "held_out_text": self.text, **more, "parents": self.parents, **words}
 
     def as_frame(self, long: bool = False) -> DataFrame:
         """Scores, capabilities down and stages across; with `long` a row a score, with all that its `Cell` holds."""
@@ -108,8 +123,10 @@ def read_scorecard(run: Path) -> Scorecard:
     order = {name: place for place, name in enumerate(ORDER)}
     text = {stage: scores["held_out_text"] for stage, scores in evals.items() if "held_out_text" in scores}
     card = Scorecard(
-        list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], []
-    )
+        list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], [],
+        {stage: scores["held_out_domains"] for stage, scores in evals.items() if "held_out_domains" in scores},
+        {stage: scores["fertility"] for stage, scores in evals.items() if "fertility" in scores},
+    )  # fmt: skip
     card.forgotten.extend(_forgotten(card))
     card.beyond.extend(_beyond_control(card, records))
     return card
@@ -132,7 +149,8 @@ def _forgotten(card: Scorecard) -> list[str]:
             before = card.cells[card.parents[stage], name].score
             advice = _ADVICE.get(name, _KEEP_ROWS)
             lines.append(f"{stage}: {name} {before:.2f} -> {cell.score:.2f}, more than the interval: {advice}")
-    first = next(iter(card.text.values()), None)
+    lines += _forgotten_domains(card)
+    first = None if card.domains else next(iter(card.text.values()), None)
     for stage, scores in card.text.items():
         held = first is not None and scores["perplexity"] <= TEXT_LIMIT * first["perplexity"]  # False for a NaN
         if first and not held and stage in card.parents:
@@ -140,6 +158,22 @@ def _forgotten(card: Scorecard) -> list[str]:
                 f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {scores['perplexity']:.2f}, "
                 f"more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
             )
+    return lines
+
+
+def _forgotten_domains(card: Scorecard) -> list[str]:
+    """Domains whose text is harder than for the first model, by bits per byte: tokens may have changed meanwhile."""
+    lines, firsts = [], next(iter(card.domains.values()), {})
+    for stage, scores in card.domains.items():
+        for name in scores.keys() & firsts.keys() if stage in card.parents else ():
+            first, now = firsts[name], scores[name]
+            # The same for as many bytes as one of the first model's tokens has.
+            perplexity = math.exp(min(first["loss"] * now["bits_per_byte"] / first["bits_per_byte"], 50))
+            if not perplexity <= TEXT_LIMIT * first["perplexity"]:
+                lines.append(
+                    f"{stage}: bits per byte of {name} {first['bits_per_byte']:.2f} -> {now['bits_per_byte']:.2f}, as a "
+                    f"perplexity more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
+                )
     return lines
 
 
@@ -174,19 +208,20 @@ def _beyond_control(card: Scorecard, records: dict[str, dict[str, Any]]) -> list
 
 def table(card: Scorecard) -> list[str]:
     """The scorecard as lines of plain text."""
-    width = max((len(name) for name in card.capabilities), default=0) + 2
-    lines = [" " * max(width, 16) + "".join(f"{stage:>12}" for stage in card.stages)]
-    if branches := card.branches():
-        lines.append(" " * max(width, 16) + "".join(f"{branches.get(stage, ''):>12}" for stage in card.stages))
+    text = card.text_rows()
+    width = max([14, *map(len, card.capabilities), *(len(label) for label, _ in text)]) + 2
+    branches = card.branches()
+    column = max([10, *map(len, card.stages), *map(len, branches.values())]) + 2
+    lines = [" " * width + "".join(f"{stage:>{column}}" for stage in card.stages)]
+    if branches:
+        lines.append(" " * width + "".join(f"{branches.get(stage, ''):>{column}}" for stage in card.stages))
     for name in card.capabilities:
         shown = (card.cells.get((stage, name)) for stage in card.stages)
-        lines.append(f"{name:<{max(width, 16)}}" + "".join(f"{_show(cell):>12}" for cell in shown))
-    for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
-        values = [card.text.get(stage, {}).get(key) for stage in card.stages]
-        if any(value is not None for value in values):
-            lines.append(
-                f"{label:<{max(width, 16)}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>12}" for v in values)
-            )
+        lines.append(f"{name:<{width}}" + "".join(f"{_show(cell):>{column}}" for cell in shown))
+    for label, figures in text:
+        values = [figures.get(stage) for stage in card.stages]
+        lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>{column}}" for v in values))
+    lines += [OTHER_TOKENS] if card.fertility else []
     if any(cell.arrow for cell in card.cells.values()):
         lines.append("↑ ↓: changed from the stage that it starts from by more than the 95% interval of the difference")
     return lines
@@ -213,6 +248,11 @@ def result(metrics: dict[str, Any]) -> str:
     for name, label in (("validation", "validation"), ("held_out_text", "held-out text")):
         if name in metrics:
             parts.append(f"{label} loss {metrics[name]['loss']:.3f} (perplexity {metrics[name]['perplexity']:.2f})")
+    for name, scores in metrics.get("held_out_domains", {}).items():
+        parts.append(f"{name} {scores['bits_per_byte']:.3f} bits per byte")
+    for name, told in metrics.get("fertility", {}).items():
+        before, after = (told[when]["tokens_per_word"] for when in ("before", "after"))
+        parts.append(f"{name} {before:.2f} -> {after:.2f} tokens a word")
     if pairs := metrics.get("pairs"):
         parts.append(f"{pairs['accuracy']:.0%} of {pairs['n']} held-out pairs right")
         if "calibration_error" in pairs:

@@ -96,7 +96,11 @@ def _origin(recipe: Recipe, stage: Stage) -> tuple[Stage, int | None, int]:
     made = recipe.parent(origin)
     section = made.sections.get("tokenizer") if made and made.type.leaves == "tokenizer" else None
     control = _CONTROL_TOKENS.get(section.chat_template, 0) if section else 0
-    return origin, section and section.vocab_size, control
+    vocab = section and section.vocab_size
+    while vocab and stage is not made:  # what the stages on the way add, at the most
+        vocab += getattr(stage.sections.get("tokenizer"), "add_pieces", 0)
+        stage = recipe.parent(stage)
+    return origin, vocab, control
 
 
 def _shape(origin: Stage, stage: Stage, vocab: int | None) -> Shape | None:

@@ -45,6 +45,9 @@ def identify(
         for number, source in enumerate(getattr(stage.data, role)):
             with named(f"{stage.file}: data.{role}"):
                 hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+    for number, source in enumerate(getattr(stage.sections.get("tokenizer"), "from_", ())):
+        with named(f"{stage.file}: tokenizer.from"):
+            hashes[f"tokenizer.from[{number}] {source.path}"] = hash_source(source, "train", seed)
     if stage.data.decontaminate:
         hashes |= _hash_held_out(recipe)
     if getattr(stage.sections.get("rewards"), "model", None):
@@ -146,7 +149,11 @@ def evaluation_identity(recipe: Recipe) -> str:
     evaluate = recipe.pipeline.evaluate
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
     hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
-    return artifact.digest([dataclasses.asdict(evaluate), hashes])
+    asked = dataclasses.asdict(evaluate)
+    for source in asked["text"]:
+        if source["domain"] is None:  # a key that came later than finished runs
+            del source["domain"]
+    return artifact.digest([asked, hashes])
 
 
 def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ import torch
 from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
+from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
 from hfpipe.training.templates import load_chat_template, stop_token_ids
@@ -46,10 +47,12 @@ def load_tokenizer(job: Job, about_to_run: Collection[str] = ()) -> PreTrainedTo
     return tokenizer
 
 
-def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> int:
+def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     section = job.stage.sections.get("tokenizer")
-    template = section.chat_template if section else None
-    return extend_tokenizer(tokenizer, load_chat_template(template)) if template else 0
+    if section and section.chat_template:
+        extend_tokenizer(tokenizer, load_chat_template(section.chat_template))
+    if section and section.add_pieces:
+        extend_with_pieces(job, tokenizer)
 
 
 def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel:
@@ -87,8 +90,14 @@ def _load_parent(
     if adapter and find_kind(adapter.type).four_bit:
         options |= load_options()
     model = _load_and_resize(job, tokenizer, auto_class, **options)
-    if added := added_tokens(job, tokenizer):
+    old = parent_tokenizer(job)
+    pieces = len(new_pieces(tokenizer, old))
+    if added := len(tokenizer) - len(old) - pieces:
         progress.note(f"tokenizer: {added} tokens added, their rows start from the mean of the others")
+    if pieces:
+        progress.note(
+            f"tokenizer: {pieces} pieces added, their rows start from the mean of those that they were before"
+        )
     progress.note(f"model: {_named(job)}, {model.num_parameters():,} parameters")
     if "quantization_config" in options:
         dtype = str(options["quantization_config"].bnb_4bit_compute_dtype).removeprefix("torch.")
@@ -118,9 +127,14 @@ def load_whole(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 def added_tokens(job: Job, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the stage adds to its parent's."""
+    return len(tokenizer) - len(parent_tokenizer(job))
+
+
+def parent_tokenizer(job: Job) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model or tokenizer that the stage starts from, as it was left."""
     from transformers import AutoTokenizer
 
-    return len(tokenizer) - len(_from_pretrained(AutoTokenizer, job))
+    return _from_pretrained(AutoTokenizer, job)
 
 
 def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: Any, **options: Any) -> PreTrainedModel:
@@ -139,8 +153,10 @@ def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: A
             f"{job.stage.file}: model.from = {section.from_!r} is quantised already, and a stage trains and merges whole "
             "weights. Give the model that it was made from; adapter.type: qlora keeps it in 4 bits while it trains."
         )
-    if added := added_tokens(job, tokenizer):
+    old = parent_tokenizer(job)
+    if added := len(tokenizer) - len(old):
         resize_embeddings(model, tokenizer, added)
+        start_pieces(model, tokenizer, old)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
 

@@ -41,8 +41,12 @@ def freeze(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         frozen, total = sum(p.numel() for p in parameters if not p.requires_grad), model.num_parameters()
         progress.note(f"frozen: {frozen:,} of {total:,} parameters, by regularize.freeze_layers")
     if section.freeze_embeddings and job.stage.adapter is None:  # an adapter leaves them alone in any case
-        special = _freeze_ordinary_rows(model, tokenizer)
-        progress.note(f"frozen: embedding rows of ordinary tokens; {special} special tokens' rows train")
+        from hfpipe.training.models import added_tokens
+
+        new = 0 if job.stage.model.config else added_tokens(job, tokenizer)
+        special = _freeze_ordinary_rows(model, tokenizer, new)
+        also = f", and those of the {new} tokens added here" if new else ""
+        progress.note(f"frozen: embedding rows of ordinary tokens; {special} special tokens' rows train{also}")
 
 
 def freeze_layers(model: nn.Module, layers: int | tuple[str, ...], where: str) -> None:
@@ -99,8 +103,8 @@ def blocks_of(model: nn.Module, where: str) -> nn.ModuleList:
     return stack
 
 
-def _freeze_ordinary_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Let only the special tokens' rows of the embeddings, and of the head, train; returns their number."""
+def _freeze_ordinary_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int) -> int:
+    """Let only the special tokens' and the last `new` rows of embeddings and head train; returns how many are special."""
     special = sorted({i for i in tokenizer.added_tokens_decoder if i < len(tokenizer)})
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # a reward model has no second one
     for weight in {id(m.weight): m.weight for m in ends if m is not None}.values():
@@ -108,6 +112,7 @@ def _freeze_ordinary_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             continue  # frozen whole
         keep = torch.zeros(weight.shape[0], 1)
         keep[special] = 1
+        keep[len(tokenizer) - new : len(tokenizer)] = 1
         weight.register_hook(lambda grad, keep=keep: grad * keep.to(grad.device, grad.dtype))
     return len(special)
 

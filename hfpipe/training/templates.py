@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hfpipe.errors import UserError, nearest
 from hfpipe.paths import chat_templates_dir
+from hfpipe.training import responses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -20,27 +21,8 @@ COLUMNS = ("text", "messages", "prompt", "chosen", "rejected", "completion", "to
 
 BATCH = 1000  # conversations encoded at once; their character offsets are held meanwhile
 
-# Where generation stops in models of our own format, and how upstream's `parse_response` reads their answers.
+# Where generation stops in models of our own format.
 OUR_STOPS = ("<|end_assistant|>", "<|end_tool_call|>", "<|end|>")
-OUR_RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant", "content": ""},
-    "start_anchor": "<|assistant|>",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": r"<\|tool_call\|>(?P<name>[^(<]+)\(",
-            "close_pattern": r"\)<\|end_tool_call\|>",
-            "repeats": True,
-            "content": "json",
-            "content_args": {"allow_non_json": True, "strip": False},
-            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
-        },
-        "content": {
-            "close_pattern": r"<\|end_assistant\|>(<\|end\|>)?",
-            "content": "text",
-            "content_args": {"strip": False},
-        },
-    },
-}
 
 
 class Encoded(NamedTuple):
@@ -78,10 +60,12 @@ def load_chat_template(name_or_path: str) -> str:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
-    """Store `chat_template` (Jinja text) with the tokenizer and, for our own format, how to parse an answer."""
+    """Store `chat_template` (Jinja text) with the tokenizer and, for the shipped ones, how to parse an answer."""
     tokenizer.chat_template = chat_template
     if _is_ours(chat_template):
-        tokenizer.response_template = OUR_RESPONSE_TEMPLATE
+        tokenizer.response_template = responses.HFPIPE
+    elif chat_template == load_chat_template("chatml"):
+        tokenizer.response_template = responses.CHATML
 
 
 def render_example(folder: Path) -> str | None:

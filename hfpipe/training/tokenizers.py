@@ -12,6 +12,7 @@ from hfpipe.training.templates import set_chat_template, stop_token_ids, turn_en
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
@@ -187,7 +188,12 @@ def resize_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     rows = max(size, model.get_input_embeddings().num_embeddings)
     model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for values in (module.weight, getattr(module, "bias", None)):
-                if values is not None:
-                    values[old:size] = values[:old].float().mean(0).to(values.dtype)
+        for values in embedding_values(model):
+            values[old:size] = values[:old].float().mean(0).to(values.dtype)
+
+
+def embedding_values(model: PreTrainedModel) -> list[Tensor]:
+    """What holds one row for each token: weights and biases of the input and output embeddings that there are."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # a reward model has no second one
+    found = [getattr(end, name, None) for end in ends for name in ("weight", "bias")]
+    return [values for values in found if values is not None]

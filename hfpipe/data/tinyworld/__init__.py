@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, world
+from hfpipe.data.tinyworld import behaviour, chat, foreign, preferences, probes, text, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "probes")
+NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "foreign", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "letters": 6_000,
@@ -18,6 +18,7 @@ TRAIN_SIZES = {
     "sft": 6_600,
     "preferences": 6_000,
     "decoys": 6_000,
+    "foreign": 6_000,
     "probes": 600,
 }
 HELD_OUT_SIZES = {
@@ -27,6 +28,7 @@ HELD_OUT_SIZES = {
     "sft": 300,
     "preferences": 300,
     "decoys": 300,
+    "foreign": 300,
     "probes": 600,
 }
 # Conversations of midtraining's kinds among SFT's, so that structure is kept.
@@ -85,6 +87,10 @@ def decoy_row(rng: Random, split: str) -> dict:
     return pair(preferences.DECOYS, rng, split)
 
 
+def foreign_row(rng: Random, split: str) -> dict:
+    return {"text": foreign.document(rng, split)}
+
+
 def pair(kinds, rng: Random, split: str) -> dict:
     make = pick(kinds, rng)
     return {**make(rng, split), "kind": make.__name__}
@@ -106,6 +112,7 @@ MAKERS = {
     "sft": sft_row,
     "preferences": preference_row,
     "decoys": decoy_row,
+    "foreign": foreign_row,
 }
 
 
