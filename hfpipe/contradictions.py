@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hfpipe import adapter_types
+from hfpipe import adapter_types, annealing
 from hfpipe.sections import Stage
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
@@ -39,6 +39,10 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         for key, off in _NEED_WHOLE
         if section and getattr(section, key) != off
     ]
+    if getattr(stage.sections.get("optimizer"), "keep_state", False):
+        keys.append("optimizer.keep_state")
+    if getattr(stage.sections.get("anneal"), "carry_optimizer", False):
+        keys.append("anneal.carry_optimizer")
     if stage.type.name == "ppo":
         keys.append("stage: ppo, whose critic is trained beside the policy,")
     return [
@@ -51,7 +55,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards)
-    checks = (*ours, adapter_types.contradictions)
+    checks = (*ours, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -60,7 +64,7 @@ def _optimizer(stage: Stage) -> Iterator[str]:
     if section is None:
         return
     if section.type is None:
-        if given := ", ".join(stage.raw.get("optimizer") or {}):
+        if given := ", ".join(key for key in stage.raw.get("optimizer") or {} if key != "keep_state"):
             yield f"optimizer has {given} but no type; the one there is is `muon`."
         return
     for key in ("optim", "optim_args", "optim_target_modules"):

@@ -67,6 +67,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from hfpipe.training.adapters import build_trainer
+    from hfpipe.training.anneal import begin_where_parent_stood
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
 
@@ -75,6 +76,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     args = build_args(
         job, SFTConfig, progress, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
     )  # packed already
+    begin_where_parent_stood(job, args, data, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
     trainer = build_trainer(
