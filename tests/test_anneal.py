@@ -43,6 +43,7 @@ def sources(web: float, rows: int) -> str:
 
 
 SMALL = [
+    "pretrain.trainer.warmup_steps=40",
     "tokenizer.tokenizer.vocab_size=384",
     "pretrain.model.config.hidden_size=32",
     "pretrain.model.config.num_hidden_layers=1",
@@ -54,7 +55,7 @@ SMALL = [
     "anneal.trainer.lr_scheduler_kwargs={decay_type: 1-sqrt}",
 ]
 for name in ("pretrain", *BRANCHES):
-    SMALL += [f"{name}.data.max_length=64", f"{name}.data.batch_tokens=512", f"{name}.trainer.logging_steps=1"]
+    SMALL += [f"{name}.data.max_length=64", f"{name}.data.batch_tokens=128", f"{name}.trainer.logging_steps=1"]
 for name, web in zip(BRANCHES, (0.2, 0.8, 0.2, 0.8), strict=True):
     SMALL.append(f"{name}.data.train={sources(web, 150)}")
 
@@ -70,7 +71,7 @@ def run(tmp_path_factory):
 def test_steps_are_a_share_of_the_parents_tokens(run):
     folder, told = run
     parent = stage_json(folder / "pretrain")["metrics"]
-    assert parent["steps"] > 50
+    assert parent["steps"] > 500
     for name in BRANCHES:
         metrics = stage_json(folder / name)["metrics"]
         step = metrics["tokens"] / metrics["steps"]
@@ -99,7 +100,8 @@ def test_rates_go_from_the_parents_last_to_zero(run):
 def test_both_halves_of_annealing_help_on_held_out_quality_text(run):
     folder, _ = run
     loss = {name: stage_json(folder / name)["metrics"]["held_out_text"]["loss"] for name in ("pretrain", *BRANCHES)}
-    assert loss["anneal"] < min(loss["only_quality"], loss["only_decay"]) < loss["neither"], loss
+    assert loss["anneal"] < min(loss["only_quality"], loss["only_decay"])
+    assert max(loss["only_quality"], loss["only_decay"]) < loss["neither"] < loss["pretrain"]
 
 
 def test_state_is_kept_beside_the_weights_and_never_published(run):
