@@ -61,7 +61,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--real", nargs=2, metavar=("WEB", "QUALITY"), help="files of text")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--short", action="store_true", help="a few small steps: to see that it works")
+    parser.add_argument(
+        "--short", action="store_true", help="60 small steps: to see that it runs; its figures say nothing"
+    )
     options = parser.parse_args()
     kinds = {"tinyworld": []}
     if options.real:
