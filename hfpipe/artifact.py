@@ -144,6 +144,10 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
             del source["path"]
         for key in () if tokenizer["add_pieces"] else ("add_pieces", "min_frequency", "from_"):
             del tokenizer[key]
+    if not sections.get("anneal", {}).get("share"):
+        sections.pop("anneal", None)
+    if not sections.get("optimizer", {}).get("keep_state"):
+        sections.get("optimizer", {}).pop("keep_state", None)
     watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
     if stage.type.trainer:

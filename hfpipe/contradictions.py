@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from hfpipe import adapter_types
+from hfpipe import adapter_types, annealing
 from hfpipe.errors import nearest
 from hfpipe.sections import ExtendTokenizer, Stage, text_sources
 
@@ -41,6 +41,10 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         for key, off in _NEED_WHOLE
         if section and getattr(section, key) != off
     ]
+    if getattr(stage.sections.get("optimizer"), "keep_state", False):
+        keys.append("optimizer.keep_state")
+    if getattr(stage.sections.get("anneal"), "carry_optimizer", False):
+        keys.append("anneal.carry_optimizer")
     if stage.type.name == "ppo":
         keys.append("stage: ppo, whose critic is trained beside the policy,")
     return [
@@ -54,7 +58,7 @@ def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     of_data = (_length, _weights, _selection, _order, _rewards, _pieces)
     of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints)
-    checks = (*of_training, *of_data, adapter_types.contradictions)
+    checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
 
@@ -63,7 +67,7 @@ def _optimizer(stage: Stage) -> Iterator[str]:
     if section is None:
         return
     if section.type is None:
-        if given := ", ".join(stage.raw.get("optimizer") or {}):
+        if given := ", ".join(key for key in stage.raw.get("optimizer") or {} if key != "keep_state"):
             yield f"optimizer has {given} but no type; the one there is is `muon`."
         return
     for key in ("optim", "optim_args", "optim_target_modules"):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from hfpipe.adapter_types import check_lineage
+from hfpipe.annealing import check_parent
 from hfpipe.errors import nearest
 from hfpipe.sections import Stage
 
@@ -16,7 +17,8 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
         if "model" not in stage.sections:
             continue
         _check_rewards_from(listed, name, stages, problems)
-        problems += (f"{stage.file}: {problem}" for problem in check_lineage(stages, stage))
+        told = (*check_lineage(stages, stage), *check_parent(stages, stage))
+        problems += (f"{stage.file}: {problem}" for problem in told)
         source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
         if source is None:
             if stage.type.parents:

@@ -126,6 +126,15 @@ class Optimizer:
     nesterov: bool = True
     weight_decay: float = at_least(0, 0.0)
     ns_steps: int = at_least(1, 5)
+    keep_state: bool = False  # beside the weights, for a stage with anneal.carry_optimizer; never published
+
+
+@dataclass(frozen=True)
+class Anneal:
+    """Go on from the learning rate at which the parent's schedule stood, to zero by `trainer.lr_scheduler_type`."""
+
+    share: float | None = above(0, None, at_most=1)  # of the tokens that the parent has trained on: sets the steps
+    carry_optimizer: bool = False  # begin with the parent's optimizer state
 
 
 @dataclass(frozen=True)

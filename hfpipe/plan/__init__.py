@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.adapter_types import describe
+from hfpipe.annealing import anneals, schedule_of
 from hfpipe.plan.advice import advise
 from hfpipe.plan.devices import Devices
 from hfpipe.plan.ordering import describe_order
@@ -53,11 +54,12 @@ def _lines(stage: Stage, quote: Quote) -> list[str]:
             told += f"; {quantity(quote.trained.count(shape))} train"
         lines.append(told)
     unit = "completions" if stage.type.rows == "prompt" else "pairs" if stage.type.rows == "preference" else "rows"
-    rate = stage.trainer.get("learning_rate")
+    rate = stage.trainer.get("learning_rate") or "of upstream"
+    if annealing := anneals(stage):
+        rate = f"from where that of {stage.model.from_} stood, {schedule_of(stage)[0]}"
+        lines.append(f"anneal: {annealing.share:.3g} of the tokens that {stage.model.from_} trains on")
     parts = [f"{about}{work.steps:,} steps" if work.steps else "steps unknown"]
-    parts[0] += (
-        f" of {work.rows_per_step} {unit}, at most {work.length} tokens each; learning_rate {rate or 'of upstream'}"
-    )
+    parts[0] += f" of {work.rows_per_step} {unit}, at most {work.length} tokens each; learning_rate {rate}"
     if work.tokens:
         parts.append(f"{about}{quantity(work.tokens)} tokens")
     if quote.flops:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from hfpipe.annealing import anneals
 from hfpipe.plan.quote import Quote
 from hfpipe.plan.scaling import TOKENS_PER_PARAMETER
 from hfpipe.plan.workload import option
@@ -71,7 +72,7 @@ def _whole_rate(stage: Stage) -> float | None:
 
 def _rate(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     rate, shares = _whole_rate(stage), _RATES.get(stage.type.name)
-    if quote.shape is None or shares is None or not rate:
+    if quote.shape is None or shares is None or not rate or anneals(stage):
         return
     times = 10 if stage.adapter else 1
     low, high = (usual_peak(quote.shape.total) * share * times for share in shares)
@@ -89,7 +90,7 @@ def _rate(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
 
 def _order(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     parent = recipe.parent(stage)
-    if parent is None or parent.type.trainer is None:
+    if parent is None or parent.type.trainer is None or anneals(stage) or anneals(parent):
         return
     rate, before = _whole_rate(stage), _whole_rate(parent)
     if rate and before and rate > before:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact, upstream
+from hfpipe.annealing import anneals
 from hfpipe.data.size import Size, estimate_size
 from hfpipe.plan.costs import stage_flops, stage_seconds
 from hfpipe.plan.devices import Devices, find_devices
@@ -60,7 +61,7 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
 
     seed = recipe.pipeline.seed
     sizes = tuple(estimate_size(s, s.as_ or stage.type.rows, "train", seed) for s in stage.data.train)
-    work = plan_work(stage, ranks, bytes_per_token, sizes)
+    work = plan_work(stage, ranks, bytes_per_token, sizes, _parent_tokens(recipe, stage, run, devices))
     trained = shape and read_trained(shape, stage.sections.get("regularize"), stage.adapter, control)
     dtype = _dtype(stage, devices)
     sharding = _sharding(recipe)
@@ -82,6 +83,8 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     seconds = stage_seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
     saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
     disk = disk_bytes(shape, trained, setting.optimizer, saved)
+    if getattr(stage.sections.get("optimizer"), "keep_state", False):
+        disk += memory.optimizer
     return Quote(*known, costs, seconds, memory, largest, disk, bytes_per_token, sizes, tuple(unknown))
 
 
@@ -117,6 +120,18 @@ def _bytes_per_token(recipe: Recipe, stage: Stage, run: Path | None) -> float | 
         stage = parent
     record = run and artifact.read_record(run / stage.name / artifact.STAGE_FILE)
     return (record or {}).get("metrics", {}).get("bytes_per_token")
+
+
+def _parent_tokens(recipe: Recipe, stage: Stage, run: Path | None, devices: Devices) -> float | None:
+    """What the parent of an annealing has trained on, by its record, or would, by its own quote."""
+    if anneals(stage) is None:
+        return None
+    parent = recipe.parent(stage)
+    folder = Path(stage.model.from_ or "").expanduser() if parent is None else run and run / parent.name
+    record = (artifact.read_record(folder / artifact.STAGE_FILE) if folder else None) or {}
+    if record.get("metrics", {}).get("tokens") and (parent is None or record.get("written") == parent.raw):
+        return record["metrics"]["tokens"]
+    return quote_stage(recipe, parent, run, devices).work.tokens if parent else None
 
 
 # --- how it is trained ---

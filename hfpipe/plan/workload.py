@@ -9,6 +9,7 @@ from typing import Any
 
 from hfpipe import upstream
 from hfpipe.adapter_types import checkpointing_off
+from hfpipe.annealing import annealing_steps, anneals
 from hfpipe.data.size import Size
 from hfpipe.sections import Stage
 
@@ -77,20 +78,28 @@ def rows_of_pass(stage: Stage, ranks: int) -> tuple[int, int]:
     return per_device, accumulation
 
 
-def plan_work(stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[Size]) -> Work:
+def plan_work(
+    stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[Size], parent_tokens: float | None = None
+) -> Work:
     """Rows, tokens and steps of a stage.
 
     Args:
         ranks: devices that share a step.
         bytes_per_token: of the tokenizer, to reckon tokens with.
         sizes: what is known of each training source.
+        parent_tokens: that the stage's parent trains on, of which an annealing takes its share.
     """
     length = row_length(stage)
     per_device, accumulation = rows_of_pass(stage, ranks)
     together = per_device * accumulation * ranks
     given = option(stage, "max_steps") or -1
-    epochs = None if given > 0 else option(stage, "num_train_epochs")
     rows, mean, why = _rows(stage, sizes, length, bytes_per_token)
+    annealing, exact = anneals(stage), given > 0
+    if annealing and parent_tokens and mean:
+        given = annealing_steps(annealing.share, parent_tokens, together * mean)
+    elif annealing:
+        rows, why = None, why or f"the tokens that {stage.model.from_} has trained on are not known yet"
+    epochs = None if given > 0 else option(stage, "num_train_epochs")
     per_epoch = rows
     if rows and stage.type.rows == "prompt":
         per_epoch = rows * (option(stage, "num_generations") or 1) * (option(stage, "num_iterations") or 1)
@@ -113,7 +122,7 @@ def plan_work(stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[
         rows=rows,
         tokens=tokens,
         places=places,
-        exact=given > 0,
+        exact=exact,
         why=why,
     )
 

@@ -10,9 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 
+from hfpipe.sections import Anneal
 from hfpipe.stages import sft
 
-TYPE = dataclasses.replace(sft.TYPE, name="midtrain", teaches="structure: roles, turns, tools, formats")
+TYPE = dataclasses.replace(
+    sft.TYPE,
+    name="midtrain",
+    teaches="structure: roles, turns, tools, formats",
+    sections={**sft.TYPE.sections, "anneal": Anneal},
+)
 
 prepare = sft.prepare
 train = sft.train

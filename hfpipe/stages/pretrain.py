@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.sections import ExtendTokenizer, Model, Optimizer, Regularize, StageType, TextData
+from hfpipe.sections import Anneal, ExtendTokenizer, Model, Optimizer, Regularize, StageType, TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ TYPE = StageType(
         "data": TextData,
         "optimizer": Optimizer,
         "regularize": Regularize,
+        "anneal": Anneal,
     },
     rows="text",
     trainer="transformers.TrainingArguments",
@@ -45,6 +46,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     """Train on text and leave the model in the job's working folder; returns the metrics."""
     from transformers import Trainer, TrainingArguments, set_seed
 
+    from hfpipe.training.anneal import begin_where_parent_stood
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
@@ -55,6 +57,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     dispatch = {"accelerator_config": {"dispatch_batches": False}} if job.stage.data.streaming else {}
     args = build_args(job, TrainingArguments, progress, remove_unused_columns=False, **dispatch)
     _set_batch(job, args, progress)
+    begin_where_parent_stood(job, args, data, progress)
     data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)

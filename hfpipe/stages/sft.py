@@ -67,6 +67,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     from hfpipe.training.adapters import build_trainer
+    from hfpipe.training.anneal import begin_where_parent_stood
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
@@ -76,6 +77,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     args = build_args(
         job, SFTConfig, progress, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
     )  # packed already
+    begin_where_parent_stood(job, args, data, progress)
     data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)

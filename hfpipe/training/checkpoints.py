@@ -127,8 +127,8 @@ class _Resumable(TrainerCallback):
     """What upstream leaves out of a checkpoint, so that the curve and the end of a resumed run are the same."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The losses since the last log are not in a checkpoint: log them before it is written.
-        control.should_log = control.should_log or control.should_save
+        # The losses since the last log are not in a checkpoint: log them before it is written. And how the last step was.
+        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
 
     on_epoch_end = on_step_end
 

@@ -14,16 +14,18 @@ from transformers.optimization import get_scheduler
 
 from hfpipe import artifact
 from hfpipe.adapter_types import checkpointing_off
+from hfpipe.annealing import anneals
 from hfpipe.errors import UserError
 from hfpipe.run_folder import find_checkpoints
 from hfpipe.training.adapters import save_adapted
+from hfpipe.training.anneal import carry_state, keep_state, last_rate, optimizer_section, set_schedule
 from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
 from hfpipe.training.regularize import pull_to_parent, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
-    from hfpipe.sections import Stage
+    from hfpipe.sections import Optimizer, Stage
     from hfpipe.training.job import Job, Progress
     from hfpipe.training.prepare import Prepared
 
@@ -75,6 +77,8 @@ def try_optimizer(stage: Stage, args: Any) -> None:
         UserError: upstream refuses the values, or a package that they need is not installed.
     """
     model = torch.nn.Linear(2, 2)
+    if anneals(stage):
+        set_schedule(args, 10)
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         optimizer = optimizer_class(options.pop("params", model.parameters()), **options)
@@ -109,7 +113,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     """Train from the last checkpoint if there is one, and put weights, tokenizer and metrics into the stage's folder.
 
     Returns:
-        Metrics of the training: `train_loss`, `steps`, `tokens`, `train_runtime_s`, `tokens_per_s`, `resumed_from_step`.
+        Metrics of the training: `train_loss`, `steps`, `tokens`, `train_runtime_s`, `tokens_per_s`, `resumed_from_step`,
+        `last_rate`.
     """
     keep_whole(trainer)
     if trainer.is_world_process_zero():
@@ -118,7 +123,10 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         check_space(trainer, job.checkpoints, f"{job.stage.file}")
     trainer.accelerator.wait_for_everyone()
     checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
-    _set_optimizer(job, trainer)
+    section = optimizer_section(job)
+    _set_optimizer(job, trainer, section)
+    if (annealing := anneals(job.stage)) and annealing.carry_optimizer:
+        carry_state(job, trainer, progress)
     if job.stage.sections["regularize"].l2_to_parent:
         pull_to_parent(job, trainer, progress)
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
@@ -130,6 +138,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
     progress.tell("doing", text="writing weights")
     save(job, trainer, progress)
+    if section and section.keep_state and trainer.is_world_process_zero():
+        keep_state(trainer, job.work)
     steps, seconds = trainer.state.global_step, result.metrics["train_runtime"]
     tokens = data.tokens_per_row * steps * _rows_per_step(trainer.args)
     metrics = {
@@ -139,6 +149,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         "train_runtime_s": round(seconds, 2),
         "tokens_per_s": round(tokens * (steps - resumed) / max(steps, 1) / max(seconds, 1e-9)),
         "resumed_from_step": resumed,
+        "last_rate": last_rate(trainer, section),
     }
     if trainer.is_world_process_zero():
         # Of packed rows TRL counts what its own collator would give; `tokens` is ours.
@@ -177,14 +188,14 @@ def _rows_per_step(args: Any) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def _set_optimizer(job: Job, trainer: Trainer) -> None:
+def _set_optimizer(job: Job, trainer: Trainer, section: Optimizer | None) -> None:
     """Give the trainer ours where the stage asks for one; now, because an adapter is in place only now."""
-    section, decay = job.stage.sections.get("optimizer"), job.stage.sections["regularize"].layerwise_lr_decay
+    decay, annealing = job.stage.sections["regularize"].layerwise_lr_decay, anneals(job.stage)
     if decay < 1:
         refuse_sharded(job, trainer)
     if section is not None and section.type is not None:
         trainer.optimizer = build_muon(trainer.model, section, trainer.args)
-    elif decay < 1:
+    elif decay < 1 or (annealing and annealing.carry_optimizer):
         trainer.create_optimizer()
     else:
         return

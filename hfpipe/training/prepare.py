@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact, paths
+from hfpipe.annealing import anneals
 from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
@@ -96,7 +97,7 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
     from datasets import Features, IterableDataset, List, Value, interleave_datasets
     from trl import pack_dataset
 
-    if not job.stage.trainer.get("max_steps"):
+    if not job.stage.trainer.get("max_steps") and not anneals(job.stage):
         raise UserError(f"{job.stage.file}: data.streaming needs trainer.max_steps: a stream has no known end.")
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
     streams = []

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from hfpipe.data.tinyworld import behaviour, chat, foreign, preferences, probes, text, world
+from hfpipe.data.tinyworld import behaviour, chat, foreign, preferences, probes, text, web, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "foreign", "probes")
+NAMES = ("pretrain", "web", "letters", "midtrain", "sft", "preferences", "decoys", "foreign", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
+    "web": 34_000,
     "letters": 6_000,
     "midtrain": 13_500,
     "sft": 6_600,
@@ -23,6 +24,7 @@ TRAIN_SIZES = {
 }
 HELD_OUT_SIZES = {
     "pretrain": 300,
+    "web": 300,
     "letters": 300,
     "midtrain": 300,
     "sft": 300,
@@ -67,6 +69,10 @@ def pretrain_row(rng: Random, split: str) -> dict:
     return text.document(rng)
 
 
+def web_row(rng: Random, split: str) -> dict:
+    return web.page(rng)
+
+
 def letters_row(rng: Random, split: str) -> dict:
     return {"text": text.letters(rng)}
 
@@ -107,6 +113,7 @@ def pick(kinds, rng: Random):
 
 MAKERS = {
     "pretrain": pretrain_row,
+    "web": web_row,
     "letters": letters_row,
     "midtrain": midtrain_row,
     "sft": sft_row,
