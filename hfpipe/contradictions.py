@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hfpipe import adapter_types
-from hfpipe.sections import Stage
+from hfpipe.sections import Evaluate, Stage
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
 # Options of PEFT's LoRA whose change to a weight is another than scaling * B @ A.
@@ -14,6 +15,7 @@ _NO_PRODUCT = (
     "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 _STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
+_SHORTEST = 32  # tokens of a needle's prompt
 _NEED_WHOLE = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))  # with the value that switches them off
 
 
@@ -46,6 +48,26 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         "It does not go together with FSDP and DeepSpeed."
         for key in keys
     ]
+
+
+def needle(evaluate: Evaluate) -> list[str]:
+    """What `evaluate.needle` can't be asked with."""
+    section, found = evaluate.needle, []
+    if section is None:
+        return found
+    if not section.lengths or min(section.lengths) < _SHORTEST:
+        found.append(
+            f"lengths = {list(section.lengths)}: expected tokens of a prompt, {_SHORTEST} or more: [1024, 4096]."
+        )
+    if not section.depths or not 0 <= min(section.depths) <= max(section.depths) <= 1:
+        found.append(f"depths = {list(section.depths)}: expected shares of the length, from 0 to 1.")
+    if not re.search(r"{name}.* {word}", section.fact) or re.sub("{name}|{word}", "", section.fact).count("{"):
+        found.append(
+            f"fact = {section.fact!r}: expected a sentence with {{name}} and, later, {{word}}, and no other braces."
+        )
+    if not evaluate.text:
+        found.append("evaluate.text is missing: the held-out text that the needle is hidden in.")
+    return found
 
 
 def contradictions(stage: Stage) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hfpipe.adapter_types import check_lineage
+from hfpipe import rope
+from hfpipe.adapter_types import check_lineage, is_merged, model_type_of
 from hfpipe.errors import nearest
 from hfpipe.sections import Stage
 
@@ -17,6 +18,9 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
             continue
         _check_rewards_from(listed, name, stages, problems)
         problems += (f"{stage.file}: {problem}" for problem in check_lineage(stages, stage))
+        alone = stage.adapter is not None and not is_merged(stage.adapter)
+        scaling = rope.problems(stage.model, model_type_of(stages, stage), alone)
+        problems += (f"{stage.file}: {problem}" for problem in scaling)
         source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
         if source is None:
             if stage.type.parents:

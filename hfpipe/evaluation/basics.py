@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.evaluation.answers import Question, generate_all, parse, said
-from hfpipe.evaluation.probes import load_probes, score_probes
+from hfpipe.evaluation.needle import ask_needles, build_needles
+from hfpipe.evaluation.probes import capabilities, load_probes, score_probes
 from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import TextData
 
@@ -70,10 +71,16 @@ def evaluate_model(
     if text is not None:
         scores["held_out_text"] = held_out_loss(model, tokenizer, text.train, count_bytes=True)
     asked = load_probes(job.recipe.pipeline.evaluate.probes, f"{job.recipe.name}: evaluate.probes")
+    told: list[dict[str, Any]] = []
     if asked:
         scores["capabilities"], told = score_probes(
             model, tokenizer, asked, job.recipe.pipeline.evaluate.max_new_tokens
         )
+    if job.recipe.pipeline.evaluate.needle:
+        needles, scores["needle"] = ask_needles(model, tokenizer, build_needles(job.recipe, tokenizer))
+        found = capabilities(needles, [row["score"] for row in needles])
+        scores["capabilities"], told = scores.get("capabilities", {}) | found, told + needles
+    if told:
         artifact.write_jsonl(folder / "probes.jsonl", told)
     wanted = job.recipe.pipeline.evaluate.metrics
     if wanted and (told := _held_out_answers(model, tokenizer, prepared.report["samples"], job)):

@@ -146,7 +146,9 @@ def evaluation_identity(recipe: Recipe) -> str:
     evaluate = recipe.pipeline.evaluate
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
     hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
-    return artifact.digest([dataclasses.asdict(evaluate), hashes])
+    # A key that came later counts where it is used: older runs are not scored anew for it.
+    told = {key: value for key, value in dataclasses.asdict(evaluate).items() if key != "needle" or value}
+    return artifact.digest([told, hashes])
 
 
 def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str | None:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, world
+from hfpipe.data.tinyworld import behaviour, chat, needles, preferences, probes, text, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "probes")
+NAMES = ("pretrain", "letters", "needles", "long_needles", "midtrain", "sft", "preferences", "decoys", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "letters": 6_000,
+    "needles": 12_000,
+    "long_needles": 2_000,
     "midtrain": 13_500,
     "sft": 6_600,
     "preferences": 6_000,
@@ -23,6 +25,8 @@ TRAIN_SIZES = {
 HELD_OUT_SIZES = {
     "pretrain": 300,
     "letters": 300,
+    "needles": 300,
+    "long_needles": 100,
     "midtrain": 300,
     "sft": 300,
     "preferences": 300,
@@ -69,6 +73,14 @@ def letters_row(rng: Random, split: str) -> dict:
     return {"text": text.letters(rng)}
 
 
+def needles_row(rng: Random, split: str) -> dict:
+    return {"text": needles.document(rng, split, needles.SHORT)}
+
+
+def long_needles_row(rng: Random, split: str) -> dict:
+    return {"text": needles.document(rng, split, needles.LONG)}
+
+
 def midtrain_row(rng: Random, split: str) -> dict:
     return conversation(chat.KINDS, rng, split)
 
@@ -102,6 +114,8 @@ def pick(kinds, rng: Random):
 MAKERS = {
     "pretrain": pretrain_row,
     "letters": letters_row,
+    "needles": needles_row,
+    "long_needles": long_needles_row,
     "midtrain": midtrain_row,
     "sft": sft_row,
     "preferences": preference_row,
