@@ -2,8 +2,8 @@
 
     model: {from: pretrain, rope_parameters: {rope_type: yarn, factor: 4.0}, max_position_embeddings: 512}
 
-What is given stands over the parent's own `rope_parameters`. For a model whose layer types have their own, it is given by
-layer type; given without, it is for `full_attention`: a sliding window never sees farther than it has learnt.
+What is given stands over the parent's own. In a model whose layer types have parameters of their own it is for
+`full_attention`, unless it is given by layer type: a sliding window never sees farther than it has learnt.
 """
 
 from __future__ import annotations
@@ -16,29 +16,20 @@ from hfpipe.errors import nearest
 from hfpipe.sections import Model, Stage
 
 TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-_FULL, _LAYER_TYPES = "full_attention", ("full_attention", "sliding_attention")
-_FROM_PARENT = ("rope_theta", "original_max_position_embeddings")
-
-
-def changes(section: Model, parent: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the parent's configuration that the section sets, as they will stand.
-
-    `original_max_position_embeddings`, where the type needs it, is what the parent has, or has been scaled from.
-    """
-    found: dict[str, Any] = {}
-    if section.rope_parameters:
-        old = parent.get("rope_parameters") or {}
-        nested = _FULL in old
-        own = _by_layer_type(section.rope_parameters) if nested else {"": section.rope_parameters}
-        merged = {kind: _over(old.get(kind, {}) if nested else old, given, parent) for kind, given in own.items()}
-        found["rope_parameters"] = {**old, **merged} if nested else merged[""]
-    if section.max_position_embeddings:
-        found["max_position_embeddings"] = section.max_position_embeddings
-    return found
+_FULL = "full_attention"
+_BY_PARENT = {"rope_type", "rope_theta", "original_max_position_embeddings"}
+_ANY = {"partial_rotary_factor"}
 
 
 def scales(section: Model) -> bool:
     return bool(section.rope_parameters or section.max_position_embeddings)
+
+
+def positions(stages: dict[str, Stage], stage: Stage) -> int | None:
+    """Tokens that the stage's model is made for, where its recipe says so; it has no cycles."""
+    given = stage.model.max_position_embeddings or stage.model.config.get("max_position_embeddings")
+    parent = stages.get(stage.model.from_ or "")
+    return given or (positions(stages, parent) if parent else None)
 
 
 def is_dynamic(config: dict[str, Any]) -> bool:
@@ -47,66 +38,60 @@ def is_dynamic(config: dict[str, Any]) -> bool:
     return any(one.get("rope_type") == "dynamic" for one in (parameters, *parameters.values()) if isinstance(one, dict))
 
 
-def positions(stages: dict[str, Stage], stage: Stage) -> int | None:
-    """Tokens that the stage's model is made for, where its recipe says so."""
-    seen: set[str] = set()
-    while stage.name not in seen:
-        seen.add(stage.name)
-        given = stage.model.max_position_embeddings or stage.model.config.get("max_position_embeddings")
-        if given or (stage.model.from_ or "") not in stages:
-            return given
-        stage = stages[str(stage.model.from_)]
-    return None
+def changes(section: Model, parent: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the parent's configuration that the section sets, as they will stand."""
+    found: dict[str, Any] = {}
+    if given := section.rope_parameters:
+        old = parent.get("rope_parameters") or {}
+        by_layer = _by_layer(given) if _FULL in old else {}
+        found["rope_parameters"] = (
+            old | {kind: _over(old.get(kind) or {}, own, parent) for kind, own in by_layer.items()}
+            if by_layer
+            else _over(old, given, parent)
+        )
+    if section.max_position_embeddings:
+        found["max_position_embeddings"] = section.max_position_embeddings
+    return found
 
 
-def _by_layer_type(given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return given if given.keys() & set(_LAYER_TYPES) else {_FULL: given}
+def _by_layer(given: dict[str, Any]) -> dict[str, Any]:
+    return given if any(kind.endswith("_attention") for kind in given) else {_FULL: given}
 
 
 def _over(old: dict[str, Any], given: dict[str, Any], parent: dict[str, Any]) -> dict[str, Any]:
-    """`given` over what the parent has: its base always, the rest only where the type stays."""
+    """`given` over what the parent has of the keys that the type takes; its first length is the parent's, if no other."""
     kind = given.get("rope_type", old.get("rope_type", "default"))
-    required, optional = upstream.rope_keys(kind)
-    known = old | {"original_max_position_embeddings": old.get("original_max_position_embeddings") or parent["max_position_embeddings"]}  # fmt: skip
-    kept = {
-        key: value for key, value in known.items() if key in (required | optional) or key == "partial_rotary_factor"
-    }
-    return kept | given | {"rope_type": kind}
+    known = {"original_max_position_embeddings": parent["max_position_embeddings"]} | old
+    taken = frozenset.union(*upstream.rope_keys(kind)) | _ANY
+    return {key: value for key, value in known.items() if key in taken} | given | {"rope_type": kind}
 
 
 def problems(section: Model, model_type: str | None, adapter_alone: bool) -> Iterator[str]:
-    """What is wrong with the section's scaling of a model of that type (None: not known before it is loaded)."""
+    """What is wrong with a stage's scaling of a model of that type (None: not known before it is loaded)."""
     if not scales(section):
         return
     name = "rope_parameters" if section.rope_parameters else "max_position_embeddings"
-    key = f"model.{name}"
     if section.config:
-        yield f"{key} changes a parent's model, and model.config makes a new one: put {name} into model.config."
-    elif model_type and model_type in upstream.model_types() and "rope_parameters" not in upstream.model_config_fields(model_type):  # fmt: skip
-        yield f"{key}: a {model_type} has no RoPE: its positions are learnt or of another kind, and can't be scaled."
+        yield f"model.{name} changes a parent's model, and model.config makes a new one: put {name} into model.config."
+    elif model_type in upstream.model_types() and "rope_parameters" not in upstream.model_config_fields(model_type):
+        yield f"model.{name}: a {model_type} has no RoPE, so its positions can't be scaled."
     if adapter_alone:
-        yield f"{key} beside an adapter that is not merged: the adapter's folder could not say it. Set adapter.merge: true, or take lora."
-    for kind, parameters in _by_layer_type(section.rope_parameters).items():
-        yield from _problems(
-            parameters, f"model.rope_parameters{f'.{kind}' if parameters is not section.rope_parameters else ''}"
-        )
+        yield f"model.{name} beside an adapter that is not merged: its folder could not say so. Take one that is (lora)."
+    for kind, given in _by_layer(section.rope_parameters).items() if section.rope_parameters else ():
+        where = "model.rope_parameters" + ("" if given is section.rope_parameters else f".{kind}")
+        yield from _problems(given, where) if isinstance(given, dict) else [f"{where} = {given!r}: expected a mapping."]
 
 
-def _problems(given: Any, where: str) -> Iterator[str]:
-    if not isinstance(given, dict):
-        yield f"{where} = {given!r}: expected a mapping."
-        return
-    known = upstream.rope_fields()
+def _problems(given: dict[str, Any], where: str) -> Iterator[str]:
+    known, kind = upstream.rope_fields(), given.get("rope_type", "default")
     yield from upstream.check(given, known, "transformers' RopeParameters", where)
-    kind = given.get("rope_type", "default")
     if kind not in TYPES:
         yield f"{where}.rope_type = {kind!r}: expected one of {', '.join(TYPES)}.{nearest(kind, TYPES)}"
         return
     required, optional = upstream.rope_keys(kind)
-    for key in sorted(required - given.keys() - {"rope_type", *_FROM_PARENT}):
+    for key in sorted(required - given.keys() - _BY_PARENT):
         yield f"{where}.{key} is missing: rope_type {kind} needs it."
-    for key in given.keys() & known.keys() - required - optional - {"partial_rotary_factor"}:
-        yield f"{where}.{key} = {given[key]!r} has no meaning for rope_type {kind}: it takes {', '.join(sorted(required | optional))}."
-    factor = given.get("factor", 1)
-    if isinstance(factor, int | float) and factor < 1:
+    for key in sorted(given.keys() & known.keys() - required - optional - _ANY):
+        yield f"{where}.{key} = {given[key]!r} has no meaning for rope_type {kind}."
+    if isinstance(factor := given.get("factor"), int | float) and factor < 1:
         yield f"{where}.factor = {factor}: expected 1 or more: the context's length against the original one."
