@@ -15,7 +15,6 @@ _NO_PRODUCT = (
     "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 _STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
-_SHORTEST = 32  # tokens of a needle's prompt
 _NEED_WHOLE = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))  # with the value that switches them off
 
 
@@ -50,24 +49,18 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
     ]
 
 
-def needle(evaluate: Evaluate) -> list[str]:
+def needle(evaluate: Evaluate) -> Iterator[str]:
     """What `evaluate.needle` can't be asked with."""
-    section, found = evaluate.needle, []
-    if section is None:
-        return found
-    if not section.lengths or min(section.lengths) < _SHORTEST:
-        found.append(
-            f"lengths = {list(section.lengths)}: expected tokens of a prompt, {_SHORTEST} or more: [1024, 4096]."
-        )
+    if (section := evaluate.needle) is None:
+        return
+    if not section.lengths or min(section.lengths) < 1:
+        yield f"lengths = {list(section.lengths)}: expected tokens of a whole prompt, such as [1024, 4096]."
     if not section.depths or not 0 <= min(section.depths) <= max(section.depths) <= 1:
-        found.append(f"depths = {list(section.depths)}: expected shares of the length, from 0 to 1.")
-    if not re.search(r"{name}.* {word}", section.fact) or re.sub("{name}|{word}", "", section.fact).count("{"):
-        found.append(
-            f"fact = {section.fact!r}: expected a sentence with {{name}} and, later, {{word}}, and no other braces."
-        )
+        yield f"depths = {list(section.depths)}: expected shares of the length, from 0 to 1."
+    if not re.fullmatch(r"[^{}]*{name}[^{}]* {word}[^{}]*", section.fact):
+        yield f"fact = {section.fact!r}: expected a sentence with {{name}} and, later, {{word}}."
     if not evaluate.text:
-        found.append("evaluate.text is missing: the held-out text that the needle is hidden in.")
-    return found
+        yield "evaluate.text is missing: the held-out text that the needle is hidden in."
 
 
 def contradictions(stage: Stage) -> list[str]:

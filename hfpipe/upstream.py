@@ -224,10 +224,8 @@ def rope_keys(rope_type: str) -> tuple[frozenset[str], frozenset[str]]:
     name = f"_validate_{rope_type}_rope_parameters"
     node = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
     sets = {ast.unparse(n.targets[0]): n.value for n in node.body if isinstance(n, ast.Assign)}
-    required, optional = (
-        frozenset(ast.literal_eval(sets[key]) if key in sets else ()) for key in ("required_keys", "optional_keys")
-    )
-    return required, optional
+    found = (ast.literal_eval(sets[key]) if key in sets else () for key in ("required_keys", "optional_keys"))
+    return tuple(map(frozenset, found))
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -13,7 +14,7 @@ from hfpipe.evaluation.needle import ask_needles, build_needles
 from hfpipe.plan.quote import quote_stage
 from hfpipe.stages import stage_types
 
-from .conftest import hfpipe, stage_json
+from .conftest import ROOT, hfpipe, stage_json
 
 SHAPE = (
     "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 48, max_position_embeddings: 64"
@@ -152,7 +153,7 @@ def test_a_scaled_stage_trains_and_hands_on_its_context(run):
         ("llama.model.max_position_embeddings=128", "put max_position_embeddings into model.config"),
         ("evaluate.needle.lengths=[8]", "evaluate.needle: lengths = [8]"),
         ("evaluate.needle.depths=[0, 2]", "depths = [0.0, 2.0]: expected shares"),
-        ("evaluate.needle.fact=Here lives {word}.", "expected a sentence with {name} and, later, {word}"),
+        ("evaluate.needle.fact=Meet {word}.", "expected a sentence with {name} and, later, {word}"),
         ("evaluate.text=[]", "evaluate.text is missing"),
     ],
 )  # fmt: skip
@@ -195,7 +196,7 @@ def test_a_document_that_fits_a_row_stays_whole_and_a_longer_one_is_told_of(run,
     from hfpipe.training.tokenizers import encode_text
 
     tokenizer = AutoTokenizer.from_pretrained(run / "llama")
-    texts = [f"Here lives Ana {n}. " + "She sings at home. " * n for n in range(1, 21)]
+    texts = [f"Meet Ana {n}. " + "She sings at home. " * n for n in range(1, 21)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     changes = [f"yarn.data.train=[{{path: {tmp_path}/texts.jsonl, split: all}}]"]
     recipe = load_recipe(folder, stage_types(), changes)
@@ -281,3 +282,32 @@ def test_every_stage_is_scored_on_the_needle(run):
         assert scores["capabilities"]["long_context"]["n"] == sum(filter(None, across))
         assert f">{name}</text>" in report or f">{name}</th>" in report
     assert report.count("beyond its positions") == 3
+
+
+# --- the recipe ---
+
+
+def test_the_readme_shows_the_recipe():
+    block = next(
+        b for b in re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL) if "yarn" in b
+    )
+    shown = {line.partition("  #")[0].rstrip() for line in block.splitlines()[1:]}
+    assert shown <= set((ROOT / "stage_configs" / "long-context" / "long.yaml").read_text().splitlines())
+
+
+def test_the_recipe_in_short(tmp_path):
+    changes = [
+        "tokenizer.data.train=[{path: tinyworld/needles, limit: 300}]",
+        "pretrain.data.train=[{path: tinyworld/needles, limit: 200}]",
+        "long.data.train=[{path: tinyworld/long_needles, limit: 20}]",
+        "evaluate.needle={lengths: [64, 512], depths: [0.5], per_cell: 2}",
+    ]
+    settings = [part for change in changes for part in ("--set", change)]
+    done = hfpipe("run", "long-context", "--out", tmp_path / "run", *settings)
+    assert "longer than a row" not in done.stdout  # every document whole
+    parent, alone = (tmp_path / "run" / name / "model.safetensors" for name in ("pretrain", "stretched"))
+    from safetensors.torch import load_file
+
+    assert all((load_file(alone)[name] == tensor).all() for name, tensor in load_file(parent).items())
+    config = json.loads((tmp_path / "run" / "stretched" / "config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 4.0

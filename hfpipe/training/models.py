@@ -123,7 +123,7 @@ def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: A
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
     if scales(section):
-        labels = {"num_labels": options.pop("num_labels")} if "num_labels" in options else {}
+        labels = {key: options.pop(key) for key in ("num_labels",) if key in options}
         options["config"] = _scaled(job, _from_pretrained(AutoConfig, job, **labels))
     model = _from_pretrained(auto_class, job, **options)
     if model._hf_peft_config_loaded:

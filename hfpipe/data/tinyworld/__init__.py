@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ NAMES = ("pretrain", "letters", "needles", "long_needles", "midtrain", "sft", "p
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "letters": 6_000,
-    "needles": 12_000,
-    "long_needles": 2_000,
+    "needles": 24_000,
+    "long_needles": 1_600,
     "midtrain": 13_500,
     "sft": 6_600,
     "preferences": 6_000,
@@ -73,14 +74,6 @@ def letters_row(rng: Random, split: str) -> dict:
     return {"text": text.letters(rng)}
 
 
-def needles_row(rng: Random, split: str) -> dict:
-    return {"text": needles.document(rng, split, needles.SHORT)}
-
-
-def long_needles_row(rng: Random, split: str) -> dict:
-    return {"text": needles.document(rng, split, needles.LONG)}
-
-
 def midtrain_row(rng: Random, split: str) -> dict:
     return conversation(chat.KINDS, rng, split)
 
@@ -114,8 +107,8 @@ def pick(kinds, rng: Random):
 MAKERS = {
     "pretrain": pretrain_row,
     "letters": letters_row,
-    "needles": needles_row,
-    "long_needles": long_needles_row,
+    "needles": functools.partial(needles.row, needles.SHORT),
+    "long_needles": functools.partial(needles.row, needles.LONG),
     "midtrain": midtrain_row,
     "sft": sft_row,
     "preferences": preference_row,

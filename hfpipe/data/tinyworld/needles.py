@@ -1,4 +1,4 @@
-"""Documents to look things up in: who has which surnames, told once and said again later, among lines of other things.
+"""Documents to look things up in: who has which surnames, told and said again later, among lines of other things.
 
 Surnames are dealt out anew in every document, and no pair of names of one split stands in another.
 """
@@ -21,25 +21,41 @@ Garlic Hammer Iron Jungle Lantern
 OTHERS = words("He She Mother Father Grandma Everybody")
 DOES = words("walks sings waits reads sleeps works plays runs")
 WHEN = words("today tomorrow again alone outside inside")
-FACT = "Here lives {name} {word}."
-SHORT, LONG = (4, 18), (48, 76)  # lines of a document: up to 128 and to 512 tokens, where each word is one
+FACT = "Meet {name} {word}."
+SHORT, LONG = (
+    (6, 25),
+    (40, 100),
+)  # lines of a document, sooner fewer: up to 128 and to 512 tokens, where each word is one
 
 
 @functools.cache
-def pairs(split: str) -> list[tuple[str, str]]:
-    """First name and the two surnames that may follow it in a split: an eighth of them each for validation and test."""
+def surnames(split: str) -> dict[str, list[str]]:
+    """First name -> the pairs of surnames that it may have in a split: an eighth of them each for validation and test."""
     place = {name: number for number, name in enumerate(SPLITS[1:])}.get(split)
-    every = [(i + j, first, last) for i, first in enumerate(FIRST) for j, last in enumerate(LAST)]
-    kept = [each for each in every if (each[0] % 8 == place if place is not None else each[0] % 8 > 1)]
-    return [(first, f"{last} {other}") for _, first, last in kept for other in LAST if other != last]
+    return {
+        first: [
+            f"{last} {other}"
+            for j, last in enumerate(LAST)
+            if ((i + j) % 8 == place if place is not None else (i + j) % 8 > 1)
+            for other in LAST
+            if other != last
+        ]
+        for i, first in enumerate(FIRST)
+    }
 
 
-def document(rng: Random, split: str, lines: tuple[int, int]) -> str:
-    """Three of four lines tell somebody's surnames or say it again, few people's or many's."""
-    count = rng.randint(*lines)
-    chosen = dict(rng.sample(pairs(split), rng.randint(1, count // 4)))  # a first name once
-    told = [FACT.format(name=name, word=word) for name, word in chosen.items()]
-    facts = told * 2 + rng.choices(told, k=max(0, count * 3 // 4 - 2 * len(told)))
-    text = facts + [" ".join(map(rng.choice, (OTHERS, DOES, WHEN))) + "." for _ in range(count - len(facts))]
-    rng.shuffle(text)
-    return " ".join(text)
+def row(lines: tuple[int, int], rng: Random, split: str) -> dict:
+    """All are told, then all again in another order, and so on; between them stand other lines.
+
+    So the last name that was said is hardly ever the next: only who looks for the first name knows the others.
+    """
+    count = min(rng.randint(*lines), rng.randint(*lines))
+    chosen = {
+        first: rng.choice(surnames(split)[first]) for first in rng.sample(FIRST, rng.randint(2, min(24, count // 3)))
+    }
+    text: list[str] = []
+    while len(text) < count * 4 // 5:
+        text += [FACT.format(name=name, word=chosen[name]) for name in rng.sample(list(chosen), len(chosen))]
+    for _ in range(count // 5):
+        text.insert(rng.randint(0, len(text)), " ".join(map(rng.choice, (OTHERS, DOES, WHEN))) + ".")
+    return {"text": " ".join(text[:count])}
