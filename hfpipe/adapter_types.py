@@ -264,7 +264,7 @@ def check_lineage(stages: dict[str, Stage], stage: Stage) -> Iterator[str]:
             "(peft: AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)) and give that."
         )
     if stage.adapter and find_kind(stage.adapter.type).method == "adaption_prompt":
-        model_type, known = _model_type(stages, stage), upstream.adaption_prompt_models()
+        model_type, known = model_type_of(stages, stage), upstream.adaption_prompt_models()
         if model_type is not None and model_type not in known:
             yield (
                 f"adapter.type = '{stage.adapter.type}': PEFT has it for {', '.join(known)}, and this model is a "
@@ -287,7 +287,7 @@ def _not_whole(adapter: Adapter, parent: Stage) -> str:
     )
 
 
-def _model_type(stages: dict[str, Stage], stage: Stage) -> str | None:
+def model_type_of(stages: dict[str, Stage], stage: Stage) -> str | None:
     """The model type of a stage's model, where a recipe or a folder's config.json says it; None for the Hub's."""
     seen: set[str] = set()
     while (parent := stages.get(stage.model.from_ or "")) and not stage.model.config and parent.name not in seen:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfpipe import upstream
 from hfpipe.adapter_types import apply_preset, read_adapter
-from hfpipe.contradictions import contradictions, sharded, split_batch
+from hfpipe.contradictions import contradictions, needle, sharded, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.graph import check_graph
 from hfpipe.paths import stage_configs_dir
@@ -110,6 +110,7 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate.", problems)
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
         pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
+        problems += (f"{head_file}: evaluate.needle: {problem}" for problem in needle(pipeline.evaluate))
         problems += _check_launch(pipeline, head_file)
         repo_id = pipeline.hub.repo_id
         if repo_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 
 from hfpipe import adapter_types, annealing
 from hfpipe.errors import nearest
-from hfpipe.sections import ExtendTokenizer, Stage, text_sources
+from hfpipe.sections import Evaluate, ExtendTokenizer, Stage, text_sources
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
 # Options of PEFT's LoRA whose change to a weight is another than scaling * B @ A.
@@ -52,6 +53,20 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         "It does not go together with FSDP and DeepSpeed."
         for key in keys
     ]
+
+
+def needle(evaluate: Evaluate) -> Iterator[str]:
+    """What `evaluate.needle` can't be asked with."""
+    if (section := evaluate.needle) is None:
+        return
+    if not section.lengths or min(section.lengths) < 1:
+        yield f"lengths = {list(section.lengths)}: expected tokens of a whole prompt, such as [1024, 4096]."
+    if not section.depths or not 0 <= min(section.depths) <= max(section.depths) <= 1:
+        yield f"depths = {list(section.depths)}: expected shares of the length, from 0 to 1."
+    if not re.fullmatch(r"[^{}]*{name}[^{}]* {word}[^{}]*", section.fact):
+        yield f"fact = {section.fact!r}: expected a sentence with {{name}} and, later, {{word}}."
+    if not evaluate.text:
+        yield "evaluate.text is missing: the held-out text that the needle is hidden in."
 
 
 def contradictions(stage: Stage) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hfpipe.adapter_types import check_lineage
+from hfpipe import rope
+from hfpipe.adapter_types import check_lineage, is_merged, model_type_of
 from hfpipe.annealing import check_parent
 from hfpipe.errors import nearest
 from hfpipe.sections import Stage
@@ -17,7 +18,9 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
         if "model" not in stage.sections:
             continue
         _check_rewards_from(listed, name, stages, problems)
-        told = (*check_lineage(stages, stage), *check_parent(stages, stage))
+        alone = stage.adapter is not None and not is_merged(stage.adapter)
+        told = [*check_lineage(stages, stage), *check_parent(stages, stage)]
+        told += rope.problems(stage.model, model_type_of(stages, stage), alone)
         problems += (f"{stage.file}: {problem}" for problem in told)
         source, where = stage.model.from_, f"{stage.file}: model.from = {stage.model.from_!r}"
         if source is None:

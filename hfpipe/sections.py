@@ -24,6 +24,10 @@ class Model:
 
     from_: str | None = None  # `name`, `path/to/folder` or `org/model@revision`
     config: dict[str, Any] = field(default_factory=dict)  # from scratch: model_type and that configuration's own fields
+    rope_parameters: dict[str, Any] = field(
+        default_factory=dict
+    )  # transformers' own, over the parent's (hfpipe/rope.py)
+    max_position_embeddings: int | None = at_least(1, None)  # in place of the parent's
     dtype: str | None = None  # of the weights; None: float32 when trained whole, as stored under an adapter
     attn_implementation: str | None = None
     trust_remote_code: bool = False
@@ -216,12 +220,23 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Needle:
+    """A fact hidden in held-out text (`evaluate.text`), to be gone on with at its end (hfpipe/evaluation/needle.py)."""
+
+    lengths: tuple[int, ...] = ()  # of the whole prompt, in tokens
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: at the beginning, 1: just before the question
+    per_cell: int = at_least(1, 10)  # questions for each length and depth
+    fact: str = "Meet {name} {word}."  # asked up to `{word}`
+
+
+@dataclass(frozen=True)
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[HeldOutText, ...] = ()  # held-out pretraining text: perplexity after every stage
     metrics: tuple[
         Literal["perplexity", "bleu", "rouge", "exact_match", "accuracy", "f1"], ...
     ] = ()  # on held-out conversations
+    needle: Needle | None = None
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)
     max_rows: int = at_least(1, 400)  # rows read for each loss

@@ -212,6 +212,22 @@ def model_config_fields(model_type: str) -> dict[str, Field]:
     return _fields_in(path, class_name)
 
 
+def rope_fields() -> dict[str, Field]:
+    """Fields of transformers' `rope_parameters`, of all types of RoPE."""
+    return _fields_in(_package_file("transformers", "modeling_rope_utils.py"), "RopeParameters")
+
+
+@functools.cache
+def rope_keys(rope_type: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The keys that transformers' validation of a `rope_type` requires, and those that it admits beside them."""
+    tree = ast.parse(_package_file("transformers", "modeling_rope_utils.py").read_text(encoding="utf-8"))
+    name = f"_validate_{rope_type}_rope_parameters"
+    node = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
+    sets = {ast.unparse(n.targets[0]): n.value for n in node.body if isinstance(n, ast.Assign)}
+    found = (ast.literal_eval(sets[key]) if key in sets else () for key in ("required_keys", "optional_keys"))
+    return tuple(map(frozenset, found))
+
+
 @functools.cache
 def accelerate_configs() -> dict[str, Path]:
     """Name -> file of the accelerate configurations that TRL ships (`fsdp2`, `zero3`, `multi_gpu` ...)."""

@@ -22,6 +22,7 @@ class SourceReport:
     used: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    cut: int = 0  # documents longer than a row, which go on in the next with positions from 0
     neutralised: int = 0
     other_splits: int = 0
     duplicates: int = 0
@@ -49,6 +50,8 @@ class SourceReport:
             parts.append(f"{self.tokens:,} tokens")
         if 0 < self.trained_tokens != self.tokens:
             parts.append(f"{self.trained_tokens / max(self.tokens, 1):.0%} of them trained")
+        if self.cut:
+            parts.append(f"{self.cut:,} longer than a row cut into several")
         if self.other_splits:
             parts.append(f"{self.other_splits:,} in the other splits")
         if self.left_out:

@@ -99,15 +99,20 @@ def answer_all(
 
 
 def generate_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    beyond: bool = False,
 ) -> list[list[int]]:
     """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch.
 
     Short answers are not kept waiting: what has not ended after a few tokens goes on in batches of its own. Where the
-    model's positions end, so does the answer.
+    model's positions end, so does the answer, unless it may go `beyond`.
     """
     written: list[list[int]] = [[] for _ in prompts]
-    stops, room = stop_ids(model), [positions(model) - len(prompt) for prompt in prompts]
+    limit = sys.maxsize if beyond else positions(model)
+    stops, room = stop_ids(model), [limit - len(prompt) for prompt in prompts]
     for i in (i for i, left in enumerate(room) if 0 < left < max_new_tokens):
         written[i] = _generate(model, tokenizer, [prompts[i]], room[i])[0]
     going = [i for i, left in enumerate(room) if left >= max_new_tokens]

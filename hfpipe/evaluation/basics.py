@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.evaluation.answers import Question, generate_all, parse, said
-from hfpipe.evaluation.probes import load_probes, score_probes
+from hfpipe.evaluation.needle import ask_needles, build_needles
+from hfpipe.evaluation.probes import capabilities, load_probes, score_probes
 from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import HeldOutText, TextData
 
@@ -113,10 +114,16 @@ def evaluate_model(
     if getattr(job.stage.sections.get("tokenizer"), "add_pieces", 0):
         scores["fertility"] = _score_fertility(job, tokenizer)
     asked = load_probes(job.recipe.pipeline.evaluate.probes, f"{job.recipe.name}: evaluate.probes")
+    told: list[dict[str, Any]] = []
     if asked:
         scores["capabilities"], told = score_probes(
             model, tokenizer, asked, job.recipe.pipeline.evaluate.max_new_tokens
         )
+    if job.recipe.pipeline.evaluate.needle:
+        needles, scores["needle"] = ask_needles(model, tokenizer, build_needles(job.recipe, tokenizer))
+        found = capabilities(needles, [row["score"] for row in needles])
+        scores["capabilities"], told = scores.get("capabilities", {}) | found, told + needles
+    if told:
         artifact.write_jsonl(folder / "probes.jsonl", told)
     wanted = job.recipe.pipeline.evaluate.metrics
     if wanted and (told := _held_out_answers(model, tokenizer, prepared.report["samples"], job)):

@@ -183,11 +183,11 @@ def capabilities(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dic
     found = {}
     for capability, kinds in by_kind.items():
         values = {kind: _worst(scored) for kind, scored in kinds.items()}
-        entry = _score([value for group in values.values() for value in group])
+        entry = summary([value for group in values.values() for value in group])
         agreement = _agreement([item for scored in kinds.values() for item in scored])
         if agreement is not None:
             entry["agreement"] = agreement
-        found[capability] = {**entry, "kinds": {kind: _score(group) for kind, group in values.items()}}
+        found[capability] = {**entry, "kinds": {kind: summary(group) for kind, group in values.items()}}
     return found
 
 
@@ -207,7 +207,7 @@ def _agreement(scored: Sequence[tuple[str | None, float]]) -> float | None:
     return round(sum(len(set(group)) == 1 for group in groups) / len(groups), 4) if groups else None
 
 
-def _score(values: Sequence[float]) -> dict[str, Any]:
+def summary(values: Sequence[float]) -> dict[str, Any]:
     low, high = interval(values)
     mean = sum(values) / len(values)
     return {"score": round(mean, 4), "n": len(values), "low": round(low, 4), "high": round(high, 4)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ORDER = (
     "stopping", "turn_taking", "tools", "format", "instructions",
     "helpfulness", "safety", "honesty", "tone", "detail", "clarification",
-    "knowledge", "robustness",
+    "knowledge", "robustness", "long_context",
 )  # fmt: skip
 TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
 _HOLD = "set regularize.l2_to_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"

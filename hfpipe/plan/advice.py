@@ -134,7 +134,7 @@ def _batch(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
 def _context(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     longest = quote.shape and quote.shape.max_positions
     if longest and quote.work.length > longest:
-        yield f"rows may have {quote.work.length} tokens, but the model was made for {longest} (max_position_embeddings)"
+        yield f"rows may have {quote.work.length} tokens, but the model was made for {longest}: model.max_position_embeddings and rope_parameters make it longer"
 
 
 def _tokens(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:

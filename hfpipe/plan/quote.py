@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_ba
 from hfpipe.plan.shapes import Shape, read_config, read_shape
 from hfpipe.plan.trained import Trained, read_trained
 from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
+from hfpipe.rope import positions
 from hfpipe.sections import Recipe, Stage
 
 # Of a device's memory, the rest being the driver's and what lies between tensors. On a CPU hfpipe has freed memory kept
@@ -55,6 +56,8 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     ranks = devices.count if devices.count > 1 else recipe.pipeline.launch.processes or 1
     origin, vocab, control = _origin(recipe, stage)
     shape = _shape(origin, stage, vocab)
+    if shape and (longest := positions(recipe.stages, stage)):
+        shape = replace(shape, max_positions=longest)
     bytes_per_token = _bytes_per_token(recipe, stage, run) or guess_bytes_per_token(
         shape.vocab_size if shape else 32768
     )

@@ -1,9 +1,11 @@
-"""What the report and `Run.plot` draw: losses and rewards by step, and the scorecard as a heat map."""
+"""What the report and `Run.plot` draw: losses and rewards by step, the scorecard and the needles as heat maps."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,13 +23,22 @@ def shade(score: float) -> tuple[int, int, int]:
 
 def curves_svg(stages: list[StageStory]) -> str:
     """The curves as SVG; an empty text where no stage has any."""
+    return _svg(lambda figure: draw_curves(figure, stages))
+
+
+def needles_svg(stages: list[StageStory]) -> str:
+    """The needle's heat maps as SVG; an empty text where no stage was asked for it."""
+    return _svg(lambda figure: draw_needles(figure, stages))
+
+
+def _svg(draw: Callable[[Figure], bool]) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     # Text stays text, and the same run gives the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hfpipe"}):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
-        if not draw_curves(figure, stages):
+        if not draw(figure):
             return ""
         picture = io.StringIO()
         figure.savefig(picture, format="svg", metadata={"Date": None}, transparent=True)
@@ -99,6 +110,26 @@ def _draw_rewards(axes: Any, stages: list[StageStory], colours: dict[str, str]) 
     for stage in stages:
         axes.plot(*zip(*stage.rewards, strict=True), color=colours[stage.name], linewidth=1.4, label=stage.name)
     axes.set(xlabel="step", ylabel="mean reward of what was sampled")
+
+
+def draw_needles(figure: Any, stages: list[StageStory]) -> bool:
+    """A needle in a haystack: depth down, length across, side by side for the stages; False where none was asked."""
+    asked = [stage for stage in stages if stage.needle]
+    if not asked:
+        return False
+    for axes, stage in zip(figure.subplots(1, len(asked), squeeze=False, sharey=True)[0], asked, strict=True):
+        lengths, depths, cells = (stage.needle[key] for key in ("lengths", "depths", "cells"))
+        axes.imshow([[shade(c["score"]) if c else (255, 255, 255) for c in row] for row in cells], aspect="auto")
+        for (y, row), x in itertools.product(enumerate(cells), range(len(lengths))):
+            text = f"{row[x]['score']:.2f}" if row[x] else "\N{EN DASH}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=9)
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(title=stage.name, xlabel="length (tokens)")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    figure.axes[0].set_ylabel("depth of the needle")
+    return True
 
 
 def draw_heat_map(axes: Any, card: Scorecard) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.evaluation.scorecard import Cell, read_scorecard, result
 from hfpipe.progress import duration, quantity
-from hfpipe.publishing.figures import curves_svg, shade
+from hfpipe.publishing.figures import curves_svg, needles_svg, shade
 
 REPORT_FILE = "report.html"
 _LONGEST = 160  # characters of an answer that the story shows
@@ -34,6 +34,7 @@ class StageStory:
     rewards: list[tuple[int, float]]  # (step, mean reward), of a stage of reinforcement
     samples: list[dict[str, Any]]
     probes: list[dict[str, Any]]
+    needle: dict[str, Any] | None = None  # of eval.json (hfpipe/evaluation/needle.py)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def build_report(run: Path) -> str:
         card=card,
         story=story(stages),
         curves=curves_svg(stages),
+        needles=needles_svg(stages),
         total_s=sum(stage.record.get("wall_s", 0) for stage in stages),
         last=stages[-1].record if stages else {},
     )
@@ -81,8 +83,9 @@ def read_stages(run: Path) -> list[StageStory]:
         curve = [(line["step"], line["loss"]) for line in history if "loss" in line]
         held_out = [(line["step"], line["eval_loss"]) for line in history if "eval_loss" in line]
         rewards = [(line["step"], line["reward"]) for line in history if "reward" in line]
-        samples = (artifact.read_json(folder / "eval.json") or {}).get("samples", [])
-        stages.append(StageStory(name, record, curve, held_out, rewards, samples, read_lines(folder / "probes.jsonl")))
+        scores = artifact.read_json(folder / "eval.json") or {}
+        samples, probes = scores.get("samples", []), read_lines(folder / "probes.jsonl")
+        stages.append(StageStory(name, record, curve, held_out, rewards, samples, probes, scores.get("needle")))
     return stages
 
 

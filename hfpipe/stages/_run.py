@@ -236,8 +236,9 @@ def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, lo
 
 def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
     from hfpipe.evaluation.basics import prepare_held_out
+    from hfpipe.evaluation.needle import build_needles
     from hfpipe.evaluation.text_metrics import load_metrics
-    from hfpipe.training.models import load_tokenizer, try_regularize
+    from hfpipe.training.models import load_tokenizer, try_regularize, try_scaling
     from hfpipe.training.order import find_order
 
     load_metrics(recipe.pipeline.evaluate.metrics)
@@ -250,6 +251,7 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
         job = make_job(recipe, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
         if "regularize" in stage.sections:
             try_regularize(job, about_to_run=stages)
+        try_scaling(job, about_to_run=stages)
         tokenizer = load_tokenizer(job, about_to_run=stages)
         progress.tell("doing", text="preparing data", stage=name)
         prepared = module.prepare(job, tokenizer)
@@ -257,6 +259,8 @@ def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -
         for source in prepared.report["sources"]:
             progress.tell("data", text=source["text"], stage=name)
         prepare_held_out(job, tokenizer)
+        if recipe.pipeline.evaluate.needle:
+            build_needles(recipe, tokenizer)  # what is wrong with them is told before anything trains
 
 
 def check_trainer(stage: Stage) -> None:

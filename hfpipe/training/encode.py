@@ -47,6 +47,7 @@ def encode_rows(
             report.used += 1
             report.tokens += count_tokens(encoded)
             report.trained_tokens += count_trained(encoded)
+            report.cut += kind == "text" and count_tokens(encoded) > max_length
             for piece in _pieces(encoded, max_length) if kind == "text" else (encoded,):
                 yield row, piece
 

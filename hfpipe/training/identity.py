@@ -149,9 +149,10 @@ def evaluation_identity(recipe: Recipe) -> str:
     evaluate = recipe.pipeline.evaluate
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
     hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
-    asked = dataclasses.asdict(evaluate)
+    # A key that came later counts where it is used: older runs are not scored anew for it.
+    asked = {key: value for key, value in dataclasses.asdict(evaluate).items() if key != "needle" or value}
     for source in asked["text"]:
-        if source["domain"] is None:  # a key that came later than finished runs
+        if source["domain"] is None:
             del source["domain"]
     return artifact.digest([asked, hashes])
 

@@ -12,6 +12,7 @@ import torch
 from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
+from hfpipe.rope import changes, is_dynamic, scales
 from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
@@ -19,7 +20,7 @@ from hfpipe.training.templates import load_chat_template, stop_token_ids
 from hfpipe.training.tokenizers import extend_tokenizer, resize_embeddings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hfpipe.training.job import Job, Progress
 
@@ -138,10 +139,15 @@ def parent_tokenizer(job: Job) -> PreTrainedTokenizerBase:
 
 
 def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: Any, **options: Any) -> PreTrainedModel:
+    from transformers import AutoConfig
+
     section = job.stage.model
     options["dtype"] = section.dtype or ("auto" if job.stage.adapter else "float32")
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
+    if scales(section):
+        labels = {key: options.pop(key) for key in ("num_labels",) if key in options}
+        options["config"] = _scaled(job, _from_pretrained(AutoConfig, job, **labels))
     model = _from_pretrained(auto_class, job, **options)
     if model._hf_peft_config_loaded:
         raise UserError(
@@ -161,6 +167,44 @@ def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: A
     return model
 
 
+def _scaled(job: Job, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A parent's configuration with the context that the stage gives it; UserError where its class refuses that."""
+    told = config.to_dict()
+    text = told.get("text_config", told)
+    text |= changes(job.stage.model, text)
+    longest = max(getattr(job.stage.data, "max_length", 0), job.stage.trainer.get("max_length") or 0)
+    if is_dynamic(text) and longest > text["max_position_embeddings"]:
+        raise UserError(
+            f"{job.stage.file}: rope_type dynamic scales by the longest row met so far, so that with rows of {longest} "
+            f"tokens, more than max_position_embeddings {text['max_position_embeddings']}, a resumed training would be "
+            "another. It is for use after training: take yarn, linear or llama3 here, or shorter rows."
+        )
+    try:
+        return type(config).from_dict(told)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{job.stage.file}: model.rope_parameters is refused: {_first_line(error)}") from error
+
+
+def try_scaling(job: Job, about_to_run: Collection[str]) -> None:
+    """Scale the context as the stage and its ancestors say, before any stage trains; UserError where that fails."""
+    lineage = [job]
+    while not lineage[-1].stage.model.config and (parent := job.recipe.parent(lineage[-1].stage)):
+        lineage.append(dataclasses.replace(job, stage=parent))
+    if any(scales(one.stage.model) for one in lineage):
+        config = _origin_config(lineage[-1], about_to_run)
+        for one in reversed(lineage):
+            config = _scaled(one, config)
+
+
+def _origin_config(origin: Job, about_to_run: Collection[str]) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if not origin.stage.model.config:
+        return _from_pretrained(AutoConfig, origin)
+    with torch.device("meta"):
+        return _from_scratch(origin, load_tokenizer(origin, about_to_run)).config
+
+
 def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     """Freeze and spread rates on a model of the stage's shape without weights, before any stage trains.
 
@@ -169,7 +213,7 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     Raises:
         UserError: what `regularize` says does not fit the model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     section, where = job.stage.sections["regularize"], f"{job.stage.file}"
     if not section.freeze_layers and section.layerwise_lr_decay == 1:
@@ -178,11 +222,8 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     while not origin.stage.model.config and (parent := job.recipe.parent(origin.stage)):
         origin = dataclasses.replace(job, stage=parent)
     head = AutoModelForSequenceClassification if job.stage.type.leaves == "reward_model" else AutoModelForCausalLM
+    config = _origin_config(origin, about_to_run)
     with torch.device("meta"):
-        if origin.stage.model.config:
-            config = _from_scratch(origin, load_tokenizer(origin, about_to_run)).config
-        else:
-            config = _from_pretrained(AutoConfig, origin)
         try:
             model = head.from_config(config, trust_remote_code=origin.stage.model.trust_remote_code)
         except ValueError as error:

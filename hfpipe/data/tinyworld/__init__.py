@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from hfpipe.data.tinyworld import behaviour, chat, foreign, preferences, probes, text, web, world
+from hfpipe.data.tinyworld import behaviour, chat, foreign, needles, preferences, probes, text, web, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "web", "letters", "midtrain", "sft", "preferences", "decoys", "foreign", "probes")
+NAMES = (
+    *("pretrain", "web", "letters", "needles", "long_needles", "foreign"),
+    *("midtrain", "sft", "preferences", "decoys", "probes"),
+)
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "web": 34_000,
     "letters": 6_000,
+    "needles": 24_000,
+    "long_needles": 1_600,
     "midtrain": 13_500,
     "sft": 6_600,
     "preferences": 6_000,
@@ -26,6 +32,8 @@ HELD_OUT_SIZES = {
     "pretrain": 300,
     "web": 300,
     "letters": 300,
+    "needles": 300,
+    "long_needles": 100,
     "midtrain": 300,
     "sft": 300,
     "preferences": 300,
@@ -115,6 +123,8 @@ MAKERS = {
     "pretrain": pretrain_row,
     "web": web_row,
     "letters": letters_row,
+    "needles": functools.partial(needles.row, needles.SHORT),
+    "long_needles": functools.partial(needles.row, needles.LONG),
     "midtrain": midtrain_row,
     "sft": sft_row,
     "preferences": preference_row,
