@@ -13,7 +13,7 @@ from typing import Any
 
 from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
-from hfpipe.sections import Stage
+from hfpipe.sections import Guards, Stage
 
 STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
 BEGUN_FILE = "begun.json"  # in a working folder: which result it is for
@@ -139,7 +139,12 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
         for source in sections.get("data", {}).get(role, ()):
             del source["path"]
     _leave_off(sections.get("data", {}))
-    watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
+    watched = _watched(stage)
+    guards = {
+        key: value for key, value in sections.pop("guards", {}).items() if key not in ("rehearse", "max_rollbacks")
+    }
+    if any(getattr(Guards(), key) != value for key, value in guards.items()):
+        sections["guards"] = guards
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
     if stage.type.trainer:
         rows = (trainer.pop("per_device_train_batch_size", None) or 8) * (
@@ -150,6 +155,17 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     adapter = dataclasses.asdict(stage.adapter) if stage.adapter else None
     config = {"type": stage.type.name, **sections, "trainer": trainer, "adapter": adapter, "seed": seed}
     return _plain(config)
+
+
+def _watched(stage: Stage) -> frozenset[str]:
+    """Keys of `trainer` that decide nothing in this stage."""
+    if stage.trainer.get("load_best_model_at_end"):
+        return frozenset()
+    guards = stage.sections.get("guards")
+    evaluated = stage.trainer.get("eval_strategy", "no") not in ("no", False)
+    if evaluated and guards and guards.overfit_patience is not None:  # an evaluation may end the training
+        return _UNHASHED - {"eval_strategy", "eval_steps"}
+    return _UNHASHED
 
 
 def _leave_off(data: dict[str, Any]) -> None:

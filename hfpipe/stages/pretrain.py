@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.sections import ExtendTokenizer, Model, Optimizer, Regularize, StageType, TextData
+from hfpipe.sections import ExtendTokenizer, Guards, Model, Optimizer, Regularize, StageType, TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ TYPE = StageType(
         "data": TextData,
         "optimizer": Optimizer,
         "regularize": Regularize,
+        "guards": Guards,
     },
     rows="text",
     trainer="transformers.TrainingArguments",
