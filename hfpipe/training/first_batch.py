@@ -41,6 +41,10 @@ def check_first_batch(job: Job, tokenizer: PreTrainedTokenizerBase, batch: dict[
     context[:, 0] = False  # the first token of a document has none to be predicted from
     if "position_ids" in batch:
         context &= batch["position_ids"] != 0
+
+    def sample(row: int) -> str:
+        return _sample(tokenizer, ids[row][real[row]].tolist(), trained[row][real[row]].tolist())
+
     told = f"first batch: {len(ids)} rows, {real.sum().item():,} tokens, {share:.0%} trained"
     shown = 0
     talks = context.any(dim=1).nonzero().flatten().tolist()  # rows of text alone are trained whole
@@ -53,15 +57,15 @@ def check_first_batch(job: Job, tokenizer: PreTrainedTokenizerBase, batch: dict[
             raise UserError(
                 f"{where}: {len(silent)} of its {len(talks)} conversations train no token that ends a turn ({names}), so the "
                 "model would not learn to stop. Put it inside {% generation %} in the chat template. One of them, trained "
-                f"between ⟦ and ⟧: {_sample(tokenizer, ids[silent[0]], trained[silent[0]])}"
+                f"between ⟦ and ⟧: {sample(silent[0])}"
             )
         told += f", {ends.sum().item()} ends of turns among them"
-    progress.note(f"{told}; trained between ⟦ and ⟧: {_sample(tokenizer, ids[shown], trained[shown])}")
+    progress.note(f"{told}; trained between ⟦ and ⟧: {sample(shown)}")
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase, ids: Any, trained: Any) -> str:
+def _sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
     """The beginning of a row in one line."""
-    tokens = decode_tokens(tokenizer, ids[:_SHOWN].tolist(), trained[:_SHOWN].tolist())
+    tokens = decode_tokens(tokenizer, ids[:_SHOWN], trained[:_SHOWN])
     return coloured(tokens, colours=False).replace("\n", "\\n") + (" ..." if len(ids) > _SHOWN else "")
 
 
