@@ -6,7 +6,8 @@ import json
 import math
 import os
 import random
-import shutil
+import re
+import resource
 import signal
 import threading
 import time
@@ -16,10 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hfpipe import StageFailed, UserError, artifact, load_pipeline
-from hfpipe.run_folder import find_checkpoints
+from hfpipe import StageFailed, UserError, load_pipeline
 
-from .conftest import hfpipe, stage_json
+from .conftest import stage_json
 from .sequences import newest_child
 
 NAN, TINY = "X", "Y"  # tokens that stand in one row each; what their embeddings are is planted
@@ -55,7 +55,7 @@ def place(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(place / "model")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), rms_norm_eps=0.0, **shape))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), rms_norm_eps=0.0, attention_dropout=0.1, **shape))
     with torch.no_grad():
         model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(NAN)] = math.nan
         # It is divided by its own size on the way in, so the loss is finite, and its gradient holds that size to the power -3.
@@ -81,7 +81,10 @@ def place(tmp_path_factory) -> Path:
         if name == "overfit":
             text = text.replace("overfit.jsonl, split: all, limit: 4", "others.jsonl, split: all")
             text = text.replace("save_steps: 8", "save_steps: 25, eval_strategy: steps, eval_steps: 10")
-            text = text.replace("num_train_epochs: 1", "num_train_epochs: 50, lr_scheduler_type: constant") + "guards: {overfit_patience: 2}\n"
+            text = (
+                text.replace("num_train_epochs: 1", "num_train_epochs: 50, lr_scheduler_type: constant")
+                + "guards: {overfit_patience: 2}\n"
+            )
         if name == "explode":
             text = text.replace("learning_rate: 2.0e-2", "learning_rate: 1.0e+3")
         (recipe / f"{name}.yaml").write_text(text)
@@ -163,3 +166,119 @@ def test_a_training_that_goes_on_diverging_stops_with_its_history(run, place):
     assert told.count("has diverged: its loss is ") == 4
     assert "Lower trainer.learning_rate tenfold" in told
     assert not (run / "explode").exists()
+
+
+def test_a_run_killed_while_it_goes_back_comes_to_the_same_bits(run, place):
+    killed, over = place / "killed", threading.Event()
+
+    def kill() -> None:
+        while not over.is_set():
+            if (killed / "nan.partial" / "checkpoints" / "rollbacks.json").is_file():
+                os.kill(newest_child(killed)[0], signal.SIGKILL)
+                return
+            time.sleep(0.002)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        with pytest.raises(StageFailed, match="SIGKILL"):
+            load_pipeline(place / "recipe").run(killed, to="nan")
+    finally:
+        over.set()
+        thread.join()
+    assert not (killed / "nan").exists()
+    load_pipeline(place / "recipe").run(killed, to="nan")
+    assert "has diverged" not in " ".join(notes(killed, "nan"))  # it went on from the history
+    whole, after = stage_json(run / "nan"), stage_json(killed / "nan")
+    assert after["weights"] == whole["weights"]
+    assert after["metrics"]["rollbacks"] == whole["metrics"]["rollbacks"]
+
+
+def test_a_rehearsal_changes_no_bit(run, place):
+    without = {"nan.guards.rehearse": False}
+    load_pipeline(place / "recipe", without).run(place / "unrehearsed", to="nan")
+    rehearsed, not_rehearsed = stage_json(run / "nan"), stage_json(place / "unrehearsed" / "nan")
+    assert rehearsed["weights"] == not_rehearsed["weights"]
+    assert rehearsed["fingerprint"] == not_rehearsed["fingerprint"]
+    doing = [json.loads(line) for line in (run / "logs" / "nan.jsonl").read_text().splitlines()]
+    assert sum("rehearsing" in event.get("text", "") for event in doing) == 1  # not again after going back
+
+
+@pytest.fixture
+def little_memory(run):
+    """The fork server, and so every stage that it starts, may take 1.5 GB more than it has."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid
+    has = next(line for line in Path(f"/proc/{server}/status").read_text().splitlines() if line.startswith("VmSize"))
+    before = resource.prlimit(server, resource.RLIMIT_AS)
+    resource.prlimit(server, resource.RLIMIT_AS, (int(has.split()[1]) * 1024 + 1_500_000_000, before[1]))
+    yield
+    resource.prlimit(server, resource.RLIMIT_AS, before)
+
+
+LARGE = """stage: pretrain
+model: {from: MODEL, attn_implementation: eager}
+data: {max_length: 512, train: [{path: DATA/long.jsonl, split: all}], eval: [{path: DATA/long.jsonl, split: all}]}
+trainer: {max_steps: 1, bf16: false, SIZES}
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes"),
+    [
+        ("train", "per_device_train_batch_size: 192, per_device_eval_batch_size: 1"),
+        ("eval", "per_device_train_batch_size: 1, per_device_eval_batch_size: 2048"),
+    ],
+)
+def test_too_little_memory_is_told_with_the_batch_that_fits(place, little_memory, key, sizes):
+    rows(place / "data" / "long.jsonl", [" ".join(SENTENCES[n:] + SENTENCES[:n]) for n in range(4)])
+    recipe = place / f"large-{key}"
+    recipe.mkdir()
+    (recipe / "pipeline.yaml").write_text("name: large\nstages: [large]\nevaluate: {samples: 0, max_rows: 4}\n")
+    text = LARGE.replace("MODEL", f"{place / 'model'}").replace("DATA", f"{place / 'data'}").replace("SIZES", sizes)
+    (recipe / "large.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_pipeline(recipe).run(place / f"run-{key}")
+    told = str(refused.value)
+    assert "there is not enough memory, as a rehearsal before training has found" in told
+    fits = int(re.search(rf"trainer.per_device_{key}_batch_size: (\d+) fits", told)[1])
+    changed = {f"large.trainer.per_device_{key}_batch_size": fits}
+    if key == "train":
+        steps = int(re.search(r"gradient_accumulation_steps: (\d+) for as many rows a step as now", told)[1])
+        assert fits * steps == 192
+        changed["large.trainer.gradient_accumulation_steps"] = steps
+    load_pipeline(recipe, changed).run(place / f"run-{key}")
+    assert stage_json(place / f"run-{key}" / "large")["metrics"]["steps"] == 1
+
+
+SILENT = """{{ '<|begin|>' }}{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ '<|assistant|>' }}
+{{- message.content }}{% if not loop.last %}{{ '<|end_assistant|>' }}{% endif %}{% endgeneration %}
+{%- if loop.last %}{{ '<|end_assistant|>' }}{% endif %}{% else %}{{ '<|user|>' + message.content + '<|end_user|>' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
+
+
+def test_the_first_batch_is_looked_at(place):
+    talks = [[{"role": "user", "content": f"{a}?"}, {"role": "assistant", "content": "Yes."}] for a in ANIMALS]
+    (place / "data" / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    recipe = place / "talking"
+    recipe.mkdir()
+    (recipe / "silent.jinja").write_text(SILENT)
+    (recipe / "pipeline.yaml").write_text("name: talking\nstages: [sound, silent]\nevaluate: {samples: 0}\n")
+    for name, template in (("sound", "hfpipe"), ("silent", f"{recipe / 'silent.jinja'}")):
+        (recipe / f"{name}.yaml").write_text(
+            f"stage: sft\nmodel: {{from: {place / 'model'}}}\ntokenizer: {{chat_template: {template}}}\n"
+            f"data: {{train: [{{path: {place / 'data' / 'talks.jsonl'}, split: all}}]}}\n"
+            "trainer: {max_steps: 1, per_device_train_batch_size: 2}\n"
+        )
+    with pytest.raises(UserError) as refused:
+        load_pipeline(recipe).run(place / "talks")
+    assert "2 of its 2 conversations train no token that ends a turn (<|end_assistant|>" in str(refused.value)
+    assert "⟦<|assistant|>Yes.⟧<|end_assistant|>" in str(refused.value)
+    (told,) = [note for note in notes(place / "talks", "sound") if note.startswith("first batch")]
+    # Of <|begin|><|user|>cat?<|end_user|><|assistant|>Yes.<|end_assistant|><|end|> the last but one part is trained.
+    assert re.fullmatch(
+        r"first batch: 2 rows, \d+ tokens, \d+% trained, 2 ends of turns among them; trained between ⟦ and ⟧: "
+        r"<\|begin\|><\|user\|>\w+\?<\|end_user\|>⟦<\|assistant\|>Yes\.<\|end_assistant\|>⟧<\|end\|>",
+        told,
+    )
