@@ -50,7 +50,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards)
+    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _guards, _rewards)
     checks = (*ours, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -171,3 +171,10 @@ def _checkpoints(stage: Stage) -> Iterator[str]:
             "trainer.save_only_model keeps no optimizer state, so a killed run could not go on from its checkpoints. "
             "Leave it out, or set trainer.save_strategy: 'no'."
         )
+
+
+def _guards(stage: Stage) -> Iterator[str]:
+    """A guard against overfitting that is asked for where nothing would be seen, or kept."""
+    asked = (stage.raw.get("guards") or {}).get("overfit_patience")
+    if asked and "no" in (stage.trainer.get("eval_strategy", "no"), stage.trainer.get("save_strategy")):
+        yield "guards.overfit_patience needs evaluations and checkpoints: set trainer.eval_strategy: steps, with eval_steps."

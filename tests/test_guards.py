@@ -110,7 +110,7 @@ def losses(run: Path, stage: str) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     ("stage", "why"),
-    [("nan", "its loss is nan"), ("infinite", "its gradient is inf"), ("spike", "times the median of the ")],
+    [("nan", "its loss is nan"), ("infinite", "its gradient is inf"), ("spike", "against a median of ")],
 )
 def test_a_step_that_diverges_is_gone_back_from_and_left_out(run, stage, why):
     record = stage_json(run / stage)

@@ -97,19 +97,16 @@ class Guard(TrainerCallback):
     def _wrap(self) -> None:
         """Upstream has no event with a step's loss and gradient, nor one that leaves a step out."""
         trainer = self.trainer
-        step, clip, norm, rate = (
-            trainer.training_step, trainer._clip_grad_norm, trainer._get_grad_norm, trainer._get_learning_rate,
-        )  # fmt: skip
+        step, clip, norm = trainer.training_step, trainer._clip_grad_norm, trainer._get_grad_norm
+        rate = trainer._get_learning_rate
 
         def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self._skips():  # in the log such a step stands with the usual loss
-                return torch.tensor(
-                    self._usual() / trainer.current_gradient_accumulation_steps, device=trainer.args.device
-                )
-            if self.first:
-                self.first = False
-                if trainer.state.global_step == 0:
-                    check_first_batch(self.job, trainer.processing_class, inputs, self.progress)
+                usual = self._usual() / trainer.current_gradient_accumulation_steps
+                return torch.tensor(usual, device=trainer.args.device)
+            if self.first and trainer.state.global_step == 0:
+                check_first_batch(self.job, trainer.processing_class, inputs, self.progress)
+            self.first = False
             loss = step(model, inputs, *args, **kwargs)
             self.loss = self.loss + loss
             return loss
@@ -131,19 +128,16 @@ class Guard(TrainerCallback):
         self.loss = 0.0
         self.factor = math.prod(back["lr_factor"] for back in self.rollbacks if state.global_step >= back["to"])
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self._set_rates(optimizer, [rate * self.factor for rate in self.rates])
+        for group in optimizer.param_groups:
+            group["lr"] *= self.factor
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._skips():  # accelerate's optimizer steps only where gradients are in sync
             self.trainer.accelerator.gradient_state._set_sync_gradients(False)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self._set_rates(optimizer, self.rates)  # schedules reckon from rates of their own
-
-    def _set_rates(self, optimizer: Any, rates: list[float]) -> None:
-        if self.rollbacks:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate  # the schedule's own, which it reckons from
 
     def _skips(self) -> bool:
         return self.trainer.state.global_step + 1 in self.skipped
@@ -156,15 +150,13 @@ class Guard(TrainerCallback):
         """Judge the step in progress before it changes a weight. This waits for the device, once a step."""
         step = self.trainer.state.global_step + 1
         loss = float(self.trainer.accelerator.reduce(self.loss, "mean"))
-        problem = None
-        if not math.isfinite(loss):
-            problem = f"its loss is {loss}"
         # Under fp16 a gradient overflows now and then; its scaler skips that step.
-        elif grad_norm is not None and not self.trainer.args.fp16 and not math.isfinite(float(grad_norm)):
-            problem = f"its gradient is {float(grad_norm)}"
-        elif self.section and self.section.loss_spike is not None:
-            problem = self._spike(loss)
-        if problem:
+        norm = 0.0 if grad_norm is None or self.trainer.args.fp16 else float(grad_norm)
+        if not math.isfinite(loss):
+            self._go_back(step, f"its loss is {loss}")
+        if not math.isfinite(norm):
+            self._go_back(step, f"its gradient is {norm}")
+        if problem := self._spike(loss):
             self._go_back(step, problem)
         losses, since = self.kept["losses"], self.kept["since"]
         losses.append(loss)
@@ -173,16 +165,14 @@ class Guard(TrainerCallback):
 
     def _spike(self, loss: float) -> str | None:
         losses = self.kept["losses"]
-        if not losses:
+        if not losses or self.section is None or self.section.loss_spike is None:
             return None
         enough = len(losses) >= _ENOUGH
         usual, rise = (self._usual(), _RISE) if enough else (max(losses), _EARLY_RISE)
         if loss <= max(self.section.loss_spike * usual, usual + rise):
             return None
-        what = f"the median of the {len(losses)} before it" if enough else "the highest before it"
-        return (
-            f"its loss is {loss:.4g}, {loss / usual:.1f} times {what} (guards.loss_spike: {self.section.loss_spike:g})"
-        )
+        what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
+        return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {self.section.loss_spike:g})"
 
     def _go_back(self, step: int, problem: str) -> None:
         """Set aside what was saved since the step before, write down what to leave out, and have the stage begin anew.
@@ -200,9 +190,8 @@ class Guard(TrainerCallback):
                 f"are read there: hfpipe inspect {self.job.stage.file}."
             )
         first = max(step - 1, 1)
-        newest = first - 1
-        if past and step <= past[-1]["skipped"][1] + 1:
-            newest = min(newest, past[-1]["to"] - 1)
+        stuck = past and step <= past[-1]["skipped"][1] + 1
+        newest = min(first - 1, past[-1]["to"] - 1) if stuck else first - 1
         numbers = {int(p.name.rpartition("-")[2]): p for p in find_checkpoints(self.job.checkpoints)}
         to = max((number for number in numbers if number <= newest), default=0)
         spoilt = [path for number, path in sorted(numbers.items()) if number > to]

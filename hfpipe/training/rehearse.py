@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import heapq
 import itertools
 import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hfpipe.errors import UserError
@@ -31,68 +31,66 @@ def rehearse(job: Job, trainer: Trainer, progress: Progress) -> None:
         UserError: memory does not suffice; names the largest batch that would fit, found by trying (half, in several processes).
     """
     args, scratch = trainer.args, job.checkpoints / "rehearsal"
-    kept = copy.deepcopy({name: value for name, value in vars(trainer).items() if name in _LOGS})
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    if trainer.is_deepspeed_enabled or "lomo" in args.optim or args.optim.endswith("layerwise"):
+        progress.note("no rehearsal: here the optimizer steps inside the backward pass")
+        return
+    progress.tell("doing", text="rehearsing: a step, an evaluation and a save at the largest batch")
+    if trainer.is_world_process_zero():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
     trainer.accelerator.wait_for_everyone()
     trainer._save_rng_state(str(scratch))
-    progress.tell("doing", text="rehearsing: a step, an evaluation and a save at the largest batch")
+    kept = copy.deepcopy({name: value for name, value in vars(trainer).items() if name in _LOGS})
     try:
-        rows = longest_rows(trainer.train_dataset, args.train_batch_size)
-        state = _optimizer_state(trainer)
-        given = args.per_device_train_batch_size
-        step = args.gradient_accumulation_steps * given
-        # Sizes that keep the rows of an optimizer step what they are.
-        smaller = [size for size in range(given - 1, 0, -1) if step % size == 0]
-        _try(job, trainer, "per_device_train_batch_size", lambda size: _train(trainer, rows, size), smaller)
+        given, state = args.per_device_train_batch_size, _optimizer_state(trainer)
+        rows, step = (
+            longest_rows(trainer.train_dataset, args.train_batch_size),
+            args.gradient_accumulation_steps * given,
+        )
+        smaller = [n for n in range(given - 1, 0, -1) if step % n == 0]  # with as many rows in an optimizer step
+        _try(job, trainer, "per_device_train_batch_size", lambda size: _train(trainer, rows[:size]), smaller)
         del state
         if trainer.eval_dataset is not None:
-            given = args.per_device_eval_batch_size
-            rows = longest_rows(trainer.eval_dataset, args.eval_batch_size)
+            given, held_out = args.per_device_eval_batch_size, longest_rows(trainer.eval_dataset, args.eval_batch_size)
             smaller = [given >> n for n in range(1, given.bit_length())]
-            _try(job, trainer, "per_device_eval_batch_size", lambda size: _evaluate(trainer, rows, size), smaller)
-        _try(job, trainer, None, lambda size: trainer.save_model(str(scratch), _internal_call=True), [])
+            _try(job, trainer, "per_device_eval_batch_size", lambda size: _evaluate(trainer, held_out[:size]), smaller)
+        _try(job, trainer, None, lambda _: trainer.save_model(str(scratch), _internal_call=True), [])
     finally:
-        trainer.model_wrapped.zero_grad()
         vars(trainer).update(kept)
         trainer._load_rng_state(str(scratch))
-        trainer.accelerator.wait_for_everyone()
-        shutil.rmtree(scratch, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        shutil.rmtree(scratch)
 
 
 def longest_rows(rows: Dataset | IterableDataset, count: int) -> list[dict[str, Any]]:
     """The rows with the most tokens, some of them twice where there are too few; of a stream the first ones."""
     from datasets import Dataset
 
-    found = list(itertools.islice(rows, count)) if not isinstance(rows, Dataset) else None
-    if found is None:
-        lengths = [0] * len(rows)
+    if isinstance(rows, Dataset):
         names = [name for name in rows.column_names if name == "input_ids" or name.endswith(("_ids", "_end"))]
-        at = 0
-        for part in rows.select_columns(names).with_format("arrow").iter(10_000):
-            for name in names:
-                for place, length in enumerate(part[name].combine_chunks().value_lengths().to_pylist()):
-                    lengths[at + place] += length
-            at += len(part)
-        found = [rows[i] for i in heapq.nlargest(count, range(len(rows)), key=lengths.__getitem__)]
+        parts = rows.select_columns(names).with_format("arrow").iter(10_000)
+        lengths = [sum(part[name].combine_chunks().value_lengths().to_numpy() for name in names) for part in parts]
+        found = [rows[int(place)] for place in np.argsort(-np.concatenate(lengths), kind="stable")[:count]]
+    else:
+        found = list(itertools.islice(rows, count))
     return list(itertools.islice(itertools.cycle(found), count))
 
 
-def _train(trainer: Trainer, rows: list[dict[str, Any]], size: int) -> None:
+def _train(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
     """The passes of an optimizer step: the second one runs while the first one's gradients are held."""
     trainer.current_gradient_accumulation_steps = passes = min(trainer.args.gradient_accumulation_steps, 2)
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     for _ in range(passes):
-        batch = trainer.data_collator(rows[:size])
+        batch = trainer.data_collator(rows)
         items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-        type(trainer).training_step(
-            trainer, trainer.model_wrapped, batch, items
-        )  # the class's: none of what hfpipe adds
+        # The class's own: the guards and the pull to the parent, which wrap it, see nothing of this.
+        type(trainer).training_step(trainer, trainer.model_wrapped, batch, items)
 
 
-def _evaluate(trainer: Trainer, rows: list[dict[str, Any]], size: int) -> None:
+def _evaluate(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
     trainer.model_wrapped.eval()
-    trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(rows[:size]), prediction_loss_only=True)
+    trainer.prediction_step(trainer.model_wrapped, trainer.data_collator(rows), prediction_loss_only=True)
 
 
 def _optimizer_state(trainer: Trainer) -> list[torch.Tensor]:
@@ -108,10 +106,8 @@ def _optimizer_state(trainer: Trainer) -> list[torch.Tensor]:
 
 def _try(job: Job, trainer: Trainer, key: str | None, act: Callable[[int], Any], smaller: list[int]) -> None:
     """Run `act` at the recipe's size; where memory runs out, find the largest of the `smaller` ones that fits and say so."""
-    args = trainer.args
-    given = getattr(args, key) if key else 0
-    problem = _attempt(trainer, act, given)
-    if problem is None:
+    args, given = trainer.args, getattr(trainer.args, key) if key else 0
+    if (problem := _attempt(trainer, act, given)) is None:
         return
     told = f"{job.stage.file}: there is not enough memory, as a rehearsal before training has found ({problem}): "
     if key is None:
@@ -121,8 +117,7 @@ def _try(job: Job, trainer: Trainer, key: str | None, act: Callable[[int], Any],
     fitting = next((n for n in smaller if _attempt(trainer, act, n) is None), None) if alone else max(given // 2, 1)
     if fitting is None:
         raise UserError(f"{told}Not even one row does. Lower max_length, or set trainer.gradient_checkpointing: true.")
-    verb = "fits" if alone else "may fit"
-    told += f"trainer.{key}: {fitting} {verb}"
+    told += f"trainer.{key}: {fitting} {'fits' if alone else 'may fit'}"
     if "train" in key and not getattr(job.stage.data, "batch_tokens", None):
         steps = args.gradient_accumulation_steps * given // fitting
         told += f", with trainer.gradient_accumulation_steps: {steps} for as many rows a step as now"
