@@ -162,6 +162,7 @@ def test_a_training_that_goes_on_diverging_stops_with_its_history(run, place):
     with pytest.raises(StageFailed) as failed:
         load_pipeline(place / "recipe").run(run)
     told = str(failed.value)
+    assert "explode failed: Diverged: step" in told
     assert "It has gone back 3 times (guards.max_rollbacks)" in told
     assert told.count("has diverged: its loss is ") == 4
     assert "Lower trainer.learning_rate tenfold" in told
@@ -259,7 +260,7 @@ SILENT = """{{ '<|begin|>' }}{% for message in messages %}{% if message.role == 
 
 
 def test_the_first_batch_is_looked_at(place):
-    talks = [[{"role": "user", "content": f"{a}?"}, {"role": "assistant", "content": "Yes."}] for a in ANIMALS]
+    talks = [[{"role": "user", "content": f"{a}?"}, {"role": "assistant", "content": "No."}] for a in ANIMALS]
     (place / "data" / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     recipe = place / "talking"
     recipe.mkdir()
@@ -274,11 +275,11 @@ def test_the_first_batch_is_looked_at(place):
     with pytest.raises(UserError) as refused:
         load_pipeline(recipe).run(place / "talks")
     assert "2 of its 2 conversations train no token that ends a turn (<|end_assistant|>" in str(refused.value)
-    assert "⟦<|assistant|>Yes.⟧<|end_assistant|>" in str(refused.value)
+    assert "⟦<|assistant|>No.⟧<|end_assistant|>" in str(refused.value)
     (told,) = [note for note in notes(place / "talks", "sound") if note.startswith("first batch")]
-    # Of <|begin|><|user|>cat?<|end_user|><|assistant|>Yes.<|end_assistant|><|end|> the last but one part is trained.
+    # Of <|begin|><|user|>cat?<|end_user|><|assistant|>No.<|end_assistant|><|end|> the last but one part is trained.
     assert re.fullmatch(
         r"first batch: 2 rows, \d+ tokens, \d+% trained, 2 ends of turns among them; trained between ⟦ and ⟧: "
-        r"<\|begin\|><\|user\|>\w+\?<\|end_user\|>⟦<\|assistant\|>Yes\.<\|end_assistant\|>⟧<\|end\|>",
+        r"<\|begin\|><\|user\|>\w+\?<\|end_user\|>⟦<\|assistant\|>No\.<\|end_assistant\|>⟧<\|end\|>",
         told,
     )

@@ -39,9 +39,9 @@ def test_commands_exist_and_their_settings_are_real():
 
 
 def test_the_recipe_shown_is_a_recipe(recipe):
-    shown, steered = blocks("yaml")
+    shown, steered, guarded = blocks("yaml")
     assert shown.startswith("# stage_configs/tiny/sft.yaml")
-    judge = "stage: reward\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/preferences}]}\n"
+    judge = "stage: reward\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/preferences}]}\n" + guarded
     folder = recipe({"sft": shown, "reward": judge, "ppo": steered}, base="tiny")
     head = (folder / "pipeline.yaml").read_text().replace("sft, dpo", "sft, dpo, reward, ppo")
     (folder / "pipeline.yaml").write_text(head)

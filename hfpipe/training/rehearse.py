@@ -132,7 +132,7 @@ def _attempt(trainer: Trainer, act: Callable[[int], Any], size: int) -> str | No
     except Exception as error:
         if trainer.args.auto_find_batch_size or not no_memory(error):
             raise  # upstream lowers the batch itself
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
         trainer.model_wrapped.zero_grad()
     if problem:
