@@ -8,12 +8,13 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
-from hfpipe.sections import Stage
+from hfpipe.sections import Anneal, Data, ExtendTokenizer, Guards, Model, Optimizer, Stage
 
 STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
 BEGUN_FILE = "begun.json"  # in a working folder: which result it is for
@@ -46,6 +47,17 @@ _UNHASHED = frozenset(
         "precompute_ref_batch_size",
     ]
 )
+
+
+# Keys that came later than finished runs: at their default they do not count, and such a run stays finished.
+_LATER: dict[type, tuple[str, ...]] = {
+    Model: ("rope_parameters", "max_position_embeddings"),
+    Data: ("balance", "decontaminate", "curriculum", "phases"),
+    ExtendTokenizer: ("add_pieces", "min_frequency", "from_"),
+    Optimizer: ("keep_state",),
+    Anneal: ("share", "carry_optimizer"),
+    Guards: ("loss_spike", "lr_factor", "overfit_patience"),
+}
 
 
 def digest(value: Any) -> str:
@@ -134,21 +146,13 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     Paths of data are left out: the hash of their content stands for them. Of batch size, accumulation and processes only
     their product counts, so that a run may go on with more processes and less accumulation.
     """
-    sections = {name: dataclasses.asdict(section) for name, section in stage.sections.items()}
-    for role in ("train", "eval"):
-        for source in sections.get("data", {}).get(role, ()):
-            del source["path"]
-    _leave_off(sections.get("data", {}))
-    if "add_pieces" in (tokenizer := sections.get("tokenizer", {})):
-        for source in tokenizer["from_"]:
-            del source["path"]
-        for key in () if tokenizer["add_pieces"] else ("add_pieces", "min_frequency", "from_"):
-            del tokenizer[key]
-    if not sections.get("anneal", {}).get("share"):
-        sections.pop("anneal", None)
-    if not sections.get("optimizer", {}).get("keep_state"):
-        sections.get("optimizer", {}).pop("keep_state", None)
-    watched = () if stage.trainer.get("load_best_model_at_end") else _UNHASHED
+    sections = {name: _counted(section) for name, section in stage.sections.items()}
+    sections = {name: section for name, section in sections.items() if section or name not in ("anneal", "guards")}
+    for source in _sources(sections):
+        del source["path"]
+        if not source["balance"]:
+            del source["balance"]
+    watched = _watched(stage)
     trainer = {k: v for k, v in stage.trainer.items() if k not in watched}
     if stage.type.trainer:
         rows = (trainer.pop("per_device_train_batch_size", None) or 8) * (
@@ -161,12 +165,33 @@ def hashed_config(stage: Stage, seed: int, processes: int) -> dict[str, Any]:
     return _plain(config)
 
 
-def _leave_off(data: dict[str, Any]) -> None:
-    """Keys that came later than finished runs, where they change nothing: such a run stays finished."""
-    for section in (data, *data.get("train", ()), *data.get("eval", ())):
-        for key in ("balance", "decontaminate"):
-            if not section.get(key):
-                section.pop(key, None)
+def _watched(stage: Stage) -> frozenset[str]:
+    """Keys of `trainer` that decide nothing in this stage."""
+    if stage.trainer.get("load_best_model_at_end"):
+        return frozenset()
+    guards = stage.sections.get("guards")
+    evaluated = stage.trainer.get("eval_strategy", "no") not in ("no", False)
+    if evaluated and guards and guards.overfit_patience is not None:  # an evaluation may end the training
+        return _UNHASHED - {"eval_strategy", "eval_steps"}
+    return _UNHASHED
+
+
+def _counted(section: Any) -> dict[str, Any]:
+    """A section's values without what decides nothing: a key that came later than finished runs, at its default."""
+    values = dataclasses.asdict(section)
+    for kind, keys in _LATER.items():
+        if isinstance(section, kind):
+            for key in keys:
+                if getattr(section, key) == getattr(kind(), key):
+                    del values[key]
+    if isinstance(section, Guards):
+        del values["rehearse"], values["max_rollbacks"]
+    return values
+
+
+def _sources(sections: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    data, tokenizer = sections.get("data", {}), sections.get("tokenizer", {})
+    yield from (*data.get("train", ()), *data.get("eval", ()), *tokenizer.get("from_", ()))
 
 
 def _plain(value: Any) -> Any:

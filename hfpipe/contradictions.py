@@ -72,7 +72,7 @@ def needle(evaluate: Evaluate) -> Iterator[str]:
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     of_data = (_length, _weights, _selection, _order, _rewards, _pieces)
-    of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints)
+    of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints, _guards)
     checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -273,3 +273,10 @@ def _checkpoints(stage: Stage) -> Iterator[str]:
             "trainer.save_only_model keeps no optimizer state, so a killed run could not go on from its checkpoints. "
             "Leave it out, or set trainer.save_strategy: 'no'."
         )
+
+
+def _guards(stage: Stage) -> Iterator[str]:
+    """A guard against overfitting that is asked for where nothing would be seen, or kept."""
+    asked = (stage.raw.get("guards") or {}).get("overfit_patience")
+    if asked and "no" in (stage.trainer.get("eval_strategy", "no"), stage.trainer.get("save_strategy")):
+        yield "guards.overfit_patience needs evaluations and checkpoints: set trainer.eval_strategy: steps, with eval_steps."

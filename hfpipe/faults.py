@@ -28,16 +28,20 @@ def full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _DISK.search(str(error)) is not None
 
 
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out."""
+    return isinstance(error, MemoryError) or _MEMORY.search(str(error)) is not None
+
+
 def explain(error: BaseException) -> str:
     """An exception in words; a disk or a memory that is full with what to do about it."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
     text = f"{type(error).__name__}: {error}"
-    said = "\n".join(map(str, causes))
     if any(map(full, causes)):
         return f"the disk is full ({text.splitlines()[0]}). {_LESS_DISK}"
-    if any(isinstance(cause, MemoryError) for cause in causes) or _MEMORY.search(said):
+    if any(map(no_memory, causes)):
         return f"there is not enough memory ({text.splitlines()[0]}). {LESS_MEMORY}"
     return text
 

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.progress import printable, quiet_imports
+from hfpipe.progress import quiet_imports
+from hfpipe.training.first_batch import coloured, decode_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hfpipe.sections import Recipe
     from hfpipe.training.job import Job
-
-_LONGEST_CHARACTER = 4  # bytes, so tokens at the most
-_TRAINED, _CONTEXT, _END = "\033[1;32m", "\033[2m", "\033[0m"
 
 
 @dataclass
@@ -121,45 +119,18 @@ def _inspect(
 def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[tuple[str, int, bool]]]:
     if "prompt_ids" not in encoded:
         labels = encoded["labels"]
-        return {"row": _tokens(tokenizer, encoded["input_ids"], [label != -100 for label in labels])}
+        return {"row": decode_tokens(tokenizer, encoded["input_ids"], [label != -100 for label in labels])}
     prompt = encoded["prompt_ids"]
     if "row" in encoded:
-        return {"row": _tokens(tokenizer, prompt, [False] * len(prompt))}
+        return {"row": decode_tokens(tokenizer, prompt, [False] * len(prompt))}
     if "label" in encoded:
         answers = {"good" if encoded["label"] else "bad": encoded["completion_ids"]}
     else:
         answers = {"chosen": encoded["chosen_ids"], "rejected": encoded["rejected_ids"]}
     return {
-        side: _tokens(tokenizer, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+        side: decode_tokens(tokenizer, [*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
         for side, answer in answers.items()
     }
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> list[tuple[str, int, bool]]:
-    """Of several tokens that make one character together the last has its text."""
-    found, pending = [], []
-    for place, (token, is_trained) in enumerate(zip(ids, trained, strict=True), 1):
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        goes_on = place < len(ids) and trained[place] == is_trained and len(pending) < _LONGEST_CHARACTER
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and goes_on:
-            found.append(("", token, is_trained))
-            continue
-        found.append((text, token, is_trained))
-        pending = []
-    return found
-
-
-def coloured(tokens: list[tuple[str, int, bool]], colours: bool) -> str:
-    """The tokens' text: trained ones bold green and others dim, or without colours between ⟦ and ⟧."""
-    parts = []
-    for is_trained, group in itertools.groupby(tokens, key=lambda token: token[2]):
-        text = printable("".join(token[0] for token in group))
-        if colours:
-            parts.append(f"{_TRAINED if is_trained else _CONTEXT}{text}{_END}")
-        else:
-            parts.append(f"⟦{text}⟧" if is_trained else text)
-    return "".join(parts)
 
 
 def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> list[Inspected]:

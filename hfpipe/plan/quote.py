@@ -85,6 +85,8 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
     costs = stage_flops(stage, shape, trained, work) if work.tokens else None
     seconds = stage_seconds(stage, shape, work, costs, dtype, devices, setting) if costs else None
     saved = 0 if option(stage, "save_strategy") == "no" else option(stage, "save_total_limit") or _SAVED
+    if saved == 1 and option(stage, "eval_strategy") != "no":
+        saved = 2  # the best stays beside the newest
     disk = disk_bytes(shape, trained, setting.optimizer, saved)
     if getattr(stage.sections.get("optimizer"), "keep_state", False):
         disk += memory.optimizer

@@ -40,6 +40,12 @@ class StageStory:
     def metrics(self) -> dict[str, Any]:
         return self.record.get("metrics", {})
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the guards did while it trained."""
+        told = [*self.metrics.get("rollbacks", []), self.metrics.get("overfitting")]
+        return [item["text"] for item in told if item]
+
 
 def write_report(run: Path) -> Path:
     """Write `report.html` into a run's folder; an older one is replaced whole."""

@@ -44,6 +44,8 @@ def run_stage(job: Job, progress: Progress) -> None:
 
     A stage whose weights are on disk already is only scored; one with checkpoints goes on from the last.
     """
+    from hfpipe.training.guards import train_guarded
+
     module = stage_module(job.stage.type.name)
     began = time.monotonic()
     if complete_at(job.folder, job.fingerprint) and not damage_at(job.folder):
@@ -61,7 +63,7 @@ def run_stage(job: Job, progress: Progress) -> None:
             if job.processes != processes_now(job.recipe):
                 progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
         spent = energy_meter()
-        metrics = module.train(job, progress)
+        metrics = train_guarded(module.train, job, progress)
         energy = spent()
         if energy and not metrics.get("resumed_from_step"):  # that of an attempt that was killed is not known
             metrics["energy"] = energy

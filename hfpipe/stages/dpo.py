@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe.adapter_types import starts_as_no_change
 from hfpipe.errors import UserError
-from hfpipe.sections import Data, Model, Optimizer, Regularize, StageType
+from hfpipe.sections import Data, Guards, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ TYPE = StageType(
     teaches="preferences, directly",
     leaves="model",
     parents=("model",),
-    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize},
+    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize, "guards": Guards},
     rows="preference",
     trainer="trl.DPOConfig",
     adapter=True,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.sections import Data, Model, Optimizer, Regularize, StageType
+from hfpipe.sections import Data, Guards, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ TYPE = StageType(
     teaches="preferences, from answers judged one by one",
     leaves="model",
     parents=("model",),
-    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize},
+    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize, "guards": Guards},
     rows="unpaired",
     trainer="trl.KTOConfig",
     adapter=True,

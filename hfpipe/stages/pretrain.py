@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError
-from hfpipe.sections import Anneal, ExtendTokenizer, Model, Optimizer, Regularize, StageType, TextData
+from hfpipe.sections import Anneal, ExtendTokenizer, Guards, Model, Optimizer, Regularize, StageType, TextData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ TYPE = StageType(
         "optimizer": Optimizer,
         "regularize": Regularize,
         "anneal": Anneal,
+        "guards": Guards,
     },
     rows="text",
     trainer="transformers.TrainingArguments",

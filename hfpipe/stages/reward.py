@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.sections import Data, Model, Optimizer, Regularize, StageType
+from hfpipe.sections import Data, Guards, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +20,7 @@ TYPE = StageType(
     teaches="a score for answers",
     leaves="reward_model",
     parents=("model",),
-    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize},
+    sections={"model": Model, "data": Data, "optimizer": Optimizer, "regularize": Regularize, "guards": Guards},
     rows="preference",
     trainer="trl.RewardConfig",
     adapter=True,

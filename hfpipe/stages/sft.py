@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.sections import Data, ExtendTokenizer, Model, Optimizer, Regularize, StageType
+from hfpipe.sections import Data, ExtendTokenizer, Guards, Model, Optimizer, Regularize, StageType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,7 @@ TYPE = StageType(
         "data": Data,
         "optimizer": Optimizer,
         "regularize": Regularize,
+        "guards": Guards,
     },
     rows="messages",
     trainer="trl.SFTConfig",

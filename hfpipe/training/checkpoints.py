@@ -84,7 +84,10 @@ def space_needed(trainer: Trainer) -> tuple[int, int]:
     # Upstream writes one at the last step too, and the oldest goes when the newest is whole.
     by_strategy = {"no": 0, "best": 1, "epoch": math.ceil(args.num_train_epochs)}
     written = by_strategy.get(args.save_strategy.value, math.ceil(steps / every))
-    kept = min(written, args.save_total_limit + 1) if args.save_total_limit else written
+    limit = max(
+        args.save_total_limit or 0, 2 if args.eval_strategy.value != "no" else 0
+    )  # the best and the newest stay
+    kept = min(written, limit + 1) if args.save_total_limit else written
     # Of the optimizer one number a parameter is counted: Muon's; AdamW keeps two.
     return (weights + saved if saved < weights else weights) + kept * (saved + trained), kept
 

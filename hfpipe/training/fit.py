@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from hfpipe.run_folder import find_checkpoints
 from hfpipe.training.adapters import save_adapted
 from hfpipe.training.anneal import carry_state, keep_state, last_rate, optimizer_section, set_schedule
 from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
+from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
 from hfpipe.training.regularize import pull_to_parent, refuse_sharded, spread_rates
@@ -129,6 +129,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         carry_state(job, trainer, progress)
     if job.stage.sections["regularize"].l2_to_parent:
         pull_to_parent(job, trainer, progress)
+    guard = Guard(job, trainer, progress)
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if checkpoint:
         progress.note(f"resumed from {checkpoint.name}")
@@ -150,6 +151,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         "tokens_per_s": round(tokens * (steps - resumed) / max(steps, 1) / max(seconds, 1e-9)),
         "resumed_from_step": resumed,
         "last_rate": last_rate(trainer, section),
+        **guard.results(),
     }
     if trainer.is_world_process_zero():
         # Of packed rows TRL counts what its own collator would give; `tokens` is ours.
@@ -207,7 +209,7 @@ def _set_optimizer(job: Job, trainer: Trainer, section: Optimizer | None) -> Non
 
 
 class _Watch(TrainerCallback):
-    """Reports steps, loss, speed and time left; stops on a loss or gradient that is not a number."""
+    """Reports steps, loss, speed and time left."""
 
     def __init__(self, job: Job, progress: Progress, tokens_per_row: float):
         self.file, self.progress, self.tokens_per_row = job.stage.file, progress, tokens_per_row
@@ -241,11 +243,3 @@ class _Watch(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
-        # Under fp16 a gradient overflows now and then; its scaler skips that step.
-        for name in ("loss",) if args.fp16 else ("loss", "grad_norm"):
-            value = (logs or {}).get(name)
-            if value is not None and not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {state.global_step}: the training has diverged. "
-                    "Lower trainer.learning_rate tenfold or lengthen trainer.warmup_steps."
-                )
