@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("plan", help="check a recipe and say what a run would do, and why")
     _recipe_options(command)
     add_device_options(command)
+    command.add_argument("--rehearse", action="store_true", help="measure ten steps of each stage on this machine")
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_plan)
 

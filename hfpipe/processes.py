@@ -23,7 +23,7 @@ from hfpipe.sections import Recipe, Stage
 from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment
 
 _START_S = 600  # until a child's first sign: importing the stack from a slow disk takes its time
-_IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
+IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
 
 
 def start_server(run: Path) -> None:
@@ -33,7 +33,7 @@ def start_server(run: Path) -> None:
 
     before = dict(os.environ)
     quiet_environment()  # before huggingface_hub is imported there: it reads its switches once
-    multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
     terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
     _, log = _logs(run, "data")
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -97,7 +97,7 @@ class _Process:
         # The server may be as old as the notebook: what was set since then, such as HF_TOKEN, goes to the child.
         arguments = (dict(os.environ), target, arguments)
         self._process = multiprocessing.get_context("forkserver").Process(target=_with_environment, args=arguments)
-        with _main_hidden():
+        with main_hidden():
             self._process.start()
 
     def poll(self) -> int | None:
@@ -122,7 +122,7 @@ def _with_environment(environment: dict[str, str], target: Any, arguments: tuple
 
 
 @contextlib.contextmanager
-def _main_hidden() -> Iterator[None]:
+def main_hidden() -> Iterator[None]:
     """multiprocessing has a child import `__main__` first, and a script without a guard would start its run there again.
 
     Our children need nothing of it.

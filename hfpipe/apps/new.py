@@ -150,7 +150,11 @@ def _told(options: argparse.Namespace) -> list[str]:
     """The options given, as they are written."""
     named = {"origin": "from"}
     plain = ((named.get(key, key), value) for key, value in vars(options).items() if key not in ("folder", "command"))
-    return [f"--{key} {quantity(value) if isinstance(value, float) and value >= 1000 else value}" for key, value in plain if value]
+    return [
+        f"--{key} {quantity(value) if isinstance(value, float) and value >= 1000 else value}"
+        for key, value in plain
+        if value
+    ]
 
 
 def _find_model(source: str) -> tuple[str, Path]:

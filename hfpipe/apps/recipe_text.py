@@ -136,7 +136,9 @@ def _data(draft: Draft, name: str) -> list[str]:
         if material.streaming:
             lines.append("  streaming: true  # read while training, not stored first")
     if material.bad_rows and name not in ("tokenizer", "pretrain"):
-        lines.append(_line(2, "max_bad_rows", material.bad_rows, "the share that may be left out, most for being too long"))
+        lines.append(
+            _line(2, "max_bad_rows", material.bad_rows, "the share that may be left out, most for being too long")
+        )
     rows, replay = material.rows_for(name), material.replay if name in _PACKED and not draft.adapter else []
     if name == "midtrain" and _is_domain(draft):
         rows, replay = [f"{body}, as: text" for body in material.rows_for("pretrain")], []

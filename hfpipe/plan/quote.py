@@ -104,12 +104,12 @@ def _origin(recipe: Recipe, stage: Stage) -> tuple[Stage, int | None, int]:
 def _shape(origin: Stage, stage: Stage, vocab: int | None) -> Shape | None:
     config = origin.model.config
     if not config and origin.model.from_:
-        config = _read_origin(origin.model.from_)
+        config = read_origin(origin.model.from_)
     vocab = config.get("vocab_size") or vocab
     return read_shape(config, vocab, scores=stage.type.leaves == "reward_model") if config else None
 
 
-def _read_origin(source: str) -> dict[str, Any]:
+def read_origin(source: str) -> dict[str, Any]:
     """The configuration of a folder, or of a Hub model at a commit that it is pinned to; empty where it is not to be had."""
     repo_id, revision = split_id(source)
     if Path(source).expanduser().exists() or not is_commit(revision):
@@ -150,7 +150,7 @@ def _stored(stage: Stage, origin: Stage) -> int:
     """Bytes of one of the base's parameters, as it is loaded."""
     given = stage.model.dtype
     if given is None and stage.adapter is not None and not origin.model.config:
-        config = _read_origin(origin.model.from_ or "")
+        config = read_origin(origin.model.from_ or "")
         given = config.get("dtype") or config.get("torch_dtype")
     return 2 if given in ("bfloat16", "float16") else 4
 
