@@ -52,7 +52,7 @@ class Material:
     def rows_for(self, stage: str) -> list[str]:
         return self.rows.get(stage, [])
 
-    def row_length(self, context: int) -> int:
+    def text_length(self, context: int) -> int:
         """Tokens of a packed row of text: tinyworld's documents are short."""
         return 128 if self.tiny else context
 

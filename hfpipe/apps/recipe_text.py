@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.plan.sizing import SMALL, batch_tokens, learning_rate
+from hfpipe.plan.sizing import MOST_PASSES, SMALL, batch_tokens, learning_rate
 from hfpipe.progress import duration, quantity
 
 if TYPE_CHECKING:
-    from hfpipe.apps.new import Choice, Draft
+    from hfpipe.apps.drafts import Choice, Draft
 
 _TEACHES = {
     "tokenizer": "Byte-level BPE; digits one by one, control tokens one id each.",
@@ -33,7 +34,7 @@ def pipeline_text(draft: Draft) -> str:
     ]
     lines += [f"name: {draft.name}", f"stages: [{', '.join(draft.stages)}]", "seed: 0"]
     if material.own:
-        lines.append(f"settings: {{data_dir: {material.data_dir}}}")
+        lines.append(f"settings: {{data_dir: {json.dumps(str(material.data_dir))}}}")
     if devices.count > 1:
         config, why = "", "one model on each device, gradients shared"
         if draft.sharded:
@@ -62,7 +63,7 @@ def stage_text(draft: Draft, name: str) -> str:
         lines += ["tokenizer:", "  type: bpe", _line(2, "vocab_size", words, why), "  chat_template: hfpipe"]
         return "\n".join([*lines, *_data(draft, name)]) + "\n"
     chosen = draft.choices[name]
-    rate, why = learning_rate(name, draft.params, draft.adapter is not None)
+    rate, why = learning_rate(name, draft.params, draft.adapter)
     lines += [*_model(draft, name), *_data(draft, name)]
     if name == "pretrain" and draft.params < SMALL:
         lines.append(
@@ -115,7 +116,7 @@ def _model(draft: Draft, name: str) -> list[str]:
 def _data(draft: Draft, name: str) -> list[str]:
     material, lines = draft.material, ["data:"]
     if name == "pretrain":
-        chosen, length = draft.choices[name], material.row_length(draft.length)
+        chosen, length = draft.choices[name], draft.row_length(name)
         batch = chosen.rows * chosen.accumulation * draft.devices.count * length
         best = batch_tokens(draft.params, draft.tokens)
         sum_ = f"0.292 x (6 x {quantity(draft.params)} x {quantity(draft.tokens)})^0.3271 = {quantity(best)}"
@@ -213,9 +214,10 @@ def _options(draft: Draft, name: str, chosen: Choice) -> list[str]:
 
 def _why_steps(draft: Draft, name: str, chosen: Choice, rows: int) -> str:
     if name == "pretrain":
-        each = rows * draft.material.row_length(draft.length)
+        each = rows * draft.row_length(name)
         ratio = draft.tokens / draft.params
-        return f"{ratio:.3g} tokens x {quantity(draft.params)} parameters / {each:,} tokens a step"
+        bound = f"; the text holds no more, read {MOST_PASSES} times over" if draft.bound else ""
+        return f"{ratio:.3g} tokens x {quantity(draft.params)} parameters / {each:,} tokens a step{bound}"
     if name in _PACKED:
         return f"{quantity(chosen.steps * rows * draft.length)} tokens / ({rows} x {draft.length:,}) a step"
     return f"{chosen.steps * rows:,} of the pairs"

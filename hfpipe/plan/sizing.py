@@ -23,6 +23,7 @@ _MLP = 8 / 3
 # Of the usual peak of pretraining at the size. The small ones see few rows, and learn little from them at the large ones' rates.
 _SHARES = {"pretrain": 1.0, "midtrain": 0.3, "sft": 0.1, "reward": 0.1, "dpo": 0.01, "kto": 0.01}
 _SMALL_SHARES = {"pretrain": 1.0, "midtrain": 0.6, "sft": 0.3, "reward": 0.25, "dpo": 0.1, "kto": 0.1}
+MOST_PASSES = 4  # over the same text, nearly as good as new: Muennighoff et al. 2023, arXiv:2305.16264
 ADAPTER = 10  # times the rate of whole training: Schulman et al. 2025, "LoRA Without Regret"
 
 
