@@ -85,7 +85,8 @@ def _model(draft: Draft, name: str) -> list[str]:
     eager = eager if draft.devices.key == "cpu" and draft.params < SMALL else []
     if name != "pretrain":
         before = [s for s in draft.stages[: draft.stages.index(name)] if s != "reward"]
-        lines = ["model:", f"  from: {before[-1] if before else draft.origin}", *eager]
+        origin = json.dumps(draft.origin) if str(draft.origin).startswith("/") else draft.origin
+        lines = ["model:", f"  from: {before[-1] if before else origin}", *eager]
         if not before and draft.needs_template and name in _PACKED:
             lines.append("tokenizer: {chat_template: chatml}  # the model comes without one")
         return lines
@@ -99,14 +100,19 @@ def _model(draft: Draft, name: str) -> list[str]:
         if heads == kv
         else (f"{heads // kv} query heads share one: the cache is {heads // kv} times smaller")
     )
-    tie = "for input and output: another would be" if c["tie_word_embeddings"] else "at each end are"
+    share = words / draft.params
+    tie = (
+        f"one table for input and output: another would be {share:.0%}"
+        if c["tie_word_embeddings"]
+        else f"two tables, {2 * share:.0%}"
+    )
     whys = {
         "hidden_size": f"{heads} heads of {width // heads}",
         "num_hidden_layers": f"{width} / {layers} = {width / layers:.0f}: GPT-2 has 64 at 125M parameters, Llama 128 from 7B on",
         "num_key_value_heads": shared,
         "intermediate_size": f"{ffn / width:.2f} widths, usual are 2.67: it makes up the {quantity(draft.params)} parameters",
         "max_position_embeddings": "tokens that the model can read",
-        "tie_word_embeddings": f"one table {tie} {words / draft.params:.0%} of the parameters",
+        "tie_word_embeddings": f"{tie} of the parameters",
     }  # fmt: skip
     config = [_line(4, key, str(c[key]).lower(), whys.get(key)) for key in ("model_type", *whys)]
     config.insert(3, f"    num_attention_heads: {heads}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import multiprocessing.forkserver
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +13,51 @@ from hfpipe.faults import ended
 from hfpipe.plan.devices import Devices
 from hfpipe.plan.quote import Quote, quote_stage
 from hfpipe.plan.workload import BY_REWARDS
-from hfpipe.processes import IMPORTED_ONCE, main_hidden
+from hfpipe.processes import ForkedProcess, start_server
 from hfpipe.progress import duration, money, quantity
 from hfpipe.sections import Recipe
 from hfpipe.stages._rehearse import measure
-from hfpipe.stages._run import quiet_environment
 
 _LONGEST_S = 600  # of one stage, imports among it
 
 
 def rehearse(recipe: Recipe, run: Path, rows: list[dict[str, Any]], devices: Devices) -> None:
     """Put what is measured into the rows of a plan: `measured`, `seconds` and `dollars` from it, and its line of time."""
-    with _server():
-        for row in rows:
-            stage = recipe.stages[row["stage"]]
-            if not stage.type.trainer or not row["trains"]:
-                continue
-            quote = quote_stage(recipe, stage, run, devices)
-            if stage.type.name in BY_REWARDS:
-                found = {"failed": "its steps wait for answers, whose length is the model's own; the time is reckoned"}
-            else:
-                found = _in_child(recipe, run, stage.name, quote)
-            row["measured"] = found
-            if "failed" in found:
-                row["notes"].append(f"not rehearsed: {found['failed']}")
-                continue
-            if found["device"] == "cpu" != devices.key:
-                raise UserError(f"--rehearse measures this machine, which is no {devices.name}: leave --device out.")
-            line = _apply(row, found, quote, devices)
-            row["notes"] = [line if note.startswith("time: ") else note for note in row["notes"]]
-            row["notes"] += [] if line in row["notes"] else [line]
+    start_server(Path(os.devnull))
+    for row in rows:
+        stage = recipe.stages[row["stage"]]
+        if not stage.type.trainer or not row["trains"]:
+            continue
+        quote = quote_stage(recipe, stage, run, devices)
+        if stage.type.name in BY_REWARDS:
+            found = {"failed": "its steps wait for answers, whose length is the model's own; the time is reckoned"}
+        else:
+            found = _in_child(recipe, run, stage.name, quote)
+        row["measured"] = found
+        if "failed" in found:
+            row["notes"].append(f"not rehearsed: {found['failed']}")
+            continue
+        if found["device"] == "cpu" != devices.key:
+            raise UserError(f"--rehearse measures this machine, which is no {devices.name}: leave --device out.")
+        line = _apply(row, found, quote, devices)
+        row["notes"] = [line if note.startswith("time: ") else note for note in row["notes"]]
+        row["notes"] += [] if line in row["notes"] else [line]
 
 
 def _in_child(recipe: Recipe, run: Path, name: str, quote: Quote) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as log:
         answers, its_end = multiprocessing.Pipe(duplex=False)
-        arguments = (recipe, run, name, quote, its_end, Path(log.name))
-        child = multiprocessing.get_context("forkserver").Process(target=measure, args=arguments)
-        with main_hidden():
-            child.start()
+        child = ForkedProcess(measure, (recipe, run, name, quote, its_end, Path(log.name)))
         its_end.close()
         try:
             if not answers.poll(_LONGEST_S):
                 return {"failed": f"no step was done within {duration(_LONGEST_S)}"}
             return answers.recv()
-        except EOFError:
-            child.join()
-            return {"failed": ended(child.exitcode or 1, Path(log.name).read_text(errors="replace")[-5000:], 1 << 40)}
+        except EOFError:  # it died
+            child.wait(_LONGEST_S)
+            return {"failed": ended(child.poll() or 1, Path(log.name).read_text(errors="replace"), 1 << 40)}
         finally:
             child.kill()
-            child.join()
 
 
 def _apply(row: dict[str, Any], found: dict[str, Any], quote: Quote, devices: Devices) -> str:
@@ -89,19 +81,3 @@ def _apply(row: dict[str, Any], found: dict[str, Any], quote: Quote, devices: De
     cost = f" and {money(row['dollars'])}" if row["dollars"] is not None else ""
     beside = "; the reference's passes, reckoned, among it" if more > 1 else ""
     return f"time: about {duration(max(row['seconds'], 1))}{cost}, {told}{beside}"
-
-
-@contextlib.contextmanager
-def _server() -> Iterator[None]:
-    """A fork server that imports the stack once for all stages, and says nothing while it does."""
-    quiet_environment()
-    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
-    yield
