@@ -89,7 +89,7 @@ def planned(spec: dict[str, Any]) -> float:
 
 
 def measured(spec: dict[str, Any], allocator: str = "returning", steps: int = 3) -> dict[str, float]:
-    """`peak` and `base` in bytes, of a process of its own."""
+    """`peak` in bytes, of a process of its own."""
     command = [sys.executable, __file__, "--one", json.dumps(spec), "--allocator", allocator, "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
@@ -101,9 +101,9 @@ def measured(spec: dict[str, Any], allocator: str = "returning", steps: int = 3)
 
 
 def one(spec: dict[str, Any], allocator: str, steps: int) -> dict[str, float]:
-    if allocator == "hfpipe":
-        from hfpipe.training.hardware import keep_freed_memory
+    from hfpipe.training.hardware import keep_freed_memory, memory_meter
 
+    if allocator == "hfpipe":
         keep_freed_memory()
     else:
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: each tensor a mapping of its own
@@ -124,15 +124,9 @@ def one(spec: dict[str, Any], allocator: str, steps: int) -> dict[str, float]:
 
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        base = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        taken = memory_meter()
         train(spec, folder, steps)
-        return {"base": base, "peak": status("VmHWM") - base}
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+        return {"peak": taken()}
 
 
 def train(spec: dict[str, Any], folder: str, steps: int) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hfpipe import __version__
-from hfpipe.apps.options import add_device_options, add_probe_options, add_scale_options, positive
+from hfpipe.apps.options import add_device_options, add_new_options, add_probe_options, add_scale_options, positive
 from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import explain, full
 
@@ -51,9 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--only", metavar="STAGE", help="this stage alone, instead of --from and --to")
     command.set_defaults(command=_run)
 
+    command = commands.add_parser(
+        "new", help="write a recipe for a size, a budget or a model, each number with its reason"
+    )
+    add_new_options(command)
+    command.set_defaults(command=_new)
+
     command = commands.add_parser("plan", help="check a recipe and say what a run would do, and why")
     _recipe_options(command)
     add_device_options(command)
+    command.add_argument("--rehearse", action="store_true", help="measure ten steps of each stage on this machine")
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_plan)
 
@@ -290,6 +297,12 @@ def _lineage(options: argparse.Namespace) -> int:
     from hfpipe.apps.hub import lineage
 
     return lineage(options.model, options.json)
+
+
+def _new(options: argparse.Namespace) -> None:
+    from hfpipe.apps.new import new
+
+    new(options)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ _MODEL_FILES = (
     "*.py",
     "*.jsonl",
 )
-
+ABOUT_FILES = ("config.json", "tokenizer_config.json", "*.jinja")  # what a model is, without its weights
 
 _notes: list[str] = []  # what this process has had to take from memory
 _pins: dict[str, str] = {}

@@ -17,7 +17,7 @@ from hfpipe.faults import explain
 from hfpipe.hub_client import tell_notes
 from hfpipe.plan import describe_stage, warn
 from hfpipe.plan.devices import Devices
-from hfpipe.processes import prepare_stages, run_stage_process, start_server
+from hfpipe.processes import logs, prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
 from hfpipe.publishing.report import REPORT_FILE, write_report
@@ -213,7 +213,7 @@ def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planne
         if not item.runs:
             display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
     if waiting:
-        start_server(run)
+        start_server(logs(run, "data")[1])
     prepared = False
     for item in waiting:
         if not prepared and item.stage.type.trainer:

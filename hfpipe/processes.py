@@ -26,16 +26,15 @@ _START_S = 600  # until a child's first sign: importing the stack from a slow di
 _IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
 
 
-def start_server(run: Path) -> None:
-    """Start importing the stack in the fork server while this process goes on."""
+def start_server(log: Path) -> None:
+    """Start importing the stack in the fork server while this process goes on; what it prints goes to `log`."""
     import multiprocessing
     import multiprocessing.forkserver
 
     before = dict(os.environ)
     quiet_environment()  # before huggingface_hub is imported there: it reads its switches once
     multiprocessing.set_forkserver_preload(_IMPORTED_ONCE)
-    terminal = os.dup(2)  # what the imports print (bitsandbytes without its kernels) goes to the log
-    _, log = _logs(run, "data")
+    terminal = os.dup(2)  # bitsandbytes without its kernels
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(stream, 2)
     multiprocessing.forkserver.ensure_running()
@@ -48,19 +47,19 @@ def start_server(run: Path) -> None:
 
 def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
     """Prepare the data of `stages`, so that a bad row is told before anything trains."""
-    events, log = _logs(run, "data")
+    events, log = logs(run, "data")
     arguments = (recipe, run, stages, events, log)
-    _follow(_Process(prepare_child, arguments), "data", events, log, display, recipe.pipeline.launch.hang_minutes)
+    _follow(ForkedProcess(prepare_child, arguments), "data", events, log, display, recipe.pipeline.launch.hang_minutes)
 
 
 def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:
     """Run one stage in a process of its own, or in several, until its folder is finished."""
-    events, log = _logs(run, stage.name)
+    events, log = logs(run, stage.name)
     launch = recipe.pipeline.launch
     alone = launch.processes in (None, 1) and not launch.accelerate_config
     if alone or not stage.type.trainer:
         arguments = (recipe, run, stage.name, events, log)
-        _follow(_Process(child, arguments), stage.name, events, log, display, launch.hang_minutes)
+        _follow(ForkedProcess(child, arguments), stage.name, events, log, display, launch.hang_minutes)
     else:
         with open(log, "ab") as stream:
             environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
@@ -88,7 +87,7 @@ def launch_command(recipe: Recipe, run: Path, stage: Stage, events: Path) -> lis
     return command
 
 
-class _Process:
+class ForkedProcess:
     """A multiprocessing child with the little of Popen's interface that `_follow` needs."""
 
     def __init__(self, target: Any, arguments: tuple[Any, ...]):
@@ -225,7 +224,7 @@ def _read_events(stream: Any) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _logs(run: Path, name: str) -> tuple[Path, Path]:
+def logs(run: Path, name: str) -> tuple[Path, Path]:
     """An empty file for a child's events, and the file for all that it prints."""
     events = run / "logs" / f"{name}.jsonl"
     events.parent.mkdir(exist_ok=True)

@@ -46,12 +46,28 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--price", type=number, metavar="USD", help="of one device and hour, in place of the table's")
 
 
-def add_scale_options(command: argparse.ArgumentParser) -> None:
+def add_budget_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--params", type=number, metavar="N", help="parameters, such as 125M or 7e9")
     command.add_argument("--tokens", type=number, metavar="D", help="tokens of training, such as 2.5B")
     command.add_argument("--flops", type=number, metavar="C", help="a budget of FLOPs, such as 1e21")
     command.add_argument("--hours", type=number, metavar="H", help="a budget of hours on --device")
     command.add_argument("--dollars", type=number, metavar="USD", help="a budget of money on --device")
-    command.add_argument("--fit", nargs="+", type=Path, metavar="RUN", help="fit a law of your own to finished runs")
     add_device_options(command)
+
+
+def add_scale_options(command: argparse.ArgumentParser) -> None:
+    add_budget_options(command)
+    command.add_argument("--fit", nargs="+", type=Path, metavar="RUN", help="fit a law of your own to finished runs")
     command.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def add_new_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="the recipe's folder; it must not be there yet")
+    add_budget_options(command)
+    command.add_argument(
+        "--from", dest="origin", metavar="MODEL", help="a model's folder, or org/model@revision: no pretraining"
+    )
+    command.add_argument("--data", metavar="DIR", help="a folder of your own files, or tinyworld; default: by the size")
+    command.add_argument(
+        "--stages", metavar="A,B", help="such as tokenizer,pretrain,sft; default: those that there is data for"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from hfpipe.pipeline import plan_rows
 from hfpipe.plan.devices import find_devices
@@ -15,6 +16,10 @@ from hfpipe.sections import Recipe
 def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
     devices = find_devices(options.device or "cpu", options.utilisation, options.price)
     rows = plan_rows(recipe, run, devices)
+    if options.rehearse:
+        from hfpipe.apps.rehearse import rehearse
+
+        rehearse(recipe, run, rows, devices)
     ahead = [row for row in rows if row["trains"] and row.get("seconds")]
     seconds = sum(row["seconds"] for row in ahead)
     if options.json:
@@ -31,6 +36,14 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
         cost = devices.cost(seconds)
         price = f", {money(cost)} ({devices.price_source})" if cost is not None else ""
         print(
-            f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{price}; scoring comes on top"
+            f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{_measured(rows)}{price}; "
+            "scoring comes on top"
         )
     print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")
+
+
+def _measured(rows: list[dict[str, Any]]) -> str:
+    """How much of the total rests on a rehearsal."""
+    tried = [row["measured"] for row in rows if "measured" in row]
+    good = sum("failed" not in found for found in tried)
+    return f" ({good} of {len(tried)} stages measured)" if tried else ""

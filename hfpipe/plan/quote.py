@@ -9,6 +9,8 @@ from typing import Any
 from hfpipe import artifact, upstream
 from hfpipe.annealing import anneals
 from hfpipe.data.size import Size, estimate_size
+from hfpipe.errors import UserError
+from hfpipe.hub_client import ABOUT_FILES, fetch, is_commit, split_id
 from hfpipe.plan.costs import stage_flops, stage_seconds
 from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_batch, plan_memory
@@ -114,9 +116,20 @@ def _origin(recipe: Recipe, stage: Stage) -> tuple[Stage, int | None, int]:
 def _shape(origin: Stage, stage: Stage, vocab: int | None) -> Shape | None:
     config = origin.model.config
     if not config and origin.model.from_:
-        config = read_config(Path(origin.model.from_).expanduser()) or {}
+        config = read_origin(origin.model.from_)
     vocab = config.get("vocab_size") or vocab
     return read_shape(config, vocab, scores=stage.type.leaves == "reward_model") if config else None
+
+
+def read_origin(source: str) -> dict[str, Any]:
+    """The configuration of a folder, or of a Hub model at a commit that it is pinned to; empty where it is not to be had."""
+    repo_id, revision = split_id(source)
+    if Path(source).expanduser().exists() or not is_commit(revision):
+        return read_config(Path(source).expanduser()) or {}
+    try:
+        return read_config(fetch(repo_id, str(revision), only=ABOUT_FILES)) or {}
+    except UserError:  # told with its reason by the run itself
+        return {}
 
 
 def _bytes_per_token(recipe: Recipe, stage: Stage, run: Path | None) -> float | None:
@@ -161,7 +174,7 @@ def _stored(stage: Stage, origin: Stage) -> int:
     """Bytes of one of the base's parameters, as it is loaded."""
     given = stage.model.dtype
     if given is None and stage.adapter is not None and not origin.model.config:
-        config = read_config(Path(origin.model.from_ or "").expanduser()) or {}
+        config = read_origin(origin.model.from_ or "")
         given = config.get("dtype") or config.get("torch_dtype")
     return 2 if given in ("bfloat16", "float16") else 4
 

@@ -120,7 +120,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if trainer.is_world_process_zero():
         for text in set_damaged_aside(job.checkpoints):
             progress.note(text)
-        check_space(trainer, job.checkpoints, f"{job.stage.file}")
+        if job.rehearsal is None:
+            check_space(trainer, job.checkpoints, f"{job.stage.file}")
     trainer.accelerator.wait_for_everyone()
     checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
     section = optimizer_section(job)
@@ -131,6 +132,9 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         pull_to_parent(job, trainer, progress)
     guard = Guard(job, trainer, progress)
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
+    if job.rehearsal:
+        job.rehearsal.tokens_per_row = data.tokens_per_row
+        trainer.add_callback(job.rehearsal)
     if checkpoint:
         progress.note(f"resumed from {checkpoint.name}")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

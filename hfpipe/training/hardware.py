@@ -60,6 +60,31 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def memory_meter() -> Callable[[], int]:
+    """Start watching; the function that is returned gives the bytes taken at the most since, on top of what was taken then.
+
+    Of an NVIDIA card what its tensors took, else what Linux holds for the process; 0 elsewhere.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - base
+    base = _resident("VmRSS")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    return lambda: _resident("VmHWM") - base
+
+
+def _resident(name: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
 def choose_bf16() -> tuple[bool, str]:
     """Whether to train under bfloat16 autocast, and why."""
     import torch

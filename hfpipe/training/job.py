@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
@@ -17,6 +17,9 @@ from hfpipe.hub_client import fetch, split_id, used_pins
 from hfpipe.run_folder import CHECKPOINTS, complete_at, damage_at, put_in_place, set_aside
 from hfpipe.sections import Recipe, Stage
 from hfpipe.training.identity import hub_commit, identify, parent_identity
+
+if TYPE_CHECKING:
+    from hfpipe.training.stand_ins import Rehearsal
 
 # What tells of a model and is no part of it: written anew whenever a stage is scored.
 _TOLD = ("README.md", "eval.json", "harness.json", "metrics.jsonl", "probes.jsonl", "rollouts.jsonl", "samples.jsonl")
@@ -33,6 +36,7 @@ class Job:
     data_hashes: dict[str, str]
     parent_fingerprint: str | None
     processes: int = 1  # that the fingerprint counts with: those of an earlier attempt, where this one goes on from it
+    rehearsal: Rehearsal | None = None  # of `hfpipe plan --rehearse`: stand-ins for what is not there yet
 
     @property
     def folder(self) -> Path:
@@ -52,7 +56,7 @@ class Job:
         parent = self.recipe.parent(self.stage)
         if parent:
             folder = self.run / parent.name
-            if not (folder / artifact.STAGE_FILE).is_file():
+            if not self.rehearsal and not (folder / artifact.STAGE_FILE).is_file():
                 raise UserError(
                     f"{self.stage.name} starts from `{parent.name}`, but {folder} holds no finished stage. "
                     f"Run that stage first: hfpipe run {self.recipe.folder} --out {self.run} --to {parent.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -265,6 +266,8 @@ def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 
 def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
+    if job.rehearsal and not _is_here(job):
+        return job.rehearsal.load(auto_class, **options)
     path = job.parent_path
     try:
         return auto_class.from_pretrained(path, trust_remote_code=job.stage.model.trust_remote_code, **options)
@@ -274,6 +277,13 @@ def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
             f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from it. "
             f"transformers says: {_first_line(error)}"
         ) from error
+
+
+def _is_here(job: Job) -> bool:
+    """Whether what the stage starts from is a folder already."""
+    if job.recipe.parent(job.stage):
+        return (job.run / str(job.stage.model.from_) / STAGE_FILE).is_file()
+    return job.stage.model.from_ is not None and Path(job.stage.model.from_).expanduser().is_dir()
 
 
 def _named(job: Job) -> str:

@@ -97,6 +97,8 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
     from datasets import Features, IterableDataset, List, Value, interleave_datasets
     from trl import pack_dataset
 
+    if job.rehearsal:
+        return job.rehearsal.prepared("text")
     if not job.stage.trainer.get("max_steps") and not anneals(job.stage):
         raise UserError(f"{job.stage.file}: data.streaming needs trainer.max_steps: a stream has no known end.")
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
@@ -162,6 +164,8 @@ def _stored(
     identity = [_VERSION, dataclasses.asdict(data), hashes, rows, max_length, packing, job.recipe.pipeline.seed]
     identity += [job.recipe.pipeline.evaluate.max_rows, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     folder = paths.cache_dir() / "prepared" / artifact.digest(identity)[:32]
+    if job.rehearsal and not folder.is_dir():
+        return job.rehearsal.prepared(rows)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock")):
         if artifact.damage(folder, artifact.read_record(folder / artifact.CHECKSUMS_FILE), trust_times=True):

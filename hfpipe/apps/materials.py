@@ -1,0 +1,160 @@
+"""What a new recipe learns from: the user's own files, each at the stage that its form is for; tinyworld; or public sets of the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hfpipe.data.forms import FORMS
+from hfpipe.data.readers import kind_of_file
+from hfpipe.data.size import Size, estimate_size
+from hfpipe.data.sources import load_source
+from hfpipe.errors import UserError
+from hfpipe.plan.workload import guess_bytes_per_token
+from hfpipe.sections import Source
+
+_TINY = 5e6  # parameters that tinyworld is made for, at the most
+_TINY_ROWS, _TINY_WORDS = 34_000, 1536  # as the recipe tiny has them
+_REPLAY = 0.1  # of what is read in midtrain and sft
+_TIMES_SEEN = 200  # bytes of text for an entry of the vocabulary
+_FORMS = {"text": ("tokenizer", "pretrain"), "messages": ("midtrain", "sft"), "preference": ("reward", "dpo"), "unpaired": ("kto",)}  # fmt: skip
+_FINEWEB = ((10e9, ", name: sample-10BT"), (100e9, ", name: sample-100BT"), (350e9, ", name: sample-350BT"))
+_WIKIPEDIA = "path: wikimedia/wikipedia, name: 20231101.simple"  # small enough to be kept whole
+
+
+@dataclass
+class Material:
+    """Sources by stage, each as the inside of a YAML mapping; `evals` the held-out ones."""
+
+    where: str
+    found: str = ""
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    evals: dict[str, list[str]] = field(default_factory=dict)
+    text: list[str] = field(default_factory=list)  # held-out text of the run's scorecard
+    replay: list[str] = field(default_factory=list)
+    data_dir: Path | None = None
+    counted: bool = True  # whether the rows are known before they are read
+    text_tokens: float | None = None  # of the user's own text
+    most_words: int | None = None
+    bad_rows: float = 0.0
+    streaming: bool = False
+
+    @property
+    def own(self) -> bool:
+        return self.data_dir is not None
+
+    @property
+    def tiny(self) -> bool:
+        return self.where == "tinyworld"
+
+    def rows_for(self, stage: str) -> list[str]:
+        return self.rows.get(stage, [])
+
+    def text_length(self, context: int) -> int:
+        """Tokens of a packed row of text: tinyworld's documents are short."""
+        return 128 if self.tiny else context
+
+
+def choose_material(data: str | None, params: float, tokens: float, vocab_size: int = _TINY_WORDS) -> Material:
+    """The folder `data`, tinyworld where that is named or the model is small enough for it, else public sets.
+
+    Args:
+        tokens: of pretraining, so that enough text is taken.
+    Raises:
+        UserError: no such folder, or nothing in it that is known.
+    """
+    if data == "tinyworld" or (data is None and params <= _TINY):
+        return _tinyworld(tokens, vocab_size)
+    return _hub(params, tokens) if data is None else _folder(Path(data).expanduser(), vocab_size)
+
+
+def _tinyworld(tokens: float, vocab_size: int) -> Material:
+    each = estimate_size(Source("tinyworld/pretrain"), "text", "train", 0).bytes_per_row / guess_bytes_per_token(
+        vocab_size
+    )
+    passes = min(
+        max(tokens / (_TINY_ROWS * each), 1), 3.5
+    )  # the world is small: more rows of it hold little that is new
+    limit = max(int(tokens / passes / each / 1000) + 1, 2) * 1000
+    rows = {name: [f"path: tinyworld/{name}"] for name in ("midtrain", "sft")}
+    rows |= {name: ["path: tinyworld/preferences"] for name in ("reward", "dpo", "kto")}
+    evals = {"tokenizer": ["path: tinyworld/pretrain"], "pretrain": ["path: tinyworld/pretrain"], **rows}
+    rows |= {
+        "tokenizer": ["path: tinyworld/pretrain, limit: 20000"],
+        "pretrain": [f"path: tinyworld/pretrain, limit: {limit}"],
+    }
+    replay = ["path: tinyworld/pretrain, as: text, limit: 1000"]
+    return Material("tinyworld", "", rows, evals, ["path: tinyworld/pretrain"], replay, most_words=_TINY_WORDS)
+
+
+def _hub(params: float, tokens: float) -> Material:
+    """Sets that are open, in forms that are known here, and have splits to hold out."""
+    sample = next((name for most, name in _FINEWEB if tokens < most), "")
+    talks = "path: HuggingFaceTB/smoltalk, name: "
+    chat = (
+        "path: HuggingFaceTB/smol-smoltalk" if params < 1e9 else f"{talks}all"
+    )  # the first is the second's for small models
+    pairs = "path: HuggingFaceH4/ultrafeedback_binarized, split: "
+    tools = [f"{talks}apigen-80k", f"{talks}systemchats-30k"]
+    rows = {
+        "tokenizer": [_WIKIPEDIA],
+        "pretrain": [f"path: HuggingFaceFW/fineweb-edu{sample}"],
+        "midtrain": tools,
+        "sft": [chat],
+    }
+    evals = {
+        "tokenizer": [_WIKIPEDIA],
+        "pretrain": [_WIKIPEDIA],
+        "midtrain": [f"{tool}, split: test" for tool in tools],
+    }
+    evals["sft"] = [f"{chat}, split: test"]
+    for name in ("reward", "dpo", "kto"):
+        rows[name], evals[name] = [f"{pairs}train_prefs"], [f"{pairs}test_prefs"]
+    replay = [f"{_WIKIPEDIA}, as: text"]
+    return Material("the Hub", "", rows, evals, [_WIKIPEDIA], replay, counted=False, bad_rows=0.5, streaming=True)
+
+
+# --- the user's own ---
+
+
+def _folder(folder: Path, vocab_size: int) -> Material:
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder. Give a folder of your files, or tinyworld.")
+    found: dict[str, list[tuple[str, Size]]] = {}
+    forms: Counter[str] = Counter()
+    material = Material(str(folder), data_dir=folder.resolve(), bad_rows=0.3)
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "_")) or path.name.lower().startswith(("readme", "license")):
+            continue
+        if not path.is_dir() and not kind_of_file(path):
+            continue
+        loaded = load_source(Source(str(path)))
+        forms[loaded.form.name] += 1
+        gives, body = loaded.form.gives, f"path: {json.dumps('{data_dir}/' + path.name, ensure_ascii=False)}"
+        found.setdefault(gives, []).append((body, estimate_size(Source(str(path)), gives, "train", 0)))
+        held_out = estimate_size(Source(str(path)), gives, "validation", 0).rows
+        for stage in _FORMS.get(gives, ()):
+            material.rows.setdefault(stage, []).append(body)
+            material.evals.setdefault(stage, []).extend([body] if held_out else [])
+    if not found.keys() & _FORMS.keys():
+        known = ", ".join(dict.fromkeys(form.name for form in FORMS if form.gives in _FORMS))
+        seen = ", ".join(forms) or "no data files"
+        raise UserError(f"--data {folder}: found {seen}. Expected files in one of the forms {known}.")
+    material.found = ", ".join(f"{count} x {name}" for name, count in forms.items())
+    if "kto" not in material.rows and "dpo" in material.rows:
+        material.rows["kto"], material.evals["kto"] = material.rows["dpo"], material.evals["dpo"]
+    texts = found.get("text", [])
+    written = _bytes(texts)
+    if texts:
+        material.text = material.evals.get("pretrain", [])
+        material.text_tokens = written / guess_bytes_per_token(vocab_size)
+        material.most_words = max(int(written / _TIMES_SEEN / 128) * 128, 512)
+        share = min(_REPLAY / (1 - _REPLAY) * _bytes(found.get("messages", [])) / written, 1.0)
+        material.replay = [f"{body}, as: text, limit: {max(round(size.rows * share), 1)}" for body, size in texts]
+    return material
+
+
+def _bytes(sources: list[tuple[str, Size]]) -> float:
+    return sum((size.rows or 0) * size.bytes_per_row for _, size in sources)

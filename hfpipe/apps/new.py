@@ -1,0 +1,158 @@
+"""`hfpipe new FOLDER`: a whole recipe for a size, a budget or a model, each number with its reason, that plans clean."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hfpipe.apps.drafts import Draft
+from hfpipe.apps.materials import Material, choose_material
+from hfpipe.errors import UserError, nearest
+from hfpipe.hub_client import ABOUT_FILES, fetch, resolve, split_id
+from hfpipe.plan import describe_stage
+from hfpipe.plan.devices import Devices, find_devices
+from hfpipe.plan.scaling import TOKENS_PER_PARAMETER, Budget
+from hfpipe.plan.shapes import read_config, read_shape
+from hfpipe.plan.sizing import MOST_PASSES, SMALL, SMALLEST, choose_shape
+from hfpipe.progress import duration, quantity
+from hfpipe.sections import Recipe
+
+_BUDGET = ("params", "tokens", "flops", "hours", "dollars")
+_KNOWN = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "kto", "dpo")
+
+
+def new(options: argparse.Namespace) -> None:
+    """Write the folder, whole or not at all, and tell what was chosen.
+
+    Raises:
+        UserError: the folder is there already, or what is asked for cannot be had.
+    """
+    folder = Path(options.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty: give another folder. Nothing is overwritten.")
+    if not re.fullmatch(r"[\w.-]+", folder.name):
+        raise UserError(f"{folder}: expected letters, digits, `.`, `_` and `-`: the folder's name is the recipe's.")
+    devices = find_devices(options.device, options.utilisation, options.price) if options.device else None
+    draft, seconds = (_from_model if options.origin else _from_scratch)(options, devices)
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = draft.settle(Path(scratch), seconds)
+        told = _tell(draft, recipe, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            shutil.copytree(scratch, beside)
+            beside.chmod(0o755)
+            os.rename(beside, folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    print("\n".join(told))
+
+
+# --- what is asked for ---
+
+
+def _from_scratch(options: argparse.Namespace, devices: Devices | None) -> tuple[Draft, float | None]:
+    given = {name: getattr(options, name) for name in _BUDGET if getattr(options, name) is not None}
+    if not given and not options.data:
+        raise UserError(
+            "Give a size (--params 125M), a budget (--hours 2 --device h100x8), a model (--from org/model) or --data DIR."
+        )
+    text = choose_material(options.data, given.get("params", SMALL), 0.0)
+    if not given:  # as large as the text is worth
+        worth = MOST_PASSES * (text.text_tokens or 0) / TOKENS_PER_PARAMETER
+        given = {"params": max(worth, SMALLEST) if text.own else 1e6}
+    budget = Budget(**given, devices=devices).complete()
+    config, shape = choose_shape(budget.params, choose_material(options.data, budget.params, 0.0).most_words)
+    wanted = TOKENS_PER_PARAMETER * shape.total if list(given) == ["params"] else budget.tokens
+    material = choose_material(options.data, shape.total, wanted, shape.vocab_size)
+    tokens = min(wanted, MOST_PASSES * (material.text_tokens or wanted))
+    middle = [] if material.own else ["midtrain"]
+    stages = _stages(options.stages, material, ["tokenizer", "pretrain", *middle, "sft", "dpo"])
+    if stages[:2] != ["tokenizer", "pretrain"]:
+        raise UserError("--stages: a model from scratch begins with tokenizer,pretrain. With --from it needs neither.")
+    devices = devices or find_devices("cpu" if shape.total < SMALL else "h100" if shape.total < 1e9 else "h100x8")
+    draft = Draft(**_named(options), devices=devices, shape=shape, material=material, stages=stages)
+    draft.config, draft.tokens, draft.bound = config, tokens, tokens < wanted
+    return draft, 3600 * budget.hours if given.keys() & {"hours", "dollars"} else None
+
+
+def _from_model(options: argparse.Namespace, devices: Devices | None) -> tuple[Draft, None]:
+    for name in _BUDGET:
+        if getattr(options, name) is not None:
+            raise UserError(f"--from starts from a model that is there: --{name} has no meaning beside it.")
+    home = Path(options.origin).expanduser()
+    origin = str(home.resolve())
+    if not home.exists():
+        repo_id, revision = split_id(options.origin)
+        commit = resolve(repo_id, revision)
+        origin, home = f"{repo_id}@{commit}", fetch(repo_id, commit, only=ABOUT_FILES)
+    config = read_config(home) or {}
+    if (shape := read_shape(config)) is None:
+        kind = config.get("model_type", "there is no config.json")
+        raise UserError(f"--from {options.origin}: what a model of its type takes is not known here ({kind}).")
+    material = choose_material(options.data, shape.total, 0.0)
+    if material.own:  # of one's own text the model learns a domain
+        material.rows["midtrain"] = material.rows_for("pretrain")
+    stages = _stages(options.stages, material, ["midtrain", "sft", "dpo"] if material.own else ["sft", "dpo"])
+    if {"tokenizer", "pretrain"} & set(stages):
+        raise UserError("--stages: a model that is there has its tokenizer and pretraining. For more text: midtrain.")
+    devices = devices or find_devices("cpu" if shape.total < SMALL else "h100")
+    draft = Draft(**_named(options), devices=devices, shape=shape, material=material, stages=stages, origin=origin)
+    said = home / "tokenizer_config.json"
+    inside = said.is_file() and '"chat_template"' in said.read_text("utf-8")
+    draft.needs_template = not inside and not (home / "chat_template.jinja").is_file()
+    return draft, None
+
+
+def _named(options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's name, and the command as it was given."""
+    name, words = Path(options.folder).name, []
+    for key, value in vars(options).items():
+        if value and key not in ("folder", "command"):
+            number = isinstance(value, float) and value >= 1000
+            words.append(f"--{key.replace('origin', 'from')} {quantity(value) if number else value}")
+    return {"name": name, "command": " ".join(["hfpipe new", name, *words])}
+
+
+def _stages(asked: str | None, material: Material, usual: list[str]) -> list[str]:
+    """The stages asked for, else those of the usual ones that there is data for."""
+    stages = [name.strip() for name in asked.split(",")] if asked else [s for s in usual if material.rows_for(s)]
+    for name in stages:
+        if name not in _KNOWN:
+            raise UserError(
+                f"--stages: no stage `{name}` is written here, but {', '.join(_KNOWN)}.{nearest(name, _KNOWN)}"
+            )
+        if not material.rows_for(name):
+            raise UserError(f"--stages: {material.where} has nothing for a {name} stage, but {material.found}.")
+    if sorted(set(stages), key=_KNOWN.index) != stages:
+        raise UserError(f"--stages {asked}: expected each once, in this order: {', '.join(_KNOWN)}.")
+    if not stages:
+        raise UserError(f"{material.where} has nothing for {', '.join(usual)}, but {material.found}.")
+    return stages
+
+
+# --- what is told ---
+
+
+def _tell(draft: Draft, recipe: Recipe, folder: Path) -> list[str]:
+    shape, devices, origin = draft.shape, draft.devices, f"from {draft.origin}" if draft.origin else "from scratch"
+    form = f"{shape.model_type}, {shape.layers} layers of {shape.hidden_size}"
+    lines = [f"{draft.name}: {quantity(shape.total)} parameters {origin} ({form}), on {devices.label}"]
+    for name, stage in recipe.stages.items():
+        if not stage.type.trainer:
+            continue
+        about = describe_stage(recipe, stage, None, devices)
+        parts = [f"{about['steps']:,} steps" if about.get("steps") else "steps by its rows"]
+        parts += [f"{quantity(about['tokens'])} tokens"] if about.get("tokens") else []
+        parts += [f"learning_rate {about['learning_rate']:g}"]
+        parts += [f"about {duration(max(about['seconds'], 1))}"] if about.get("seconds") else []
+        lines.append(f"  {name:<9} {', '.join(parts)}")
+        lines += [f"  {'':<9} {note}" for note in about["notes"] if note.startswith("warning: ")]
+    device = f"{devices.key}x{devices.count}" if devices.count > 1 else devices.key
+    lines.append(f"wrote {folder}: pipeline.yaml, {', '.join(f'{name}.yaml' for name in draft.stages)}")
+    return [*lines, f"next: hfpipe plan {folder}{'' if device == 'cpu' else f' --device {device}'}"]

@@ -1,0 +1,254 @@
+"""`hfpipe new`: what it writes loads, plans without a warning, fits its device, is of the size asked for, and runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import HfApi
+
+from hfpipe.config import load_recipe
+from hfpipe.data import tinyworld
+from hfpipe.plan import describe_stage
+from hfpipe.plan.devices import find_devices
+from hfpipe.plan.shapes import read_config, read_shape
+from hfpipe.plan.sizing import LARGEST, SMALLEST, choose_shape
+from hfpipe.stages import stage_types
+
+from .conftest import ROOT, hfpipe, stage_json
+from .localhub.server import USERS
+from .test_house import HEAVY
+
+FROM_SCRATCH = ["tokenizer", "pretrain", "midtrain", "sft", "dpo"]
+# What is asked for, the parameters and the hours that it should come to, and what it is planned for.
+ASKED = {
+    "1M": (["--params", "1M"], 1e6, None, "cpu"),
+    "5M": (["--params", "5M"], 5e6, None, "cpu"),
+    "125M": (["--params", "125M"], 125e6, None, "h100"),
+    "1B": (["--params", "1B"], 1e9, None, "h100x8"),
+    "7B": (["--params", "7B"], 7e9, None, "h100x8"),
+    "two hours of eight": (["--hours", "2", "--device", "h100x8"], None, 2, "h100x8"),
+    "three minutes here": (["--hours", "0.05", "--device", "cpu"], None, 0.05, "cpu"),
+    "a day of one": (["--hours", "24", "--device", "a100-40"], None, 24, "a100-40"),
+    "money": (["--dollars", "20", "--device", "rtx4090"], None, 20 / 0.74, "rtx4090"),
+    "size and hours": (["--params", "50M", "--hours", "3", "--device", "l4"], 50e6, 3, "l4"),
+}
+
+
+def numbers(folder, device: str) -> dict[str, dict]:
+    """What the planner says of each stage that trains."""
+    recipe, devices = load_recipe(folder, stage_types()), find_devices(device)
+    trained = [stage for stage in recipe.stages.values() if stage.type.trainer]
+    return {stage.name: describe_stage(recipe, stage, None, devices) for stage in trained}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_it_plans_clean_and_is_what_was_asked_for(name, tmp_path):
+    arguments, params, hours, device = ASKED[name]
+    folder = tmp_path / "mine"
+    said = hfpipe("new", folder, *arguments).stdout
+    plan = numbers(folder, device)
+    assert list(plan) == FROM_SCRATCH[1:]
+    assert [stage["warnings"] for stage in plan.values()] == [[]] * 4
+    if params:
+        assert plan["pretrain"]["parameters"] == pytest.approx(params, rel=0.05)
+    for stage in plan.values():
+        assert stage["largest_per_device_train_batch_size"] >= stage["per_device_train_batch_size"]
+    pretrain = plan["pretrain"]
+    if hours:
+        assert sum(stage["seconds"] or 0 for stage in plan.values()) == pytest.approx(3600 * hours, rel=0.05)
+    else:
+        places = pretrain["steps"] * pretrain["batch_tokens"]
+        assert places == pytest.approx(20 * pretrain["parameters"], rel=0.02)
+    rates = [stage["learning_rate"] for stage in plan.values()]
+    assert rates == sorted(rates, reverse=True)
+    assert ("accelerate_config: fsdp2" in (folder / "pipeline.yaml").read_text()) == (name == "7B")
+    assert f"{pretrain['steps']:,} steps" in said
+    assert said.endswith(f"next: hfpipe plan {folder}{'' if device == 'cpu' else f' --device {device}'}\n")
+    if device == "cpu":  # with tinyworld the plan itself needs no Hub
+        told = hfpipe("plan", folder, "--out", tmp_path / "run").stdout
+        assert "warning" not in told
+        assert "unknown" not in told
+
+
+def test_the_sets_of_the_hub_plan_clean_where_there_is_a_hub(hub_server, monkeypatch, tmp_path):
+    folder, hub = tmp_path / "mine", hub_server["lfs"]
+    hfpipe("new", folder, "--params", "125M", "--stages", "tokenizer,pretrain,midtrain,sft,reward,kto,dpo")
+    named = {path for file in folder.glob("*.yaml") for path in re.findall(r"path: ([\w-]+/[\w-]+)", file.read_text())}
+    assert len(named) == 5
+    for path in named:
+        monkeypatch.setitem(USERS["hf_alice_write"].organizations, path.partition("/")[0], "write")
+        HfApi(hub.endpoint, "hf_alice_write").create_repo(path, repo_type="dataset")
+    told = hfpipe("plan", folder, "--device", "h100", "--out", tmp_path / "run", env=hub.env()).stdout
+    assert "warning" not in told
+    hub.reset()
+
+
+def test_the_comments_have_the_arithmetic(tmp_path):
+    folder = tmp_path / "mine"
+    hfpipe("new", folder, "--params", "125M")
+    file = (folder / "pretrain.yaml").read_text()
+    steps, ratio, params, each = re.search(
+        r"max_steps: (\d+)  # ([\d.]+) tokens x (\d+)M .* / ([\d,]+) tokens", file
+    ).groups()
+    assert float(ratio) * float(params) * 1e6 / int(each.replace(",", "")) == pytest.approx(int(steps), rel=0.01)
+    assert f"batch_tokens: {each.replace(',', '')} " in file
+    chosen = [line for line in file.splitlines() if re.search(r": [\d.e-]+( |$)", line) and not line.startswith("#")]
+    assert len(chosen) > 12
+    assert [line.strip() for line in chosen if "#" not in line] == ["num_attention_heads: 14"]
+    assert "hfpipe new mine --params 125M" in (folder / "pipeline.yaml").read_text()
+    for each in folder.glob("*.yaml"):
+        assert max(map(len, each.read_text().splitlines())) <= 160
+
+
+def test_shapes_are_within_5_percent_from_the_smallest_on():
+    sizes = [SMALLEST * (LARGEST / SMALLEST) ** (n / 60) for n in range(61)]
+    for size in sizes:
+        config, shape = choose_shape(size)
+        assert shape.total == pytest.approx(size, rel=0.05)
+        assert config["num_attention_heads"] % config["num_key_value_heads"] == 0
+        assert shape.heads * shape.head_dim == shape.hidden_size
+
+
+# --- one's own data, one's own model ---
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A folder of text, conversations and preferences."""
+    folder = tmp_path_factory.mktemp("own data")
+
+    def write(name: str, rows: list[dict]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("text.jsonl", [{"text": row["text"]} for row in tinyworld.rows("pretrain", size=3000)])
+    write("talks.jsonl", [{"messages": row["messages"]} for row in tinyworld.rows("sft", size=500)])
+    pairs = tinyworld.rows("preferences", size=400)
+    write("pairs.jsonl", [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in pairs])
+    (folder / "README.md").write_text("no data")
+    return folder
+
+
+def paths(folder, stage: str, role: str = "train") -> list[str]:
+    sources = getattr(load_recipe(folder, stage_types()).stages[stage].data, role)
+    return [source.path.rpartition("/")[2] + (f" as {source.as_}" if source.as_ else "") for source in sources]
+
+
+def test_own_files_go_to_the_stage_of_their_form(own_data, tmp_path):
+    folder = tmp_path / "mine"
+    hfpipe("new", folder, "--params", "0.2M", "--data", own_data)
+    assert list(load_recipe(folder, stage_types()).stages) == ["tokenizer", "pretrain", "sft", "dpo"]
+    assert paths(folder, "pretrain") == ["text.jsonl"]
+    assert paths(folder, "sft") == ["talks.jsonl", "text.jsonl as text"]
+    assert paths(folder, "dpo") == paths(folder, "dpo", "eval") == ["pairs.jsonl"]
+    told = hfpipe("plan", folder, "--out", tmp_path / "run", "--json").stdout
+    stages = {row["stage"]: row for row in json.loads(told)["stages"]}
+    # The text is read four times over at the most, whatever the size would want.
+    assert stages["pretrain"]["tokens"] <= 4.5 * 3000 * 75
+    assert "the text holds no more" in (folder / "pretrain.yaml").read_text()
+    assert {w["name"] for row in stages.values() for w in row.get("warnings", [])} <= {"tokens_per_parameter"}
+
+
+@pytest.mark.parametrize("data", ["everything", "conversations", "nothing"])
+def test_from_a_model_that_is_there(data, micro_run, own_data, tmp_path):
+    folder, chosen = tmp_path / "mine", own_data
+    if data == "conversations":
+        chosen = tmp_path / "talks"
+        chosen.mkdir()
+        (chosen / "talks.jsonl").write_text((own_data / "talks.jsonl").read_text())
+    hfpipe("new", folder, "--from", micro_run / "pretrain", *([] if data == "nothing" else ["--data", chosen]))
+    stages = load_recipe(folder, stage_types()).stages
+    first = next(iter(stages.values()))
+    assert first.model.from_ == str(micro_run / "pretrain")
+    assert (
+        list(stages)
+        == {"everything": ["midtrain", "sft", "dpo"], "conversations": ["sft"], "nothing": ["sft", "dpo"]}[data]
+    )
+    if data == "everything":
+        assert paths(folder, "midtrain") == ["text.jsonl as text"]
+    # Without text to replay only an adapter is trained.
+    assert {stage.adapter.type if stage.adapter else None for stage in stages.values()} == {
+        "lora" if data == "conversations" else None
+    }
+    told = hfpipe("plan", folder, "--out", tmp_path / "run").stdout
+    assert "warning" not in told
+    assert "llama, 150k parameters" in told
+
+
+def test_from_the_hub_at_its_commit(hub_server, micro_run, tmp_path):
+    hub, folder = hub_server["lfs"], tmp_path / "mine"
+    env = hub.env() | {"HF_HOME": str(tmp_path / "home")}
+    assert hfpipe("new", folder, "--from", "alice/base", check=2, env=env).stderr.count("\n") == 1
+    api = HfApi(hub.endpoint, "hf_alice_write")
+    api.create_repo("alice/base")
+    commit = api.upload_file(
+        path_or_fileobj=micro_run / "sft" / "config.json", path_in_repo="config.json", repo_id="alice/base"
+    )
+    hfpipe("new", folder, "--from", "alice/base", env=env)
+    assert f"from: alice/base@{commit.oid}" in (folder / "sft.yaml").read_text()
+    assert "chat_template: chatml" in (folder / "sft.yaml").read_text()  # it came without one
+    assert "llama, 150k parameters" in hfpipe("plan", folder, "--out", tmp_path / "run", env=env).stdout
+    hub.reset()
+
+
+def test_the_smallest_runs(tmp_path):
+    folder, run = tmp_path / "mine", tmp_path / "run"
+    hfpipe("new", folder, "--params", "0.2M", "--data", "tinyworld", "--stages", "tokenizer,pretrain,sft,dpo")
+    few = ["evaluate={samples: 1, max_new_tokens: 4}", "tokenizer.data.train=[{path: tinyworld/pretrain, limit: 500}]"]
+    for stage, rows in (("pretrain", "pretrain"), ("sft", "sft"), ("dpo", "preferences")):
+        few += [f"{stage}.trainer.max_steps=3", f"{stage}.trainer.warmup_steps=0"]
+        few += [f"{stage}.data.{role}=[{{path: tinyworld/{rows}, limit: 200}}]" for role in ("train", "eval")]
+    hfpipe("run", folder, "--out", run, *(word for setting in few for word in ("--set", setting)))
+    planned = numbers(folder, "cpu")["pretrain"]["parameters"]
+    words = stage_json(run / "tokenizer")["metrics"]["vocab_size"]
+    assert planned == pytest.approx(0.2e6, rel=0.05)
+    made = read_shape(read_config(run / "dpo"))
+    assert made.total == planned - (640 - words) * made.hidden_size  # of so little text fewer entries come
+    assert [stage_json(run / stage)["metrics"]["steps"] for stage in ("pretrain", "sft", "dpo")] == [3, 3, 3]
+
+
+# --- what is at fault ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Give a size (--params 125M), a budget"),
+        (["--params", "0"], "--params 0: expected a finite number above 0"),
+        (["--params", "10k"], "expected from 200000 to 1e+12"),
+        (["--params", "1M", "--device", "h1000"], "Did you mean `h100`?"),
+        (["--hours", "2"], "--hours needs --device"),
+        (["--params", "7B", "--device", "l4"], "do not train on NVIDIA L4: not one row fits into 24 GB"),
+        (["--params", "1M", "--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--params", "1M", "--data", str(ROOT / "chat_templates")], "Expected files in one of the forms"),
+        (["--params", "1M", "--stages", "tokenizer,pretrian"], "Did you mean `pretrain`?"),
+        (["--params", "1M", "--stages", "pretrain,tokenizer"], "expected each once, in this order"),
+        (["--params", "1M", "--stages", "sft"], "begins with tokenizer,pretrain"),
+        (["--from", str(ROOT)], "there is no config.json"),
+        (["--from", "org/model", "--params", "1M"], "--params has no meaning beside it"),
+    ],
+)
+def test_bad_input_writes_nothing(arguments, words, tmp_path):
+    done = hfpipe("new", tmp_path / "mine", *arguments, check=2, env={"HF_HUB_OFFLINE": "1"})
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    hfpipe("new", tmp_path / "mine", "--params", "1M")  # an empty folder may be there
+    before = {file: file.read_text() for file in (tmp_path / "mine").iterdir()}
+    assert "is there already and not empty" in hfpipe("new", tmp_path / "mine", "--params", "2M", check=2).stderr
+    assert {file: file.read_text() for file in (tmp_path / "mine").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_it_imports_nothing_heavy(tmp_path):
+    arguments = ["new", str(tmp_path / "mine"), "--params", "1B"]
+    code = f"import sys\nfrom hfpipe.cli import main\nassert main({arguments!r}) == 0\n"
+    code += f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
