@@ -182,6 +182,29 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Corpus:
+    """A source of `hfpipe data prepare`, read whole: a file, a folder, or a Hub dataset id."""
+
+    path: str
+    name: str | None = None  # configuration of a Hub dataset
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The file of `hfpipe data prepare`; fields of the classes that are named are datatrove's own."""
+
+    output_folder: str
+    sources: tuple[Corpus, ...]
+    filters: tuple[dict[str, Any], ...] = ()  # in this order: [{type: GopherQualityFilter, min_doc_words: 50}, ...]
+    mask_personal: bool = False  # e-mail addresses, phone numbers and keys, as `hfpipe data check` finds them
+    decontaminate: bool = False  # leave out what shows the held-out rows of the recipe whose folder the file is in
+    minhash: dict[str, Any] | None = field(default_factory=dict)  # MinhashConfig; null: near duplicates stay
+    tokenizer: str | None = None  # a folder; default: that of the recipe's tokenizer stage
+    executor: dict[str, Any] = field(default_factory=dict)  # {type: local | slurm | ray, tasks: 8, ...}
+
+
+@dataclass(frozen=True)
 class Hub:
     """Where finished stages are published. Nothing is, unless `repo_id` says where."""
 
