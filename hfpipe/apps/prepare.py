@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -146,6 +147,11 @@ def _executor(section: Curation, file: str, problems: list[str]) -> Any:
     problems += upstream.check(checked, known, f"datatrove's {_EXECUTORS[kind]}", f"{file}: executor")
     if isinstance(checked["tasks"], int) and checked["tasks"] < 1:
         problems.append(f"{file}: executor.tasks = {checked['tasks']}: expected 1 or more.")
+    needed = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty} - {
+        "pipeline",
+        "tasks",
+    }
+    problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in needed - given.keys()]
     if kind == "local":
         given.setdefault("workers", os.cpu_count())
     return lambda pipeline, tasks, logs, before: cls(

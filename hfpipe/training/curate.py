@@ -128,6 +128,9 @@ def _language_model() -> Any:
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
+_INDICES: dict[str, HeldOut] = {}
+
+
 class Decontaminate(BaseFilter):
     """Leaves out training documents that show what the recipe holds out; those of other splits are left alone."""
 
@@ -135,10 +138,13 @@ class Decontaminate(BaseFilter):
 
     def __init__(self, recipe: Recipe, without: str, exclusion_writer: Any = None):
         super().__init__(exclusion_writer, batch_size=1000)
-        self.recipe, self.without = recipe, without
+        self.name_of_index = f"{recipe.folder} {without}"
+        self.make_index = functools.partial(index_held_out, recipe, without)
 
     def filter_batch(self, batch: list[Document]) -> list[bool | tuple[bool, str]]:
-        index = _held_out(str(self.recipe.folder), self)
+        if self.name_of_index not in _INDICES:  # made once in each process
+            _INDICES[self.name_of_index] = self.make_index()
+        index = _INDICES[self.name_of_index]
         asked = [number for number, doc in enumerate(batch) if doc.metadata["split"] == "train"]
         shown = {
             asked[match.row]: index.label(match.item)
@@ -148,16 +154,6 @@ class Decontaminate(BaseFilter):
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         return self.filter_batch([doc])[0]
-
-
-_INDICES: dict[str, HeldOut] = {}
-
-
-def _held_out(name: str, step: Decontaminate) -> HeldOut:
-    """Made once in each process."""
-    if name not in _INDICES:
-        _INDICES[name] = index_held_out(step.recipe, step.without)
-    return _INDICES[name]
 
 
 class Signatures(MinhashDedupSignature):
