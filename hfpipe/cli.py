@@ -213,7 +213,7 @@ def _report(options: argparse.Namespace) -> None:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
     words = [*(f"forgotten: {line}" for line in card.forgotten), *(f"gained: {line}" for line in card.beyond)]
-    scores = table(card) if card.capabilities or card.text else []
+    scores = table(card) if card.capabilities or card.text or card.diagnostics else []
     print("\n".join([*scores, *words, f"report: {path}"]))
 
 

@@ -170,12 +170,27 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class LLC:
+    """Arguments of devinterp's `llc`, by its names and with its meaning."""
+
+    lr: float = above(0, 1e-5)
+    n_beta: float = above(0, 30.0)
+    num_chains: int = at_least(1, 2)
+    num_draws: int = at_least(1, 50)
+    num_burnin_steps: int = at_least(0, 0)
+    batch_size: int = at_least(1, 16)
+    localization: float = at_least(0, 0.0)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[Source, ...] = ()  # held-out pretraining text: perplexity after every stage
     metrics: tuple[
         Literal["perplexity", "bleu", "rouge", "exact_match", "accuracy", "f1"], ...
     ] = ()  # on held-out conversations
+    diagnostics: tuple[Literal["effective_rank", "llc"], ...] = ()  # of the weights, after every stage
+    llc: LLC = LLC()
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)
     max_rows: int = at_least(1, 400)  # rows read for each loss

@@ -19,6 +19,7 @@ ORDER = (
     "helpfulness", "safety", "honesty", "tone", "detail", "clarification",
     "knowledge", "robustness",
 )  # fmt: skip
+DIAGNOSTICS = {"effective_rank": "effective rank", "llc": "LLC"}
 TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
 _HOLD = "set regularize.l2_to_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"
 _ADVICE = {
@@ -53,6 +54,7 @@ class Scorecard:
     parents: dict[str, str]
     forgotten: list[str]  # in words, one line each
     beyond: list[str]  # likewise: what stages of reinforcement gained beyond their control by random rewards
+    diagnostics: dict[str, dict[str, dict[str, float]]]  # stage -> effective_rank, llc -> mean and more
 
     def branches(self) -> dict[str, str]:
         """Stages that do not start from the one before them, with what they start from: `from sft`."""
@@ -69,7 +71,8 @@ class Scorecard:
             for stage in self.stages
         }
         words = {"forgotten": self.forgotten, "beyond_control": self.beyond}
-        return {"stages": rows, "held_out_text": self.text, "parents": self.parents, **words}
+        found = {"held_out_text": self.text, "parents": self.parents, **words}
+        return {"stages": rows, **found, **({"diagnostics": self.diagnostics} if self.diagnostics else {})}
 
     def as_frame(self, long: bool = False) -> DataFrame:
         """Scores, capabilities down and stages across; with `long` a row a score, with all that its `Cell` holds."""
@@ -107,8 +110,9 @@ def read_scorecard(run: Path) -> Scorecard:
             cells[stage, name] = _cell(score, (evals.get(parent) or {}).get("capabilities", {}).get(name))
     order = {name: place for place, name in enumerate(ORDER)}
     text = {stage: scores["held_out_text"] for stage, scores in evals.items() if "held_out_text" in scores}
+    told = {stage: scores["diagnostics"] for stage, scores in evals.items() if "diagnostics" in scores}
     card = Scorecard(
-        list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], []
+        list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], [], told
     )
     card.forgotten.extend(_forgotten(card))
     card.beyond.extend(_beyond_control(card, records))
@@ -181,8 +185,13 @@ def table(card: Scorecard) -> list[str]:
     for name in card.capabilities:
         shown = (card.cells.get((stage, name)) for stage in card.stages)
         lines.append(f"{name:<{max(width, 16)}}" + "".join(f"{_show(cell):>12}" for cell in shown))
-    for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte")):
-        values = [card.text.get(stage, {}).get(key) for stage in card.stages]
+    listed = [
+        (label, card.text, key) for key, label in (("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"))
+    ]
+    for name, label in DIAGNOSTICS.items():
+        listed.append((label, {stage: told.get(name, {}) for stage, told in card.diagnostics.items()}, "mean"))
+    for label, found, key in listed:
+        values = [found.get(stage, {}).get(key) for stage in card.stages]
         if any(value is not None for value in values):
             lines.append(
                 f"{label:<{max(width, 16)}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>12}" for v in values)

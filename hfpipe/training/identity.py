@@ -147,7 +147,10 @@ def evaluation_identity(recipe: Recipe) -> str:
     evaluate = recipe.pipeline.evaluate
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
     hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
-    return artifact.digest([dataclasses.asdict(evaluate), hashes])
+    written = dataclasses.asdict(evaluate)
+    if not evaluate.diagnostics:  # keys that came later than finished runs: their scores stay as they are
+        del written["diagnostics"], written["llc"]
+    return artifact.digest([written, hashes])
 
 
 def scores_missing(recipe: Recipe, folder: Path, record: dict[str, Any]) -> str | None:
