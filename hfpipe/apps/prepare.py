@@ -214,6 +214,7 @@ def _chain(
     listed.append(("summary", [curate.Finish(str(root), str(folder), [name for name, _ in first], identity)], 1))
     chain: list[tuple[str, Any]] = []
     for name, pipeline, many in listed:
+        pipeline = [curate.leave_with_parent, *pipeline]
         chain.append((name, executor(pipeline, many, root / SCRATCH / name, chain[-1][1] if chain else None)))
     return chain
 

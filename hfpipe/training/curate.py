@@ -68,7 +68,6 @@ class ReadDocuments(PipelineStep):
         self.sources = sources
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        leave_with_parent()
         for corpus in self.sources:
             for source, split, share in _parts(corpus, rank, world_size):
                 loaded = load_source(source, wanted="text", split=split or "all", streaming=True)
@@ -184,7 +183,6 @@ class ReadJsonl(PipelineStep):
         self.folder = folder
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        leave_with_parent()
         path = Path(self.folder) / f"{rank:05d}.jsonl"
         if path.is_file():
             with path.open(encoding="utf-8") as file:
@@ -270,8 +268,9 @@ def counted(logs: Path) -> list[dict[str, int]]:
     return steps
 
 
-def leave_with_parent() -> None:
-    """End this worker when the process that started it is gone: another run may be writing the same files soon."""
+def leave_with_parent(data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
+    """First in every pipeline: ends this worker when the process that started it is gone, so that the next run is alone."""
     parent = multiprocess.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    return data
