@@ -68,8 +68,18 @@ def build_parser() -> argparse.ArgumentParser:
     add_scale_options(command)
     command.set_defaults(command=_scale)
 
-    command = commands.add_parser("data", help="look at data: hfpipe data check RECIPE, or FILE ...")
-    command = command.add_subparsers(required=True, metavar="check").add_parser(
+    command = commands.add_parser(
+        "data", help="look at data, or prepare it: hfpipe data check RECIPE, data prepare FILE"
+    )
+    data = command.add_subparsers(required=True, metavar="check | prepare")
+    command = data.add_parser("prepare", help="filter, deduplicate and tokenise corpora into shards, by datatrove")
+    command.add_argument("file", type=Path, help="a YAML file, such as curate.yaml beside a recipe's stages")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: what the file says, else the recipe's"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_prepare_data)
+    command = data.add_parser(
         "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
     )
     command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
@@ -195,6 +205,12 @@ def _check_data(options: argparse.Namespace) -> None:
     check_data(options.what, options.set, options.out, options.held_out, options.json)
 
 
+def _prepare_data(options: argparse.Namespace) -> None:
+    from hfpipe.apps.prepare import prepare_data
+
+    prepare_data(options.file, options.tokenizer, options.json)
+
+
 def _report(options: argparse.Namespace) -> None:
     from hfpipe.evaluation.scorecard import table
     from hfpipe.pipeline import report_run
@@ -204,7 +220,7 @@ def _report(options: argparse.Namespace) -> None:
         print(json.dumps({"report": str(path), **card.as_json()}, indent=2))
         return
     words = [*(f"forgotten: {line}" for line in card.forgotten), *(f"gained: {line}" for line in card.beyond)]
-    scores = table(card) if card.capabilities or card.text else []
+    scores = table(card) if card.capabilities or card.text or card.diagnostics else []
     print("\n".join([*scores, *words, f"report: {path}"]))
 
 

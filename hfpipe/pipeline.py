@@ -184,7 +184,7 @@ def run_and_report(
     if any(item.runs for item in chosen) or not (run / REPORT_FILE).is_file():
         try:
             card = read_scorecard(run)
-            if card.capabilities or card.text:
+            if card.capabilities or card.text or card.diagnostics:
                 display.text("\n".join(["", *table(card), ""]))
             if card.stages:
                 display.text(f"report: {write_report(run)}")

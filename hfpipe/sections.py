@@ -241,6 +241,19 @@ class Needle:
 
 
 @dataclass(frozen=True)
+class LLC:
+    """Arguments of devinterp's `llc`, by its names and with its meaning."""
+
+    lr: float = above(0, 1e-5)
+    n_beta: float = above(0, 30.0)
+    num_chains: int = at_least(1, 2)
+    num_draws: int = at_least(1, 50)
+    num_burnin_steps: int = at_least(0, 0)
+    batch_size: int = at_least(1, 16)
+    localization: float = at_least(0, 0.0)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     probes: tuple[Probe, ...] = ()  # asked after every stage; a score for each capability
     text: tuple[HeldOutText, ...] = ()  # held-out pretraining text: perplexity after every stage
@@ -248,9 +261,34 @@ class Evaluate:
         Literal["perplexity", "bleu", "rouge", "exact_match", "accuracy", "f1"], ...
     ] = ()  # on held-out conversations
     needle: Needle | None = None
+    diagnostics: tuple[Literal["effective_rank", "llc"], ...] = ()  # of the weights, after every stage
+    llc: LLC = LLC()
     samples: int = at_least(0, 5)
     max_new_tokens: int = at_least(1, 64)
     max_rows: int = at_least(1, 400)  # rows read for each loss
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of `hfpipe data prepare`, read whole: a file, a folder, or a Hub dataset id."""
+
+    path: str
+    name: str | None = None  # configuration of a Hub dataset
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Curation:
+    """The file of `hfpipe data prepare`; fields of the classes that are named are datatrove's own."""
+
+    output_folder: str
+    sources: tuple[Corpus, ...]
+    filters: tuple[dict[str, Any], ...] = ()  # in this order: [{type: GopherQualityFilter, min_doc_words: 50}, ...]
+    mask_personal: bool = False  # e-mail addresses, phone numbers and keys, as `hfpipe data check` finds them
+    decontaminate: bool = False  # leave out what shows the held-out rows of the recipe whose folder the file is in
+    minhash: dict[str, Any] | None = field(default_factory=dict)  # MinhashConfig; null: near duplicates stay
+    tokenizer: str | None = None  # a folder; default: that of the recipe's tokenizer stage
+    executor: dict[str, Any] = field(default_factory=dict)  # {type: local | slurm | ray, tasks: 8, ...}
 
 
 @dataclass(frozen=True)

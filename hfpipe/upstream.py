@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,6 +233,13 @@ def rope_keys(rope_type: str) -> tuple[frozenset[str], frozenset[str]]:
 def accelerate_configs() -> dict[str, Path]:
     """Name -> file of the accelerate configurations that TRL ships (`fsdp2`, `zero3`, `multi_gpu` ...)."""
     return {path.stem: path for path in _package_file("trl", "accelerate_configs").glob("*.yaml")}
+
+
+def arguments(cls: type) -> dict[str, Field]:
+    """Argument name -> Field of an upstream class that is imported and has no configuration class."""
+    found = inspect.signature(cls).parameters.values()
+    shown = {p.name: inspect.formatannotation(p.annotation) for p in found if p.annotation is not p.empty}
+    return {name: Field(text, *_types(ast.parse(text, mode="eval").body)) for name, text in shown.items()}
 
 
 def check(section: dict, known: dict[str, Field], owner: str, where: str) -> list[str]:

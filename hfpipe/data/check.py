@@ -41,13 +41,17 @@ def check_sources(recipe: Recipe) -> None:
         raise ConfigErrors(list(dict.fromkeys(problems)))
 
 
-def held_out_sources(recipe: Recipe) -> Iterator[tuple[str, Source, str]]:
-    """(label, source, form) of all held-out rows of a recipe but its probes: `data.eval` of its stages, `evaluate.text`."""
+def held_out_sources(recipe: Recipe, without: str | None = None) -> Iterator[tuple[str, Source, str]]:
+    """(label, source, form) of all held-out rows of a recipe but its probes: `data.eval` of its stages, `evaluate.text`.
+
+    `without`: a path that is not among them, since it is yet to be made.
+    """
     listed = [(source, s.type.rows or "text") for s in recipe.stages.values() for source in s.data.eval]
     listed += [(source, "text") for source in recipe.pipeline.evaluate.text]
     seen = set()
     for source, form in listed:
         split, form = source.split or DEFAULT_SPLIT["eval"], source.as_ or form
-        if (key := (source.path, source.name, source.revision, source.limit, split)) not in seen:
+        key = (source.path, source.name, source.revision, source.limit, split)
+        if key not in seen and source.path != without:
             seen.add(key)
             yield f"{source.path} [{split}]", source, form

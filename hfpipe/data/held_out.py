@@ -173,11 +173,11 @@ def probe_rows(probe: Probe, where: str = "") -> Iterator[tuple[str, Row]]:
             yield place, {"text": str(row.get("prompt") or "")}
 
 
-def index_held_out(recipe: Recipe) -> HeldOut:
-    """All that a recipe holds out. UserError where a source or a probe cannot be read."""
+def index_held_out(recipe: Recipe, without: str | None = None) -> HeldOut:
+    """All that a recipe holds out, but for the source `without`. UserError where a source or a probe cannot be read."""
     index = HeldOut()
     seed = recipe.pipeline.seed
-    for label, source, form in held_out_sources(recipe):
+    for label, source, form in held_out_sources(recipe, without):
         loaded = load_source(source, wanted=form, split=DEFAULT_SPLIT["eval"], seed=seed)
         index.add(label, loaded.located_rows())
     for number, probe in enumerate(recipe.pipeline.evaluate.probes):

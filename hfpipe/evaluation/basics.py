@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.evaluation.answers import Question, generate_all, parse, said
+from hfpipe.evaluation.diagnostics import diagnose
 from hfpipe.evaluation.needle import ask_needles, build_needles
 from hfpipe.evaluation.probes import capabilities, load_probes, score_probes
 from hfpipe.evaluation.text_metrics import text_metrics
@@ -129,6 +130,10 @@ def evaluate_model(
     if wanted and (told := _held_out_answers(model, tokenizer, prepared.report["samples"], job)):
         likelihoods = _reference_log_likelihoods(model, tokenizer, prepared.report["samples"])
         scores["text_metrics"] = text_metrics(wanted, *zip(*told, strict=True), log_likelihoods=likelihoods)
+    rows = prepared.eval if job.stage.type.rows != "prompt" else None
+    held_out = (document["input_ids"] for document in _documents(rows or ()))
+    if told := diagnose(job.recipe.pipeline.evaluate, model, held_out):
+        scores["diagnostics"] = told
     samples = sample_answers(model, tokenizer, prepared.report["samples"], job)
     artifact.write_jsonl(folder / "samples.jsonl", samples)
     artifact.write_json(folder / "eval.json", {"fingerprint": job.fingerprint, **scores, "samples": samples})

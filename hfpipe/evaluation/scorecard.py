@@ -20,6 +20,7 @@ ORDER = (
     "helpfulness", "safety", "honesty", "tone", "detail", "clarification",
     "knowledge", "robustness", "long_context",
 )  # fmt: skip
+DIAGNOSTICS = {"effective_rank": "effective rank", "llc": "LLC"}
 TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
 _HOLD = "set regularize.l2_to_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"
 _ADVICE = {
@@ -57,6 +58,9 @@ class Scorecard:
     beyond: list[str]  # likewise: what stages of reinforcement gained beyond their control by random rewards
     domains: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # stage -> domain -> as in `text`
     fertility: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> text -> before, after
+    diagnostics: dict[str, dict[str, dict[str, float]]] = field(
+        default_factory=dict
+    )  # stage -> effective_rank, llc -> mean and more
 
     def branches(self) -> dict[str, str]:
         """Stages that do not start from the one before them, with what they start from: `from sft`."""
@@ -73,6 +77,13 @@ class Scorecard:
                 rows.append((f"{label} {domain}" if domain else label, values))
         return [(label, values) for label, values in rows if values]
 
+    def weight_rows(self) -> list[tuple[str, dict[str, float]]]:
+        """The mean of each diagnostic of the weights: a label, and a figure for each stage that has one."""
+        rows = []
+        for name, label in DIAGNOSTICS.items():
+            rows.append((label, {s: told[name]["mean"] for s, told in self.diagnostics.items() if name in told}))
+        return [(label, values) for label, values in rows if values]
+
     def as_json(self) -> dict[str, Any]:
         rows = {
             stage: {
@@ -84,6 +95,8 @@ class Scorecard:
         }
         more = {"held_out_domains": self.domains, "fertility": self.fertility}
         words = {"forgotten": self.forgotten, "beyond_control": self.beyond}
+        if self.diagnostics:
+            more["diagnostics"] = self.diagnostics
         return {"stages": rows, "held_out_text": self.text, **more, "parents": self.parents, **words}
 
     def as_frame(self, long: bool = False) -> DataFrame:
@@ -126,6 +139,7 @@ def read_scorecard(run: Path) -> Scorecard:
         list(evals), sorted(names, key=lambda n: (order.get(n, len(order)), n)), cells, text, parents, [], [],
         {stage: scores["held_out_domains"] for stage, scores in evals.items() if "held_out_domains" in scores},
         {stage: scores["fertility"] for stage, scores in evals.items() if "fertility" in scores},
+        {stage: scores["diagnostics"] for stage, scores in evals.items() if "diagnostics" in scores},
     )  # fmt: skip
     card.forgotten.extend(_forgotten(card))
     card.beyond.extend(_beyond_control(card, records))
@@ -218,7 +232,7 @@ def table(card: Scorecard) -> list[str]:
     for name in card.capabilities:
         shown = (card.cells.get((stage, name)) for stage in card.stages)
         lines.append(f"{name:<{width}}" + "".join(f"{_show(cell):>{column}}" for cell in shown))
-    for label, figures in text:
+    for label, figures in [*text, *card.weight_rows()]:
         values = [figures.get(stage) for stage in card.stages]
         lines.append(f"{label:<{width}}" + "".join(f"{'' if v is None else f'{v:.2f}  ':>{column}}" for v in values))
     lines += [OTHER_TOKENS] if card.fertility else []

@@ -25,6 +25,7 @@ from hfpipe.adapter_types import find_kind
 from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
+from hfpipe.evaluation.diagnostics import check_diagnostics
 from hfpipe.evaluation.probes import load_probes
 from hfpipe.evaluation.reward_functions import check_rewards
 from hfpipe.faults import beat, explain
@@ -203,6 +204,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Look at what a recipe names: its data, reward functions and probes. UserError where one of them is at fault."""
     check_sources(recipe)
     check_rewards(recipe)
+    check_diagnostics(recipe)
     load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
 
 

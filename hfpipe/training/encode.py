@@ -27,12 +27,15 @@ def encode_rows(
 
     Rows that cannot be trained on are counted and left out. A text longer than `max_length` gives several.
     """
+    from hfpipe.training.shards import holds_ids
     from hfpipe.training.templates import neutralise_row, special_strings
 
     special = special_strings(tokenizer)
     encode = _ENCODERS[kind]
     rows = iter(rows)
     while chunk := list(itertools.islice(rows, _CHUNK)):
+        if encode is _encode_text and holds_ids(chunk[0][1], tokenizer, report.path):
+            encode = _prepared_text
         clean = []
         for _, row in chunk:
             row, changed = neutralise_row(row, special)
@@ -71,6 +74,10 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[d
 
     ids = encode_text(tokenizer, [row["text"] for row in rows])
     return [{"input_ids": i, "labels": i, "seq_lengths": [len(i)]} for i in ids]
+
+
+def _prepared_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:
+    return [{"input_ids": i, "labels": i, "seq_lengths": [len(i)]} for i in (row["input_ids"] for row in rows)]
 
 
 def _pieces(encoded: dict, max_length: int) -> Iterator[dict]:

@@ -49,7 +49,7 @@ def identify(
         with named(f"{stage.file}: tokenizer.from"):
             hashes[f"tokenizer.from[{number}] {source.path}"] = hash_source(source, "train", seed)
     if stage.data.decontaminate:
-        hashes |= _hash_held_out(recipe)
+        hashes |= hash_held_out(recipe)
     if getattr(stage.sections.get("rewards"), "model", None):
         name = f"rewards.model {stage.sections['rewards'].model}"
         hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
@@ -130,13 +130,14 @@ def hash_source(source: Source, split: str, seed: int) -> str:
     )
 
 
-def _hash_held_out(recipe: Recipe) -> dict[str, str]:
-    """What decides which rows `data.decontaminate` leaves out."""
+def hash_held_out(recipe: Recipe, without: str | None = None) -> dict[str, str]:
+    """What decides which rows `data.decontaminate` leaves out; `without` as `held_out_sources` has it."""
     from hfpipe.data.check import held_out_sources
     from hfpipe.data.sources import content_hash
 
     seed = recipe.pipeline.seed
-    hashes = {f"held out {label}": hash_source(s, "validation", seed) for label, s, _ in held_out_sources(recipe)}
+    sources = held_out_sources(recipe, without)
+    hashes = {f"held out {label}": hash_source(source, "validation", seed) for label, source, _ in sources}
     for probe in recipe.pipeline.evaluate.probes:
         hashes[f"held out probes {probe.path}"] = content_hash(probe.path, split=probe.split, size=probe.limit)
     return hashes
@@ -150,7 +151,9 @@ def evaluation_identity(recipe: Recipe) -> str:
     hashes = [hash_source(source, "validation", recipe.pipeline.seed) for source in evaluate.text]
     hashes += [content_hash(probe.path, split=probe.split, size=probe.limit) for probe in evaluate.probes]
     # A key that came later counts where it is used: older runs are not scored anew for it.
-    asked = {key: value for key, value in dataclasses.asdict(evaluate).items() if key != "needle" or value}
+    unused = {"needle"} if evaluate.needle is None else set()
+    unused |= set() if evaluate.diagnostics else {"diagnostics", "llc"}
+    asked = {key: value for key, value in dataclasses.asdict(evaluate).items() if key not in unused}
     for source in asked["text"]:
         if source["domain"] is None:
             del source["domain"]

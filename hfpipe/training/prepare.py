@@ -24,6 +24,7 @@ from hfpipe.training.encode import encode_rows
 from hfpipe.training.identity import hash_source
 from hfpipe.training.order import check_numbers, columns, is_ordered, measure, pack, store_ordered
 from hfpipe.training.select_rows import Balance, concatenate, mix, shares, without_held_out
+from hfpipe.training.shards import holds_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -104,6 +105,8 @@ def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
     streams = []
     for source in job.stage.data.train:
+        _, first = next(read_source(source, SourceReport.of(source, "train"), wanted="text", job=job, streaming=True))
+        holds_ids(first, tokenizer, f"{job.stage.file}: data.train {source.path}")
         options = {"job": job, "tokenizer": tokenizer, "source": source, "max_length": max_length}
         stream = IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
         streams.append(pack_dataset(stream, max_length, "bfd").repeat(None))

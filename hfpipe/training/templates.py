@@ -141,7 +141,11 @@ def special_strings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     Other added tokens (runs of spaces, HTML tags in some vocabularies) are ordinary text.
     """
     template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
-    tokens = tokenizer.added_tokens_decoder.values()
+    return special_among(tokenizer.added_tokens_decoder.values(), template)
+
+
+def special_among(tokens: Iterable[Any], template: str) -> tuple[str, ...]:
+    """The same for `AddedToken`s and the text of a template."""
     return tuple(t.content for t in tokens if len(t.content.strip()) > 1 and (t.special or t.content in template))
 
 
