@@ -61,8 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_scale_options(command)
     command.set_defaults(command=_scale)
 
-    command = commands.add_parser("data", help="look at data: hfpipe data check RECIPE, or FILE ...")
-    command = command.add_subparsers(required=True, metavar="check").add_parser(
+    command = commands.add_parser("data", help="look at data, or make it: hfpipe data check, hfpipe data synth")
+    about_data = command.add_subparsers(required=True, metavar="check | synth")
+    command = about_data.add_parser("synth", help="make the rows of a recipe's synth sections, or go on with them")
+    _recipe_options(command)
+    command.add_argument("--only", metavar="NAME", help="this section alone")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_synth)
+    command = about_data.add_parser(
         "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
     )
     command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
@@ -186,6 +192,15 @@ def _check_data(options: argparse.Namespace) -> None:
     from hfpipe.apps.data import check_data
 
     check_data(options.what, options.set, options.out, options.held_out, options.json)
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.synth import synth
+
+    synth(options.recipe, options.set, options.out, options.only, options.json)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -224,6 +224,7 @@ class Pipeline:
     evaluate: Evaluate = Evaluate()
     hub: Hub = Hub()
     plan: Plan = Plan()
+    synth: dict[str, Any] = field(default_factory=dict)  # name -> hfpipe.synth_config.Synth, or a file of them
 
 
 @dataclass(frozen=True)
