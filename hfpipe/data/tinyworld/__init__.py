@@ -10,12 +10,13 @@ from random import Random
 from hfpipe.data.tinyworld import behaviour, chat, preferences, probes, text, world
 from hfpipe.errors import UserError, nearest
 
-NAMES = ("pretrain", "letters", "midtrain", "sft", "preferences", "decoys", "probes")
+NAMES = ("pretrain", "letters", "midtrain", "sft", "sums", "preferences", "decoys", "probes")
 TRAIN_SIZES = {
     "pretrain": 34_000,
     "letters": 6_000,
     "midtrain": 13_500,
     "sft": 6_600,
+    "sums": 4_000,
     "preferences": 6_000,
     "decoys": 6_000,
     "probes": 600,
@@ -25,6 +26,7 @@ HELD_OUT_SIZES = {
     "letters": 300,
     "midtrain": 300,
     "sft": 300,
+    "sums": 300,
     "preferences": 300,
     "decoys": 300,
     "probes": 600,
@@ -77,6 +79,10 @@ def sft_row(rng: Random, split: str) -> dict:
     return conversation(chat.KINDS if rng.random() < KEPT_STRUCTURE else behaviour.KINDS, rng, split)
 
 
+def sums_row(rng: Random, split: str) -> dict:
+    return conversation(((1, chat.calculation),), rng, split)
+
+
 def preference_row(rng: Random, split: str) -> dict:
     return pair(preferences.KINDS, rng, split)
 
@@ -104,6 +110,7 @@ MAKERS = {
     "letters": letters_row,
     "midtrain": midtrain_row,
     "sft": sft_row,
+    "sums": sums_row,
     "preferences": preference_row,
     "decoys": decoy_row,
 }
