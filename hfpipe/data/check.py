@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
@@ -31,8 +30,8 @@ def check_sources(recipe: Recipe) -> None:
     for file, section, source, wanted, split in listed:
         try:
             with named(f"{file}: {section}"):
-                if section_of(source.path, synths) and not Path(source.path).exists():
-                    continue  # made on the way
+                if section_of(source.path, synths):  # made, or made anew, on the way
+                    continue
                 if is_hub_id(source.path):  # its commit is looked up for the fingerprint
                     continue
                 load_source(source, wanted=wanted, split=split)
