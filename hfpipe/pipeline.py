@@ -104,7 +104,8 @@ def _status(
     config = artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
     why = artifact.changes(record["config"], config)
     again = [item.stage.name for item in waits_for if item.trains]
-    ours = {name for name in hashes if name.removeprefix("rewards.model ") not in again}
+    guided = f"{stage.guide[0]} {stage.guide[1]}" if stage.guide and stage.guide[1] in again else None
+    ours = hashes.keys() - {guided}
     why += [
         f"{name} changed" for name in hashes if name in ours and record["data"].get(name) not in (None, hashes[name])
     ]
@@ -131,8 +132,8 @@ def select(planned: list[Planned], start: str | None, end: str | None, only: str
     chosen = planned[first : last + 1]
     done = {p.stage.name for p in planned if not p.trains}
     for item in chosen:
-        rewards = getattr(item.stage.sections.get("rewards"), "model", None)
-        for source, how in ((item.stage.model.from_, "starts from"), (rewards, "is steered by")):
+        guide = item.stage.guide and item.stage.guide[1]
+        for source, how in ((item.stage.model.from_, "starts from"), (guide, "is steered by")):
             missing = source in names and source not in done and names.index(source) < first
             if item.runs and missing:
                 needed = next(p.stage.name for p in planned if p.trains)

@@ -39,8 +39,8 @@ def test_commands_exist_and_their_settings_are_real():
 
 
 def test_the_recipe_shown_is_a_recipe(recipe):
-    shown, steered = blocks("yaml")
-    assert shown.startswith("# stage_configs/tiny/sft.yaml")
+    shown = next(block for block in blocks("yaml") if block.startswith("# stage_configs/tiny/sft.yaml"))
+    steered = next(block for block in blocks("yaml") if "stage: ppo" in block)
     judge = "stage: reward\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/preferences}]}\n"
     folder = recipe({"sft": shown, "reward": judge, "ppo": steered}, base="tiny")
     head = (folder / "pipeline.yaml").read_text().replace("sft, dpo", "sft, dpo, reward, ppo")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -21,7 +22,7 @@ import pytest
 from hfpipe.evaluation.judges import _GRADE
 from hfpipe.synthesis.make import _ASK_BACK
 
-from .conftest import hfpipe, stage_json
+from .conftest import ROOT, hfpipe, stage_json
 
 HI, FRIENDS = "Hello! How can I help you?", "Hello to all of your friends here, and to you!"
 SUM = "12 × 34 = 408"
@@ -198,7 +199,7 @@ def test_repeats_are_left_out_and_answers_give_questions(made):
     assert kept == {*ASKED[:3], *ASKED[4:6]}
     reasons = rejected(run, "talks")
     assert reasons["near duplicate"] == [ASKED[6]]
-    assert sorted(reasons["duplicate"]) == sorted([*ASKED[:3], *ASKED[4:]])
+    assert sorted(reasons["duplicate"]) == sorted(ASKED)
     hfpipe("data", "synth", recipe, "--out", run, "--only", "back")
     (row,) = rows(run, "back")
     assert said(row) == ["What is 12 * 34?", "", "408", SUM]
@@ -233,7 +234,7 @@ def test_killed_at_any_moment_the_same_command_goes_on_to_the_same_rows(made, tm
 
 
 @pytest.fixture(scope="module")
-def served(made):
+def served(made, tmp_path_factory):
     """`transformers serve` with the teacher's folder: (URL, the model's name there)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -241,12 +242,12 @@ def served(made):
     model = str(made[1] / "teacher")
     program = Path(sys.executable).with_name("transformers")
     command = [program, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = tmp_path_factory.mktemp("served") / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=stream, stderr=stream)
     try:
         for _ in range(1200):
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
                 break
@@ -255,7 +256,7 @@ def served(made):
         yield f"http://127.0.0.1:{port}/v1", model
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_a_served_model_teaches_and_judges(made, served):
@@ -430,6 +431,49 @@ def test_what_can_be_checked(item, row, answer, told):
 def test_faults_are_told_before_anything_is_asked(made, setting, told):
     done = hfpipe("plan", made[0], "--out", made[1], "--set", setting, check=2)
     assert told in done.stderr
+
+
+def test_the_readme_shows_the_shipped_section():
+    from hfpipe.yaml_files import load_yaml
+
+    shipped = load_yaml(ROOT / "stage_configs" / "synth" / "synth.yaml")
+    block = (ROOT / "README.md").read_text().split("```yaml\n# stage_configs/synth/synth.yaml\n")[1].split("```")[0]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(block)
+        file.flush()
+        assert load_yaml(Path(file.name)) == shipped
+
+
+DISTILL = """stage: distill
+model: {from: RUN/student}
+data: {train: [{path: FOLDER/asked.jsonl, split: all}], eval: [{path: FOLDER/asked.jsonl, split: all}]}
+trainer:
+  {teacher_model_name_or_path: RUN/teacher, max_steps: 20, learning_rate: 5.0e-3, per_device_train_batch_size: 7,
+   max_completion_length: 12, activation_checkpointing: false, bf16: false}
+"""
+
+
+def test_a_student_comes_nearer_to_its_teacher_on_its_own_answers(made, tmp_path):
+    recipe, run, _ = made
+    text = DISTILL.replace("RUN", str(run)).replace("FOLDER", str(recipe.parent))
+    (tmp_path / "distill.yaml").write_text(text)
+    (tmp_path / "pipeline.yaml").write_text(
+        "name: near\nstages: [distill]\nevaluate: {samples: 1, max_new_tokens: 4}\n"
+    )
+    done = hfpipe("run", tmp_path, "--out", tmp_path / "run")
+    metrics = stage_json(tmp_path / "run" / "distill")["metrics"]
+    before, after = (metrics[key]["divergence"] for key in ("teacher_before", "teacher"))
+    assert 0 < after < 0.7 * before
+    assert f"from the teacher on 7 held-out prompts {before:.3f} -> {after:.3f} nats a token" in done.stdout
+    assert f"trainer.teacher_model_name_or_path {run}/teacher" in stage_json(tmp_path / "run" / "distill")["data"]
+    assert "distill    done" in hfpipe("plan", tmp_path, "--out", tmp_path / "run").stdout
+    for teacher, told in (
+        (f"{run}/tokenizer", "is not a model folder"),
+        ("org/x y", "neither a stage"),
+        ("null", "is missing"),
+    ):
+        setting = f"distill.trainer.teacher_model_name_or_path={teacher}"
+        assert told in hfpipe("run", tmp_path, "--out", tmp_path / "other", "--set", setting, check=2).stderr
 
 
 def test_who_is_asked_must_be_there(made, tmp_path):

@@ -49,7 +49,7 @@ def build_rewards(job: Job, tokenizer: PreTrainedTokenizerBase, stops: set[int])
     section = job.stage.sections["rewards"]
     rewards, weights = [], []
     if section.model:
-        rewards.append(by_model(job.reward_path(), tokenizer, f"{job.stage.file}: rewards.model"))
+        rewards.append(by_model(job.guide_path(), tokenizer, f"{job.stage.file}: rewards.model"))
         weights.append(section.weight)
     for item in section.functions:
         rewards.append(by_check(item, stops) if item.check else _import(str(item.function)))

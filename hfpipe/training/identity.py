@@ -50,9 +50,9 @@ def identify(
                 hashes[f"{role}[{number}] {source.path}"] = known
     if stage.data.decontaminate:
         hashes |= _hash_held_out(recipe)
-    if getattr(stage.sections.get("rewards"), "model", None):
-        name = f"rewards.model {stage.sections['rewards'].model}"
-        hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
+    if stage.guide:
+        key, name, _ = stage.guide
+        hashes[f"{key} {name}"] = (planned or {}).get(name) or guide_identity(recipe, stage, run) or ""
     for item in getattr(stage.sections.get("rewards"), "functions", ()):
         if item.function and (file := _file_of(item.function)):
             hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
@@ -97,10 +97,10 @@ def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
     return _identity_of(stage, "model.from", stage.model.from_, recipe.parent(stage), run, stage.type.parents)
 
 
-def reward_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
-    """The same of the reward model."""
-    source = stage.sections["rewards"].model
-    return _identity_of(stage, "rewards.model", source, recipe.reward_stage(stage), run, ("reward_model",))
+def guide_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
+    """The same of the reward model or the teacher."""
+    key, source, leaves = stage.guide or ("", None, "")
+    return _identity_of(stage, key, source, recipe.guide_stage(stage), run, (leaves,))
 
 
 def _identity_of(
