@@ -50,7 +50,7 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards)
+    ours = (_optimizer, _batch, _length, _regularize, _pull, _weights, _selection, _checkpoints, _rewards, _teacher)
     checks = (*ours, adapter_types.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -163,6 +163,11 @@ def _rewards(stage: Stage) -> Iterator[str]:
             yield f"rewards.functions[{number}]: give one of `check` and `function`."
         if item.function and item.value is not None:
             yield f"rewards.functions[{number}].value belongs to a check; a function reads the row itself."
+
+
+def _teacher(stage: Stage) -> Iterator[str]:
+    if stage.type.name == "distill" and stage.guide is None:
+        yield "trainer.teacher_model_name_or_path is missing: a stage of the recipe, a folder, or org/model@revision."
 
 
 def _checkpoints(stage: Stage) -> Iterator[str]:

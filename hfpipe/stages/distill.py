@@ -46,11 +46,12 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.reinforce import as_prompts
 
     where = f"{job.stage.file}: trainer.teacher_model_name_or_path"
-    if job.stage.guide is None:
-        raise UserError(f"{where} is missing: a stage of the recipe, a folder, or org/model@revision.")
-    tokenizer = load_tokenizer(job)
-    folder = job.guide_path()
-    if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
+    tokenizer, folder = load_tokenizer(job), job.guide_path()
+    try:
+        teacher, own = load_pretrained(AutoModelForCausalLM, folder), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: no model in {folder}: {str(error).splitlines()[0]}") from None
+    if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"{where} = {job.stage.guide[1]!r} has another vocabulary than the student, so their distributions can't be "
             "compared. Take a teacher with the same tokenizer, or train on its answers: hfpipe data synth."
@@ -66,7 +67,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         DistillationTrainer,
         load_model(job, tokenizer, progress),
         args=args,
-        teacher_model=load_pretrained(AutoModelForCausalLM, folder),
+        teacher_model=teacher,
         train_dataset=as_prompts(data.train),
         eval_dataset=as_prompts(data.eval),
         processing_class=tokenizer,

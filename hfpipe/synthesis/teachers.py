@@ -61,13 +61,19 @@ class EndpointTeacher:
     """Asked by the protocol of chat completions; how far `seed` decides its answers is the server's affair."""
 
     def __init__(self, url: str, model: str, concurrency: int, synth: Synth):
-        self.url, self._threads = url, ThreadPoolExecutor(concurrency)
+        self.url, self._concurrency = url, concurrency
         self._body = {"model": model, "temperature": synth.temperature, "max_tokens": synth.max_new_tokens}
         if synth.temperature > 0:
             self._body["top_p"] = synth.top_p
 
     def answer(self, questions: Sequence[Question], seed: int) -> list[Answer]:
-        return list(self._threads.map(self._one, questions, range(seed, seed + len(questions))))
+        with ThreadPoolExecutor(self._concurrency) as threads:
+            asked = [threads.submit(self._one, question, seed + at) for at, question in enumerate(questions)]
+            try:
+                return [future.result() for future in asked]
+            except UserError:
+                threads.shutdown(cancel_futures=True)  # what is refused once is not paid for again
+                raise
 
     def _one(self, question: Question, seed: int) -> Answer:
         answer, talk = Answer(), [_sent(message) for message in question.prompt]
@@ -86,27 +92,31 @@ class EndpointTeacher:
             answer.messages += [message, *results]
             if not results:
                 break
-            named = zip(results, calls, strict=True)
-            talk += [said, *({**result, "tool_call_id": call.get("id")} for result, call in named)]
+            ids = [call.get("id") for call in calls]
+            message["tool_calls"] = [{"id": i, **call} for i, call in zip(ids, message["tool_calls"], strict=True)]
+            talk += [_sent(message), *({**r, "tool_call_id": i} for r, i in zip(results, ids, strict=True))]
         return answer
 
 
 def _called(call: dict[str, Any]) -> dict[str, Any]:
-    """A call whose arguments, JSON by the protocol, are a mapping again where they were one."""
+    """A call with its arguments, JSON by the protocol, as a mapping or a text again."""
     arguments = call["function"].get("arguments") or ""
     try:
         found = json.loads(arguments)
     except (TypeError, ValueError):
-        found = None
-    return {"name": call["function"]["name"], "arguments": found if isinstance(found, dict) else arguments}
+        found = arguments
+    return {"name": call["function"]["name"], "arguments": found if isinstance(found, dict | str) else arguments}
 
 
 def _sent(message: dict[str, Any]) -> dict[str, Any]:
+    """A message by the protocol: arguments of calls as JSON."""
+    if not message.get("tool_calls"):
+        return message
     calls = [
-        {**call, "function": {**call["function"], "arguments": as_text(call["function"]["arguments"])}}
-        for call in message.get("tool_calls") or ()
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
     ]
-    return {**message, **({"tool_calls": calls} if calls else {})}
+    return {**message, "tool_calls": calls}
 
 
 def as_text(arguments: Any) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from hfpipe.errors import ConfigErrors, UserError
+from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.evaluation.answers import Answer
 from hfpipe.evaluation.checks import NO_VALUE, NUMBER, check, find_check
 from hfpipe.evaluation.probes import reference_value
@@ -38,7 +38,7 @@ def check_verifiers(recipe: Recipe) -> None:
                     find_check(item.check)
             except UserError as error:
                 where = f"{recipe.folder / 'pipeline.yaml'}: synth.{name}.verify[{number}].check"
-                problems.append(f"{where}: {error} Beside these: {', '.join(CHECKERS)}.")
+                problems.append(f"{where}: {error} Beside these: {', '.join(CHECKERS)}.{nearest(item.check, CHECKERS)}")
     if problems:
         raise ConfigErrors(problems)
 
