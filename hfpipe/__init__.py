@@ -3,8 +3,8 @@
 In Python: `load_pipeline`, `load_run`, `load_model`, `pull` and `lineage`; what is at fault in the input is told as a `UserError`.
 
 Import order, left may import right (tests/test_house.py holds it):
-cli, api > apps > pipeline > processes > stages > publishing, evaluation > training > plan > data > run_folder, hub_client
-> artifact > config > graph, contradictions, annealing, adapter_types, rope, upstream, strict, yaml_files > sections
+cli, api > apps > pipeline > processes > stages > synthesis > publishing, evaluation > training > plan > data > run_folder, hub_client
+> artifact > config > synth_config > graph, contradictions, annealing, adapter_types, rope, upstream, strict, yaml_files > sections
 > paths, progress > errors, faults
 """
 

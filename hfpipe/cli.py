@@ -69,17 +69,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_scale)
 
     command = commands.add_parser(
-        "data", help="look at data, or prepare it: hfpipe data check RECIPE, data prepare FILE"
+        "data", help="look at data, prepare it, or make it: hfpipe data check, prepare, synth"
     )
-    data = command.add_subparsers(required=True, metavar="check | prepare")
-    command = data.add_parser("prepare", help="filter, deduplicate and tokenise corpora into shards, by datatrove")
+    about_data = command.add_subparsers(required=True, metavar="check | prepare | synth")
+    command = about_data.add_parser(
+        "prepare", help="filter, deduplicate and tokenise corpora into shards, by datatrove"
+    )
     command.add_argument("file", type=Path, help="a YAML file, such as curate.yaml beside a recipe's stages")
     command.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="default: what the file says, else the recipe's"
     )
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_prepare_data)
-    command = data.add_parser(
+    command = about_data.add_parser("synth", help="make the rows of a recipe's synth sections, or go on with them")
+    _recipe_options(command)
+    command.add_argument("--only", metavar="NAME", help="this section alone")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(command=_synth)
+    command = about_data.add_parser(
         "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
     )
     command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
@@ -209,6 +216,15 @@ def _prepare_data(options: argparse.Namespace) -> None:
     from hfpipe.apps.prepare import prepare_data
 
     prepare_data(options.file, options.tokenizer, options.json)
+
+
+def _synth(options: argparse.Namespace) -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+    from hfpipe.apps.synth import synth
+
+    synth(options.recipe, options.set, options.out, options.only, options.json)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from hfpipe.graph import check_graph
 from hfpipe.paths import stage_configs_dir
 from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
+from hfpipe.synth_config import place_synth, read_synth
 from hfpipe.yaml_files import load_yaml, parse_value
 
 # Set by hfpipe in every stage: a recipe that gives one is told why not.
@@ -64,12 +65,15 @@ def shipped_recipes() -> list[str]:
     return sorted(p.parent.name for p in stage_configs_dir().glob("*/pipeline.yaml"))
 
 
-def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name: str | Path, stage_types: dict[str, StageType], overrides: Sequence[str] = (), run: Path | None = None
+) -> Recipe:
     """Read, override and check a whole recipe.
 
     Args:
         name: a shipped recipe's name or a folder with `pipeline.yaml`.
         overrides: `stage.section.key=value`, `settings_name=value` or `launch.processes=2`.
+        run: the run's folder, which holds synthetic rows; default: runs/RECIPE.
 
     Raises:
         ConfigErrors: every problem found, one line each.
@@ -90,7 +94,8 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
         else:
             there = [p.stem for p in folder.glob("*.yaml") if p.stem != "pipeline"]
             problems.append(f"{head_file}: stages names `{stage}`, but {file} does not exist.{nearest(stage, there)}")
-    _read_evaluate(head_raw, folder, problems)
+    for key in ("evaluate", "synth"):
+        _read_file(key, head_raw, folder, problems)
     for text in overrides:
         problems += _override(text, head_raw, raws, set(listed))
     pipeline = build(Pipeline, head_raw, f"{head_file}: ", problems)
@@ -109,7 +114,10 @@ def load_recipe(name: str | Path, stage_types: dict[str, StageType], overrides: 
             )
         filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate.", problems)
         evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
-        pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate())
+        filled = _fill_settings(head_raw.get("synth") or {}, settings, f"{head_file}: synth.", problems)
+        synths = read_synth(filled, f"{head_file}: synth.", listed, stages, problems)
+        stages = place_synth(stages, synths, run or Path("runs") / pipeline.name, problems)
+        pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate(), synth=synths)
         problems += (f"{head_file}: evaluate.needle: {problem}" for problem in needle(pipeline.evaluate))
         problems += _check_launch(pipeline, head_file)
         repo_id = pipeline.hub.repo_id
@@ -140,14 +148,14 @@ def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> lis
     return list(dict.fromkeys(listed))
 
 
-def _read_evaluate(head: dict[str, Any], folder: Path, problems: list[str]) -> None:
+def _read_file(key: str, head: dict[str, Any], folder: Path, problems: list[str]) -> None:
     """`evaluate: probes.yaml` stands for the mapping in that file of the recipe."""
-    if isinstance(head.get("evaluate"), str):
+    if isinstance(head.get(key), str):
         try:
-            head["evaluate"] = load_yaml(folder / head["evaluate"])
+            head[key] = load_yaml(folder / head[key])
         except UserError as error:
-            problems.append(f"{folder / 'pipeline.yaml'}: evaluate: {error}")
-            head["evaluate"] = {}
+            problems.append(f"{folder / 'pipeline.yaml'}: {key}: {error}")
+            head[key] = {}
 
 
 def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:

@@ -71,7 +71,7 @@ def needle(evaluate: Evaluate) -> Iterator[str]:
 
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
-    of_data = (_length, _weights, _selection, _order, _rewards, _pieces)
+    of_data = (_length, _weights, _selection, _order, _rewards, _teacher, _pieces)
     of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints, _guards)
     checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
@@ -265,6 +265,11 @@ def _pieces(stage: Stage) -> Iterator[str]:
             yield f"tokenizer.from: split {source.split!r} of {source.path}: pieces are learnt from training text alone."
     if any(source.weight is not None or source.balance for source in section.from_):
         yield "tokenizer.from: weight and balance have no meaning here: every source is read whole. Set limit."
+
+
+def _teacher(stage: Stage) -> Iterator[str]:
+    if stage.type.name == "distill" and stage.guide is None:
+        yield "trainer.teacher_model_name_or_path is missing: a stage of the recipe, a folder, or org/model@revision."
 
 
 def _checkpoints(stage: Stage) -> Iterator[str]:

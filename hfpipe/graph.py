@@ -17,7 +17,7 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
     for name, stage in stages.items():
         if "model" not in stage.sections:
             continue
-        _check_rewards_from(listed, name, stages, problems)
+        _check_guide(listed, name, stages, problems)
         alone = stage.adapter is not None and not is_merged(stage.adapter)
         told = [*check_lineage(stages, stage), *check_parent(stages, stage)]
         told += rope.problems(stage.model, model_type_of(stages, stage), alone)
@@ -60,16 +60,17 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
             )
 
 
-def _check_rewards_from(listed: list[str], name: str, stages: dict[str, Stage], problems: list[str]) -> None:
-    """`rewards.model` names an earlier reward stage, a folder, or a Hub id."""
+def _check_guide(listed: list[str], name: str, stages: dict[str, Stage], problems: list[str]) -> None:
+    """`rewards.model` names an earlier reward stage, a teacher an earlier model, or a folder, or a Hub id."""
     stage = stages[name]
-    source = getattr(stage.sections.get("rewards"), "model", None)
-    where = f"{stage.file}: rewards.model = {source!r}"
-    if source is None or (source in listed and source not in stages):
+    if stage.guide is None or (stage.guide[1] in listed and stage.guide[1] not in stages):
         return
+    key, source, leaves = stage.guide
+    where = f"{stage.file}: {key} = {source!r}"
     if source in stages:
-        if stages[source].type.leaves != "reward_model":
-            problems.append(f"{where}: `{source}` leaves a {stages[source].type.leaves}, not a reward model.")
+        if stages[source].type.leaves != leaves:
+            wanted = leaves.replace("_", " ")
+            problems.append(f"{where}: `{source}` leaves a {stages[source].type.leaves}, not a {wanted}.")
         elif listed.index(source) > listed.index(name):
             problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
     elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):

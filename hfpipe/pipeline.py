@@ -17,7 +17,7 @@ from hfpipe.faults import explain
 from hfpipe.hub_client import tell_notes
 from hfpipe.plan import describe_stage, warn
 from hfpipe.plan.devices import Devices
-from hfpipe.processes import logs, prepare_stages, run_stage_process, start_server
+from hfpipe.processes import logs, make_synth, prepare_stages, run_stage_process, start_server
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
 from hfpipe.publishing.report import REPORT_FILE, write_report
@@ -25,7 +25,7 @@ from hfpipe.run_folder import check_is_run, check_owner, claim, complete_at, dam
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages import stage_types
 from hfpipe.stages._run import check_recipe
-from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing
+from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing, synth_to_make
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Planned:
 
 def open_recipe(name: str | Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:
     """A recipe and its run's folder, after every check that reads no weights; UserError with all that is at fault."""
-    recipe = load_recipe(name, stage_types(), overrides)
+    recipe = load_recipe(name, stage_types(), overrides, out)
     run = out or Path("runs") / recipe.name
     check_owner(recipe, run)
     check_recipe(recipe)
@@ -104,7 +104,8 @@ def _status(
     config = artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
     why = artifact.changes(record["config"], config)
     again = [item.stage.name for item in waits_for if item.trains]
-    ours = {name for name in hashes if name.removeprefix("rewards.model ") not in again}
+    guided = f"{stage.guide[0]} {stage.guide[1]}" if stage.guide and stage.guide[1] in again else None
+    ours = hashes.keys() - {guided}
     why += [
         f"{name} changed" for name in hashes if name in ours and record["data"].get(name) not in (None, hashes[name])
     ]
@@ -131,8 +132,8 @@ def select(planned: list[Planned], start: str | None, end: str | None, only: str
     chosen = planned[first : last + 1]
     done = {p.stage.name for p in planned if not p.trains}
     for item in chosen:
-        rewards = getattr(item.stage.sections.get("rewards"), "model", None)
-        for source, how in ((item.stage.model.from_, "starts from"), (rewards, "is steered by")):
+        guide = item.stage.guide and item.stage.guide[1]
+        for source, how in ((item.stage.model.from_, "starts from"), (guide, "is steered by")):
             missing = source in names and source not in done and names.index(source) < first
             if item.runs and missing:
                 needed = next(p.stage.name for p in planned if p.trains)
@@ -162,6 +163,7 @@ def run_recipe(
         claim(recipe, run)
         chosen = select(plan_run(recipe, run), start, end, only)
         waiting = [p for p in chosen if p.runs]
+        _refuse_to_pay(recipe, run, waiting)
         with Publisher(recipe, run, display, [p.stage.name for p in waiting]) as publisher:
             tell_notes(lambda note: display.line("hub", note))
             for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
@@ -207,6 +209,18 @@ def report_run(run: Path) -> tuple[Scorecard, Path]:
     return card, write_report(run)
 
 
+def _refuse_to_pay(recipe: Recipe, run: Path, waiting: list[Planned]) -> None:
+    """Rows that an endpoint makes or judges, which may cost money, are made by their own command."""
+    for item in waiting:
+        for name in synth_to_make(recipe, item.stage, run):
+            synth = recipe.pipeline.synth[name]
+            if any(asked and asked.endpoint for asked in (synth.teacher, synth.judge)):
+                raise UserError(
+                    f"`{item.stage.name}` trains on synth/{name}, whose rows an endpoint makes, maybe at a cost. Have them made "
+                    f"first: hfpipe data synth {recipe.folder} --out {run} --only {name}"
+                )
+
+
 def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planned], publisher: Publisher) -> None:
     waiting = [p for p in chosen if p.runs]
     for item in chosen:
@@ -214,12 +228,15 @@ def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planne
             display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
     if waiting:
         start_server(logs(run, "data")[1])
-    prepared = False
+    prepared: set[str] = set()
     for item in waiting:
-        if not prepared and item.stage.type.trainer:
-            rest = [p.stage.name for p in waiting[waiting.index(item) :]]
+        for name in synth_to_make(recipe, item.stage, run):
+            make_synth(recipe, run, name, display)
+        if item.stage.name not in prepared and item.stage.type.trainer:
+            after = [p.stage for p in waiting[waiting.index(item) :]]
+            rest = [stage.name for stage in after if not synth_to_make(recipe, stage, run)]
             prepare_stages(recipe, run, rest, display)
-            prepared = True
+            prepared.update(rest)
         began = time.monotonic()
         run_stage_process(recipe, run, item.stage, display)
         took = duration(time.monotonic() - began)

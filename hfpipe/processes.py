@@ -20,7 +20,7 @@ from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import ended, killed
 from hfpipe.progress import Display, describe, duration
 from hfpipe.sections import Recipe, Stage
-from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment
+from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment, synth_child
 
 _START_S = 600  # until a child's first sign: importing the stack from a slow disk takes its time
 _IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
@@ -50,6 +50,14 @@ def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Displa
     events, log = logs(run, "data")
     arguments = (recipe, run, stages, events, log)
     _follow(ForkedProcess(prepare_child, arguments), "data", events, log, display, recipe.pipeline.launch.hang_minutes)
+
+
+def make_synth(recipe: Recipe, run: Path, name: str, display: Display) -> None:
+    """Make the rows of a synth section in a process of their own."""
+    section = f"synth/{name}"
+    events, log = logs(run, f"synth-{name}")
+    arguments = (recipe, run, name, events, log)
+    _follow(ForkedProcess(synth_child, arguments), section, events, log, display, recipe.pipeline.launch.hang_minutes)
 
 
 def run_stage_process(recipe: Recipe, run: Path, stage: Stage, display: Display) -> None:

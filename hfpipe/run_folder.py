@@ -61,7 +61,7 @@ def check_owner(recipe: Recipe, run: Path) -> None:
     if record is None and run.is_dir():
         ends = ("", ".partial", ".old", ".damaged", ".partial.damaged")
         known = {name + end for name in recipe.stages for end in ends}
-        known |= {"logs", "run.json", f"run.json{artifact.BESIDE}", "report.html"}
+        known |= {"logs", "synth", "run.json", f"run.json{artifact.BESIDE}", "report.html"}
         foreign = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name not in known)
         if foreign:
             raise UserError(

@@ -334,6 +334,7 @@ class Pipeline:
     evaluate: Evaluate = Evaluate()
     hub: Hub = Hub()
     plan: Plan = Plan()
+    synth: dict[str, Any] = field(default_factory=dict)  # name -> hfpipe.synth_config.Synth, or a file of them
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,14 @@ class Stage:
         return self.sections.get("model", Model())
 
     @property
+    def guide(self) -> tuple[str, str, str] | None:
+        """The second model that it learns from: the recipe's key for it, its name, and what it must be."""
+        if rewards := getattr(self.sections.get("rewards"), "model", None):
+            return "rewards.model", rewards, "reward_model"
+        teacher = self.trainer.get("teacher_model_name_or_path")
+        return ("trainer.teacher_model_name_or_path", teacher, "model") if teacher else None
+
+    @property
     def data(self) -> Any:
         """The stage's `Data`, or a class derived from it; an empty one where a stage reads none."""
         return self.sections.get("data", Data())
@@ -381,13 +390,13 @@ class Recipe:
     stages: dict[str, Stage]
     overrides: tuple[str, ...] = ()
 
-    def reward_stage(self, stage: Stage) -> Stage | None:
-        """The stage of this recipe that `rewards.model` names, if it names one."""
-        return self.stages.get(getattr(stage.sections.get("rewards"), "model", None) or "")
+    def guide_stage(self, stage: Stage) -> Stage | None:
+        """The stage of this recipe that leaves the reward model or the teacher that `stage` names."""
+        return self.stages.get(stage.guide[1]) if stage.guide else None
 
     def needed(self, stage: Stage) -> list[Stage]:
         """The stages of this recipe that `stage` starts from or is steered by."""
-        return [found for found in (self.parent(stage), self.reward_stage(stage)) if found]
+        return [found for found in (self.parent(stage), self.guide_stage(stage)) if found]
 
     def parent(self, stage: Stage) -> Stage | None:
         """The stage of this recipe that `model.from` names, if it names one."""

@@ -139,7 +139,7 @@ def test_a_judge_behind_an_endpoint_is_asked_in_both_orders(endpoint):
     rows = [{"prompt": "Say something"}, {"messages": [{"role": "user", "content": "Hi"}]}]
     assert find_judge(endpoint)(rows, ["short", "a long answer"], ["a longer one", "no"]) == [1, 0]
     assert find_judge(endpoint, "biased")(rows, ["x", "y"], ["z", "w"]) == [0.5, 0.5]
-    with pytest.raises(UserError, match="gave no verdict: HTTP Error 401"):
+    with pytest.raises(UserError, match="no completion: HTTP Error 401"):
         find_judge(endpoint, "broken")(rows[:1], ["x"], ["y"])
 
 

@@ -22,6 +22,7 @@ from hfpipe.errors import UserError
 from hfpipe.progress import printable, quantity
 from hfpipe.sections import DEFAULT_SPLIT, Probe, Recipe, Source, Stage
 from hfpipe.stages import stage_types
+from hfpipe.synth_config import section_of
 
 _WIDTH = 110
 _LEFT = ("stage", "role", "source", "split", "language", "form")  # columns that are set to the left
@@ -43,7 +44,7 @@ def check_data(
     Raises:
         UserError: what is named is not there, or cannot be read.
     """
-    if len(what) == 1 and (recipe := _recipe(what[0], overrides)):
+    if len(what) == 1 and (recipe := _recipe(what[0], overrides, run)):
         if held_out:
             raise UserError("--held-out goes with loose files; a recipe says itself what it holds out.")
         uses = _of_recipe(recipe, run or Path("runs") / recipe.name)
@@ -58,14 +59,14 @@ def check_data(
     print(mask(printable("\n".join([*_table(uses), *_attention(told)]))))
 
 
-def _recipe(name: str, overrides: Sequence[str]) -> Recipe | None:
+def _recipe(name: str, overrides: Sequence[str], run: Path | None) -> Recipe | None:
     try:
         recipe_folder(name)
     except UserError:
         if Path(name).expanduser().exists() or name.startswith("tinyworld/") or "/" in name or "." in name:
             return None
         raise
-    return load_recipe(name, stage_types(), overrides)
+    return load_recipe(name, stage_types(), overrides, run)
 
 
 def _of_recipe(recipe: Recipe, run: Path) -> list[Use]:
@@ -77,6 +78,8 @@ def _of_recipe(recipe: Recipe, run: Path) -> list[Use]:
         tokenizer = _tokenizer_file(recipe, stage, run)
         for role, split in DEFAULT_SPLIT.items():
             for source in getattr(stage.data, role):
+                if section_of(source.path, recipe.pipeline.synth) and not Path(source.path).exists():
+                    continue  # not made yet
                 form = source.as_ or stage.type.rows or "text"
                 key = (
                     source.path,

@@ -161,7 +161,7 @@ def inspect_stage(file: Path, overrides: list[str], run: Path | None, row: int |
 
     if not file.is_file() or file.name == "pipeline.yaml":
         raise UserError(f"{file} is not a stage's file. Give one, such as stage_configs/tiny/sft.yaml.")
-    recipe = load_recipe(file.parent, stage_types(), overrides)
+    recipe = load_recipe(file.parent, stage_types(), overrides, run)
     first, last = (1, 5) if row is None else (row, row)
     found = find_rows(recipe, run or Path("runs") / recipe.name, file.stem, first, last)
     for item in found:

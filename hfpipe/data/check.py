@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source
+from hfpipe.synth_config import section_of
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -29,9 +30,13 @@ def check_sources(recipe: Recipe) -> None:
     ]
     head = recipe.folder / "pipeline.yaml"
     listed += [(head, "evaluate.text", source, "text", "validation") for source in recipe.pipeline.evaluate.text]
+    synths = recipe.pipeline.synth
+    listed += [(head, f"synth.{name}.prompts", synth.prompts, None, "train") for name, synth in synths.items()]
     for file, section, source, wanted, split in listed:
         try:
             with named(f"{file}: {section}"):
+                if section_of(source.path, synths):  # made, or made anew, on the way
+                    continue
                 if is_hub_id(source.path):  # its commit is looked up for the fingerprint
                     continue
                 load_source(source, wanted=wanted, split=split)

@@ -29,12 +29,12 @@ class Size:
 
 def estimate_size(source: Any, wanted: str | None, split: str, seed: int) -> Size:
     """What is known of a source before it is read: no more of a file than its first rows."""
-    if is_hub_id(source.path):
-        return Size(source.limit, exact=False)
     try:
+        if is_hub_id(source.path):
+            return Size(source.limit, exact=False)
         loaded = load_source(source, wanted=wanted, split=split, seed=seed)
         rows = list(itertools.islice(loaded.rows(), _SAMPLED))
-    except UserError:  # told with its reason when the source is checked
+    except UserError:  # told with its reason when the source is checked; or a file that is made on the way
         return Size(None, exact=False)
     sample = tuple((_said(row), len(_messages(row))) for row in rows)
     means = {

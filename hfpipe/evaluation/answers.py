@@ -38,6 +38,8 @@ class Answer:
     stopped: bool = False  # every turn ended by itself, within the budget
     opened: bool = False  # asked to open the assistant's turn, the model did as its chat template does
     row: dict[str, Any] = field(default_factory=dict)  # the probe that was asked
+    prompt_tokens: int = 0  # read, in all its turns
+    completion_tokens: int = 0  # written
 
     @property
     def text(self) -> str:
@@ -71,17 +73,22 @@ def answer_all(
     *,
     max_new_tokens: int = 64,
     tools: Mapping[str, Callable[[Any], str]] = TOOLS,
+    **sampling: Any,
 ) -> list[Answer]:
-    """Greedy answers, in the questions' order; a called tool of `tools` is carried out and the model goes on from it."""
+    """Answers in the questions' order, greedy unless `sampling` has `do_sample`, `temperature` and the like for `generate`.
+
+    A called tool of `tools` is carried out and the model goes on from it.
+    """
     answers = [Answer() for _ in questions]
     waiting = list(range(len(questions)))
     for turn in range(MAX_CALLS + 1):
         prompts = [prompt_ids(tokenizer, questions[i], answers[i]) for i in waiting]
         again = []
-        for i, prompt, ids in zip(
-            waiting, prompts, generate_all(model, tokenizer, prompts, max_new_tokens), strict=True
-        ):
+        written = generate_all(model, tokenizer, prompts, max_new_tokens, **sampling)
+        for i, prompt, ids in zip(waiting, prompts, written, strict=True):
             answer, message = answers[i], parse(tokenizer, prompt, ids, questions[i])
+            answer.prompt_tokens += len(prompt)
+            answer.completion_tokens += len(ids)
             if turn == 0:
                 answer.raw = tokenizer.decode(ids)
                 answer.opened = questions[i].opens_turn and answer.raw.lstrip().startswith(turn_opening(tokenizer))
@@ -104,8 +111,9 @@ def generate_all(
     prompts: list[list[int]],
     max_new_tokens: int,
     beyond: bool = False,
+    **sampling: Any,
 ) -> list[list[int]]:
-    """Greedy continuations of token ids, each with the stop token that ended it; prompts of like length share a batch.
+    """Continuations of token ids, each with the stop token that ended it; prompts of like length share a batch.
 
     Short answers are not kept waiting: what has not ended after a few tokens goes on in batches of its own. Where the
     model's positions end, so does the answer, unless it may go `beyond`.
@@ -114,7 +122,7 @@ def generate_all(
     limit = sys.maxsize if beyond else positions(model)
     stops, room = stop_ids(model), [limit - len(prompt) for prompt in prompts]
     for i in (i for i, left in enumerate(room) if 0 < left < max_new_tokens):
-        written[i] = _generate(model, tokenizer, [prompts[i]], room[i])[0]
+        written[i] = _generate(model, tokenizer, [prompts[i]], room[i], **sampling)[0]
     going = [i for i, left in enumerate(room) if left >= max_new_tokens]
     for budget in (min(_FIRST_TOKENS, max_new_tokens), max_new_tokens - _FIRST_TOKENS):
         if budget <= 0:
@@ -124,7 +132,7 @@ def generate_all(
             size = max(1, _BATCH_TOKENS // (len(prompts[order[0]]) + max_new_tokens))
             batch, order = order[:size], order[size:]
             starts = [prompts[i] + written[i] for i in batch]
-            for i, ids in zip(batch, _generate(model, tokenizer, starts, budget), strict=True):
+            for i, ids in zip(batch, _generate(model, tokenizer, starts, budget, **sampling), strict=True):
                 written[i] = written[i] + ids
         going = [i for i in going if not (written[i] and written[i][-1] in stops)]
     return written
@@ -144,7 +152,11 @@ def stop_ids(model: PreTrainedModel) -> set[int]:
 
 
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    **sampling: Any,
 ) -> list[list[int]]:
     import torch
 
@@ -153,9 +165,8 @@ def _generate(
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.inference_mode():
-        output: torch.Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-        )
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": pad, **sampling}
+        output: torch.Tensor = model.generate(input_ids=ids, attention_mask=mask, **options)
     stops, answers = stop_ids(model), []
     for row in output[:, width:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))

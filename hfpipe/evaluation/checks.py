@@ -165,6 +165,12 @@ CHECKS: dict[str, Check] = {
     "contains_all": lambda answer, value: all(contains(answer, part) for part in value),
 }
 
+# Checks that need nothing to compare with.
+NO_VALUE = frozenset(
+    ("stops", "refuses", "does_not_refuse", "uncertain", "certain", "pirate", "not_pirate", "asks", "does_not_ask",
+     "no_tool", "choice_format")
+)  # fmt: skip
+
 
 @functools.cache
 def find_check(name: str) -> Check:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hfpipe.errors import UserError
+from hfpipe.evaluation.endpoint import complete, said
 from hfpipe.hub_client import locate
 
+# How good an answer to a row's question is.
+Score = Callable[[dict[str, Any], str], float]
 # For each question 1 where the second answer is better, 0 where the first is, 0.5 for a tie.
 Judge = Callable[[Sequence[dict[str, Any]], Sequence[str], Sequence[str]], list[float]]
 
@@ -28,7 +26,13 @@ Answer A:
 
 Answer B:
 {b}"""
-_TRIES = 3
+_GRADE = """A request and an answer to it follow. How good is the answer: right, helpful and safe? Say only a grade from 1 to 10.
+
+Request:
+{asked}
+
+Answer:
+{answer}"""
 
 
 @functools.cache
@@ -39,6 +43,17 @@ def find_judge(name: str, model: str = "default") -> Judge:
 
 def reward_judge(source: str) -> Judge:
     """The answer with the higher reward wins. UserError where there is no such reward model."""
+    reward = reward_of(source)
+
+    def judge(rows: Sequence[dict[str, Any]], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        scores = [(reward(row, a), reward(row, b)) for row, a, b in zip(rows, first, second, strict=True)]
+        return [0.5 if a == b else float(b > a) for a, b in scores]
+
+    return judge
+
+
+def reward_of(source: str) -> Score:
+    """A reward model's score of the answer that ends a row's conversation. UserError where there is no such model."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -66,45 +81,43 @@ def reward_judge(source: str) -> Judge:
         with torch.inference_mode():
             return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
 
-    def judge(rows: Sequence[dict[str, Any]], first: Sequence[str], second: Sequence[str]) -> list[float]:
-        scores = [(reward(row, a), reward(row, b)) for row, a, b in zip(rows, first, second, strict=True)]
-        return [0.5 if a == b else float(b > a) for a, b in scores]
+    return reward
 
-    return judge
+
+def grade_of(url: str, model: str, spent: Callable[[dict[str, Any]], None]) -> Score:
+    """A grade from 1 to 10 by a model behind an endpoint, 0 where it names none; `spent` hears of its `usage`."""
+
+    def grade(row: dict[str, Any], answer: str) -> float:
+        content = _GRADE.format(asked=_asked(row), answer=answer)
+        found = re.search(r"\b(10|[1-9])\b", _ask(url, model, content, spent))
+        return float(found[1]) if found else 0.0
+
+    return grade
+
+
+def _ask(url: str, model: str, content: str, spent: Callable[[dict[str, Any]], None] = lambda usage: None) -> str:
+    answer = complete(url, {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
+    spent(answer.get("usage") or {})
+    return said(answer)
+
+
+def _asked(row: dict[str, Any]) -> str:
+    return row.get("prompt") or "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in row["messages"])
 
 
 def endpoint_judge(url: str, model: str) -> Judge:
     """Asked in both orders; where the two verdicts do not agree, it is a tie. The key is read from OPENAI_API_KEY."""
 
     def verdict(asked: str, a: str, b: str) -> str:
-        content = _ASK.format(asked=asked, a=a, b=b)
-        reply = _post(url, {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
-        found = re.search(r"\b(A|B|tie)\b", reply)
+        found = re.search(r"\b(A|B|tie)\b", _ask(url, model, _ASK.format(asked=asked, a=a, b=b)))
         return found[1] if found else "tie"
 
     def judge(rows: Sequence[dict[str, Any]], first: Sequence[str], second: Sequence[str]) -> list[float]:
         found = []
         for row, a, b in zip(rows, first, second, strict=True):
-            asked = row.get("prompt") or "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in row["messages"])
+            asked = _asked(row)
             verdicts = verdict(asked, a, b), verdict(asked, b, a)
             found.append({("B", "A"): 1.0, ("A", "B"): 0.0}.get(verdicts, 0.5))
         return found
 
     return judge
-
-
-def _post(url: str, body: dict[str, Any]) -> str:
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    for left in reversed(range(_TRIES)):
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)["choices"][0]["message"]["content"] or ""
-        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
-            refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code != 429
-            if refused or not left:
-                raise UserError(f"judge {url}: the endpoint gave no verdict: {error}") from None
-            time.sleep(2 ** (_TRIES - left))
-    raise AssertionError

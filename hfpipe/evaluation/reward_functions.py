@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.evaluation.answers import Answer
-from hfpipe.evaluation.checks import check, find_check
+from hfpipe.evaluation.checks import NO_VALUE, check, find_check
 from hfpipe.evaluation.probes import reference_value
 
 if TYPE_CHECKING:
@@ -25,22 +25,6 @@ if TYPE_CHECKING:
 Reward = Callable[..., list[float | None]]
 
 _ROWS_AT_ONCE = 32
-# Checks that need nothing to compare with.
-_NO_VALUE = frozenset(
-    [
-        "stops",
-        "refuses",
-        "does_not_refuse",
-        "uncertain",
-        "certain",
-        "pirate",
-        "not_pirate",
-        "asks",
-        "does_not_ask",
-        "no_tool",
-        "choice_format",
-    ]
-)
 
 
 def check_rewards(recipe: Recipe) -> None:
@@ -65,7 +49,7 @@ def build_rewards(job: Job, tokenizer: PreTrainedTokenizerBase, stops: set[int])
     section = job.stage.sections["rewards"]
     rewards, weights = [], []
     if section.model:
-        rewards.append(by_model(job.reward_path(), tokenizer, f"{job.stage.file}: rewards.model"))
+        rewards.append(by_model(job.guide_path(), tokenizer, f"{job.stage.file}: rewards.model"))
         weights.append(section.weight)
     for item in section.functions:
         rewards.append(by_check(item, stops) if item.check else _import(str(item.function)))
@@ -87,7 +71,7 @@ def by_check(item: RewardFunction, stops: set[int]) -> Reward:
         scores: list[float | None] = []
         for messages, ids, answers, whole in zip(completions, completion_ids, reference, row, strict=True):
             value = item.value
-            if value is None and item.check not in _NO_VALUE:
+            if value is None and item.check not in NO_VALUE:
                 value = reference_value(str(item.check), answers or [])
                 if value is None:
                     scores.append(None)

@@ -280,6 +280,11 @@ def result(metrics: dict[str, Any]) -> str:
     if after := metrics.get("held_out"):
         before = metrics["held_out_before"]["reward"]
         parts.append(f"reward of {after['n']} held-out prompts {before:.2f} -> {after['reward']:.2f}")
+    if after := metrics.get("teacher"):
+        before = metrics["teacher_before"]["divergence"]
+        parts.append(
+            f"from the teacher on {after['n']} held-out prompts {before:.3f} -> {after['divergence']:.3f} nats a token"
+        )
     if "vocab_size" in metrics:
         parts.append(f"{metrics['vocab_size']} entries")
     if "bytes_per_token" in metrics:

@@ -22,6 +22,12 @@ def stage_flops(stage: Stage, shape: Shape, trained: Trained, work: Work) -> dic
         found["reference"] = passes * flops.forward(shape, tokens, length)
         if name == "kto":
             found["kl"] = flops.forward(shape, tokens, length)  # another's answer to each prompt
+    if name == "distill":
+        completion = option(stage, "max_completion_length") or 256
+        found["generation"] = flops.generation(
+            shape, max(length - completion, 1), completion, work.steps * work.rows_per_step
+        )
+        found["teacher"] = flops.forward(shape, tokens, length)
     if name in BY_REWARDS:
         completion = option(stage, "max_completion_length") or 256
         iterations = option(stage, "num_iterations") or 1

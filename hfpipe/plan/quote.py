@@ -222,6 +222,8 @@ def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[st
     pairwise = name in ("dpo", "kto") and not option(stage, "precompute_ref_log_probs") and stage.adapter is None
     if pairwise and "precompute_ref_log_probs" in stage.trainer:
         found["reference"] = whole
+    if name == "distill":
+        found["teacher"] = whole
     if name not in BY_REWARDS:
         return found
     if option(stage, "beta") and stage.adapter is None:

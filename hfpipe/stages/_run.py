@@ -32,6 +32,7 @@ from hfpipe.faults import beat, explain
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
+from hfpipe.synthesis.verify import check_verifiers
 from hfpipe.training.hardware import energy_meter, keep_freed_memory, use_all_cores_alone
 from hfpipe.training.identity import evaluation_identity, processes_now, scores_missing
 from hfpipe.training.job import Job, Progress, make_job
@@ -175,7 +176,7 @@ def main(stage_type: StageType) -> None:
     try:
         if not options.file.is_file():
             raise UserError(f"{options.file} does not exist. Give the YAML file of a {stage_type.name} stage.")
-        recipe = load_recipe(options.file.parent, stage_types(), overrides)
+        recipe = load_recipe(options.file.parent, stage_types(), overrides, options.out)
         stage = recipe.stages.get(options.file.stem)
         if stage is None or stage.type.name != stage_type.name:
             found = f"a {stage.type.name} stage" if stage else "not listed in pipeline.yaml"
@@ -205,6 +206,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_sources(recipe)
     check_rewards(recipe)
     check_diagnostics(recipe)
+    check_verifiers(recipe)
     load_probes(recipe.pipeline.evaluate.probes, f"{recipe.folder / 'pipeline.yaml'}: evaluate.probes")
 
 
@@ -236,6 +238,17 @@ def child(recipe: Recipe, run: Path, stage: str, events: Path, log: Path) -> Non
 def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, log: Path) -> None:
     """Prepares the data of `stages`, which are about to run, so that a bad row is told before anything trains."""
     _in_child(events, log, lambda progress: _prepare(recipe, run, stages, progress))
+
+
+def synth_child(recipe: Recipe, run: Path, name: str, events: Path, log: Path) -> None:
+    """Makes the rows of a synth section, which a stage about to run trains on."""
+    from hfpipe.synthesis.make import make_rows, summary
+
+    def act(progress: Progress) -> None:
+        record = make_rows(recipe, name, run, lambda text: progress.tell("doing", text=text))
+        progress.tell("data", text=summary(record))
+
+    _in_child(events, log, act)
 
 
 def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:

@@ -13,6 +13,7 @@ from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.hub_client import resolve, split_id, use_pins
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source, Stage
+from hfpipe.synth_config import Asked, file_of, section_of
 
 
 class Identity(NamedTuple):
@@ -40,19 +41,21 @@ def identify(
 
     use_pins(_pins_of(stage, run))
     seed = recipe.pipeline.seed
+    to_make = {str(file_of(run, name)) for name in synth_to_make(recipe, stage, run, planned)} if run else set()
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
         for number, source in enumerate(getattr(stage.data, role)):
             with named(f"{stage.file}: data.{role}"):
-                hashes[f"{role}[{number}] {source.path}"] = hash_source(source, split, seed)
+                known = "to be made" if source.path in to_make else hash_source(source, split, seed)
+                hashes[f"{role}[{number}] {source.path}"] = known
     for number, source in enumerate(getattr(stage.sections.get("tokenizer"), "from_", ())):
         with named(f"{stage.file}: tokenizer.from"):
             hashes[f"tokenizer.from[{number}] {source.path}"] = hash_source(source, "train", seed)
     if stage.data.decontaminate:
         hashes |= hash_held_out(recipe)
-    if getattr(stage.sections.get("rewards"), "model", None):
-        name = f"rewards.model {stage.sections['rewards'].model}"
-        hashes[name] = (planned or {}).get(stage.sections["rewards"].model) or reward_identity(recipe, stage, run) or ""
+    if stage.guide:
+        key, name, _ = stage.guide
+        hashes[f"{key} {name}"] = (planned or {}).get(name) or guide_identity(recipe, stage, run) or ""
     for item in getattr(stage.sections.get("rewards"), "functions", ()):
         if item.function and (file := _file_of(item.function)):
             hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
@@ -97,10 +100,10 @@ def parent_identity(recipe: Recipe, stage: Stage, run: Path) -> str | None:
     return _identity_of(stage, "model.from", stage.model.from_, recipe.parent(stage), run, stage.type.parents)
 
 
-def reward_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
-    """The same of the reward model."""
-    source = stage.sections["rewards"].model
-    return _identity_of(stage, "rewards.model", source, recipe.reward_stage(stage), run, ("reward_model",))
+def guide_identity(recipe: Recipe, stage: Stage, run: Path | None) -> str | None:
+    """The same of the reward model or the teacher."""
+    key, source, leaves = stage.guide or ("", None, "")
+    return _identity_of(stage, key, source, recipe.guide_stage(stage), run, (leaves,))
 
 
 def _identity_of(
@@ -141,6 +144,50 @@ def hash_held_out(recipe: Recipe, without: str | None = None) -> dict[str, str]:
     for probe in recipe.pipeline.evaluate.probes:
         hashes[f"held out probes {probe.path}"] = content_hash(probe.path, split=probe.split, size=probe.limit)
     return hashes
+
+
+def synth_identity(recipe: Recipe, name: str, run: Path, planned: Mapping[str, str] | None = None) -> str:
+    """What the rows of a synth section are known by: its keys, the prompts' content, teacher, judge, what is held out."""
+    synth = recipe.pipeline.synth[name]
+    hashes = {"prompts": hash_source(synth.prompts, "train", recipe.pipeline.seed), **hash_held_out(recipe)}
+    config = dataclasses.asdict(synth)
+    del config["prompts"]["path"]
+    for key, asked, leaves in (("teacher", synth.teacher, "model"), ("judge", synth.judge, "reward_model")):
+        for field in ("model", "endpoint", "concurrency", "input_price", "output_price") if asked else ():
+            del config[key][field]
+        hashes[key] = asked_identity(recipe, asked, run, leaves, planned) if asked else ""
+    return artifact.fingerprint(config, hashes, None)
+
+
+def asked_identity(
+    recipe: Recipe, asked: Asked, run: Path, leaves: str, planned: Mapping[str, str] | None = None
+) -> str:
+    """A teacher's or a judge's: a stage's fingerprint, a folder's hash, a Hub model's commit, an endpoint and its model."""
+    name = str(asked.model)
+    if asked.endpoint:
+        return f"{asked.endpoint} {name}"
+    if name in recipe.stages:
+        record = artifact.read_record(run / name / artifact.STAGE_FILE) or {}
+        return (planned or {}).get(name) or record.get("fingerprint", "not finished")
+    folder = Path(name).expanduser()
+    return artifact.folder_identity(folder, (leaves,)) if folder.is_dir() else resolve(*split_id(name))
+
+
+def synth_to_make(recipe: Recipe, stage: Stage, run: Path, planned: Mapping[str, str] | None = None) -> list[str]:
+    """The synth sections that a stage trains on whose rows are not there, or not as they would be made now."""
+    synths = recipe.pipeline.synth
+    names = dict.fromkeys(filter(None, (section_of(source.path, synths) for source in stage.data.train)))
+    return [name for name in names if synth_record(recipe, name, run, planned) is None]
+
+
+def synth_record(
+    recipe: Recipe, name: str, run: Path, planned: Mapping[str, str] | None = None
+) -> dict[str, Any] | None:
+    """What is written of a section's rows, where they are there, whole, and would be made the same way now."""
+    record = artifact.read_record(file_of(run, name).with_suffix(".json"))
+    if record is None or artifact.damage(run / "synth", record["files"], trust_times=True):
+        return None
+    return record if record["fingerprint"] == synth_identity(recipe, name, run, planned) else None
 
 
 def evaluation_identity(recipe: Recipe) -> str:

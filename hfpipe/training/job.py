@@ -80,7 +80,7 @@ class Job:
 
         With `read_all` large files are read too that look untouched by their size and time.
         """
-        if (judge := self.recipe.reward_stage(self.stage)) and (
+        if (judge := self.recipe.guide_stage(self.stage)) and (
             reason := damage_at(self.run / judge.name)
             or (None if (self.run / judge.name / artifact.STAGE_FILE).is_file() else "it is not finished")
         ):
@@ -114,23 +114,23 @@ class Job:
             return None
         return hub_commit(self.stage, "model.from", source, self.run)
 
-    def reward_path(self) -> str:
-        """Folder of the reward model, fetched and verified where it is the Hub's."""
-        source = str(self.stage.sections["rewards"].model)
-        made_by = self.recipe.reward_stage(self.stage)
+    def guide_path(self) -> str:
+        """Folder of the reward model or the teacher, fetched and verified where it is the Hub's."""
+        key, source, _ = self.stage.guide or ("", "", "")
+        made_by = self.recipe.guide_stage(self.stage)
         if made_by:
             return str(self.run / made_by.name)
         if Path(source).expanduser().is_dir():
             return str(Path(source).expanduser())
-        return str(fetch(split_id(source)[0], hub_commit(self.stage, "rewards.model", source, self.run)))
+        return str(fetch(split_id(source)[0], hub_commit(self.stage, key, source, self.run)))
 
     @property
     def pins(self) -> dict[str, str]:
         """The commits of the Hub ids that the stage reads models and data from; it keeps them."""
         found = {str(self.stage.model.from_): self.parent_revision}
-        judge = getattr(self.stage.sections.get("rewards"), "model", None)
-        if judge and not self.recipe.reward_stage(self.stage) and not Path(judge).expanduser().is_dir():
-            found[judge] = hub_commit(self.stage, "rewards.model", judge, self.run)
+        key, guide, _ = self.stage.guide or ("", "", "")
+        if guide and not self.recipe.guide_stage(self.stage) and not Path(guide).expanduser().is_dir():
+            found[guide] = hub_commit(self.stage, key, guide, self.run)
         return {**used_pins(), **{source: commit for source, commit in found.items() if commit}}
 
     def start(self, note: Callable[[str], None]) -> bool:

@@ -71,7 +71,7 @@ def prepare_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: in
     Raises:
         UserError: more rows are at fault than `data.max_bad_rows` allows, or none is left.
     """
-    hashes = {name: found for name, found in job.data_hashes.items() if not name.startswith("rewards.")}
+    hashes = {name: found for name, found in job.data_hashes.items() if not name.startswith(("rewards.", "trainer."))}
     data = job.stage.data
     if data.curriculum and data.curriculum.by == "parent_loss":
         if job.parent_fingerprint:

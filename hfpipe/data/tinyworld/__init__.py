@@ -13,7 +13,7 @@ from hfpipe.errors import UserError, nearest
 
 NAMES = (
     *("pretrain", "web", "letters", "needles", "long_needles", "foreign"),
-    *("midtrain", "sft", "preferences", "decoys", "probes"),
+    *("midtrain", "sft", "sums", "preferences", "decoys", "probes"),
 )
 TRAIN_SIZES = {
     "pretrain": 34_000,
@@ -23,6 +23,7 @@ TRAIN_SIZES = {
     "long_needles": 1_600,
     "midtrain": 13_500,
     "sft": 6_600,
+    "sums": 4_000,
     "preferences": 6_000,
     "decoys": 6_000,
     "foreign": 6_000,
@@ -36,6 +37,7 @@ HELD_OUT_SIZES = {
     "long_needles": 100,
     "midtrain": 300,
     "sft": 300,
+    "sums": 300,
     "preferences": 300,
     "decoys": 300,
     "foreign": 300,
@@ -93,6 +95,10 @@ def sft_row(rng: Random, split: str) -> dict:
     return conversation(chat.KINDS if rng.random() < KEPT_STRUCTURE else behaviour.KINDS, rng, split)
 
 
+def sums_row(rng: Random, split: str) -> dict:
+    return conversation(((1, chat.calculation),), rng, split)
+
+
 def preference_row(rng: Random, split: str) -> dict:
     return pair(preferences.KINDS, rng, split)
 
@@ -127,6 +133,7 @@ MAKERS = {
     "long_needles": functools.partial(needles.row, needles.LONG),
     "midtrain": midtrain_row,
     "sft": sft_row,
+    "sums": sums_row,
     "preferences": preference_row,
     "decoys": decoy_row,
     "foreign": foreign_row,

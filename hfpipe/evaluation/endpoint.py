@@ -1,0 +1,52 @@
+"""An OpenAI-compatible endpoint, asked for chat completions with the standard library; the key is read from OPENAI_API_KEY."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from hfpipe.errors import UserError
+
+_TRIES = 5
+_LONGEST_WAIT_S = 60.0
+_TIMEOUT_S = 300
+
+
+def complete(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to `POST URL/chat/completions`; passing faults (429, 5xx, no connection) are waited for, as long as told.
+
+    Raises:
+        UserError: the endpoint refuses, or gave no completion in five tries.
+    """
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    for number in range(_TRIES):
+        wait = 2.0**number
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+                answer = json.load(response)
+            if isinstance(answer["choices"][0]["message"], dict):
+                return answer
+            reason = "a completion without a message"
+        except urllib.error.HTTPError as error:
+            reason = f"{error} {error.read(500).decode(errors='replace')}".strip()
+            if 400 <= error.code < 500 and error.code not in (408, 429):
+                break
+            told = error.headers.get("Retry-After", "")
+            wait = float(told) if told.isdigit() else wait
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # URLError and timeouts are OSErrors
+            reason = f"{type(error).__name__}: {error}"
+        if number + 1 < _TRIES:
+            time.sleep(min(wait, _LONGEST_WAIT_S))
+    raise UserError(f"endpoint {url}: no completion: {reason.replace(key, '...') if key else reason}")
+
+
+def said(answer: dict[str, Any]) -> str:
+    """The words of a completion."""
+    return str(answer["choices"][0]["message"].get("content") or "")
