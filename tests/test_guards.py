@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hfpipe import StageFailed, UserError, load_pipeline
+from hfpipe import StageFailed, UserError, artifact, load_pipeline
+from hfpipe.config import load_recipe
+from hfpipe.stages import stage_types
 
 from .conftest import stage_json
 from .sequences import newest_child
@@ -283,3 +285,22 @@ def test_the_first_batch_is_looked_at(place):
         r"<\|begin\|><\|user\|>\w+\?<\|end_user\|>⟦<\|assistant\|>No\.<\|end_assistant\|>⟧<\|end\|>",
         told,
     )
+
+
+def test_a_guard_that_nothing_would_feed_is_refused(place):
+    with pytest.raises(UserError, match=r"guards\.overfit_patience needs evaluations and checkpoints"):
+        load_recipe(place / "recipe", stage_types(), ["nan.guards.overfit_patience=2"])
+    with pytest.raises(UserError, match=r"nan\.yaml: guards\.loss_spike = 1"):
+        load_recipe(place / "recipe", stage_types(), ["nan.guards.loss_spike=1"])
+
+
+def test_guards_as_they_are_change_no_fingerprint(place):
+    def config(*overrides: str) -> dict:
+        return artifact.hashed_config(load_recipe(place / "recipe", stage_types(), overrides).stages["nan"], 0, 1)
+
+    assert "guards" not in config()
+    assert config() == config("nan.guards.max_rollbacks=9", "nan.guards.rehearse=false")  # neither decides a result
+    assert config() != config("nan.guards.loss_spike=null")
+    assert config("nan.trainer.eval_strategy=steps") != config()  # an evaluation may end the training
+    lifted = "nan.guards.overfit_patience=null"
+    assert config("nan.trainer.eval_strategy=steps", lifted) == config(lifted)
