@@ -262,10 +262,8 @@ def test_before_anything_has_trained_the_tokenizer_is_the_one_that_comes(small):
 
     foreseen = load_tokenizer(small.job("sft"), about_to_run=["pretrain", "domain", "sft"])
     assert foreseen.backend_tokenizer.to_str() == small.tokenizer("domain").backend_tokenizer.to_str()
-    (row,) = hfpipe(
-        "inspect", small.recipe / "domain.yaml", "--out", small.run, "--row", 1, "--json"
-    ).stdout.splitlines()
-    assert row
+    shown = hfpipe("inspect", small.recipe / "domain.yaml", "--out", small.run, "--row", 1, "--json").stdout
+    assert max(i for _, i, _ in json.loads(shown)["sides"]["row"]) >= 400
 
 
 def test_a_second_run_does_nothing_and_other_pieces_are_another_stage(small):
@@ -298,6 +296,14 @@ def test_what_is_wrong_together_is_told_at_once(section, said, tmp_path):
     text = (folder / "no_pieces.yaml").read_text()
     (folder / "no_pieces.yaml").write_text(text + f"tokenizer: {section}\n")
     assert said in hfpipe("plan", folder, check=2).stderr
+
+
+def test_the_readme_shows_the_recipe():
+    shown = (ROOT / "README.md").read_text().partition("# stage_configs/domain/domain.yaml\n")[2].partition("```")[0]
+    ours = (ROOT / "stage_configs" / "domain" / "domain.yaml").read_text()
+    lines = [line.partition("  #")[0].rstrip() for line in shown.splitlines()]
+    assert len(lines) > 8
+    assert set(lines) <= set(ours.splitlines())
 
 
 def test_no_sentence_of_the_new_language_is_in_two_splits():
