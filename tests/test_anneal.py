@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 import pytest
 
@@ -18,7 +17,6 @@ from hfpipe.sections import Hub
 from hfpipe.stages import stage_types
 
 from .conftest import ROOT, hfpipe, stage_json
-from .test_nothing_lost import checkpoints, kill, start, wait_for
 
 BRANCHES = ("anneal", "only_decay", "only_quality", "neither")
 
@@ -130,26 +128,6 @@ def test_the_plan_says_what_the_run_then_does(run):
         assert not [w for w in before["warnings"] if w["name"].startswith("learning_rate")]
         after = describe_stage(recipe, recipe.stages[name], folder)  # the parent's tokens are known then
         assert after["steps"] == pytest.approx(done, rel=0.1, abs=1)
-
-
-def test_killed_in_both_stages_it_comes_to_the_same_bits(run, tmp_path):
-    folder, _ = run
-    again, done = tmp_path / "run", []
-    shutil.copytree(folder / "tokenizer", again / "tokenizer")
-    settings = [a for text in SMALL for a in ("--set", text)]
-    settings += ["--set", "pretrain.trainer.save_steps=100", "--set", "anneal.trainer.save_steps=10", "--to", "anneal"]
-    for stage in ("pretrain", "anneal"):
-        process = start(again, *settings, recipe="anneal")
-        assert wait_for(process, lambda stage=stage: checkpoints(again, stage)), process.communicate()[0]
-        kill(process)
-    hfpipe("run", "anneal", "--out", again, *settings)
-    for stage in ("pretrain", "anneal"):
-        found, expected = (stage_json(root / stage) for root in (again, folder))
-        done.append(found["metrics"]["resumed_from_step"])
-        for name, file in expected["files"].items():
-            assert found["files"][name]["sha256"] == file["sha256"], f"{stage}/{name}"
-        assert found["metrics"]["last_rate"] == expected["metrics"]["last_rate"]
-    assert all(done)
 
 
 # --- the state of the optimizer ---
