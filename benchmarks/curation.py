@@ -10,6 +10,7 @@ they are drawn from the built-in generator's words. Memory: of all processes tog
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -77,17 +78,27 @@ def make_tokenizer(folder: Path, known: list[str]) -> None:
     train_tokenizer(iter(known), **options).save_pretrained(str(folder))
 
 
+def cpu_seconds(process: psutil.Process) -> dict[int, float]:
+    """Of the process and its children by their ids, so far."""
+    found = {}
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[one.pid] = sum(one.cpu_times()[:2])
+    return found
+
+
 def measure(folder: Path, megabytes: int, known: list[str], tokenizer: Path, workers: int) -> None:
     documents = write_corpus(folder / "corpus", megabytes, known)
     file = folder / "curate.yaml"
     tasks = max(megabytes // FILE_MB, workers)
     file.write_text(CURATE.format(folder=folder, tokenizer=tokenizer, tasks=tasks, workers=workers))
-    began, peak = time.monotonic(), 0
+    began, peak, spent = time.monotonic(), 0, {}
     command = [sys.executable, "-m", "hfpipe", "data", "prepare", str(file), "--json"]
     with (folder / "printed").open("w") as printed, subprocess.Popen(command, stdout=printed) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, held(watched))
+            spent |= cpu_seconds(watched)
             time.sleep(0.5)
     seconds = time.monotonic() - began
     assert process.returncode == 0
@@ -95,7 +106,7 @@ def measure(folder: Path, megabytes: int, known: list[str], tokenizer: Path, wor
     train = summary["splits"]["train"]
     left_out = ", ".join(f"{item['documents']:,} {item['step']}" for item in summary["left_out"])
     print(
-        f"{megabytes:>4} MB  {documents:>8,} documents  {seconds:6.1f} s  {peak / 2**20:6.0f} MiB at the most  "
+        f"{megabytes:>4} MB  {documents:>8,} documents  {seconds:6.1f} s  {sum(spent.values()):6.1f} CPU s  {peak / 2**20:6.0f} MiB at the most  "
         f"{train['documents']:,} of {train['tokens'] / 1e6:.1f}M tokens in train; left out: {left_out}",
         flush=True,
     )

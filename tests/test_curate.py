@@ -223,6 +223,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path, streaming):
         ("GopherQualityFilter", "GopherQuality", "Did you mean `GopherQualityFilter`?"),
         ("languages: [en]", "languages: [xx]", "py3langid knows no language xx"),
         ("num_buckets: 14", "num_bucket: 14", "minhash.num_bucket = 14 is not a field of datatrove's MinhashConfig"),
+        ("type: local", "type: [local]", "executor.type = \"['local']\": expected one of local, slurm, ray"),
         ("type: local", "type: lokal", "executor.type = 'lokal': expected one of local, slurm, ray"),
         ("tasks: 4", "tasks: 0", "executor.tasks = 0: expected 1 or more"),
         ("type: local, tasks: 4, workers: 2", "type: slurm, tasks: 4", "executor.time is missing"),
@@ -239,6 +240,7 @@ def test_a_file_at_fault_is_told(corpus, capsys, before, after, said):
     assert before in text
     assert main(["data", "prepare", str(file)]) == 2
     assert said in capsys.readouterr().err
+    assert not list(corpus.folder.glob("*.partial"))
     file.unlink()
 
 

@@ -25,13 +25,7 @@ from hfpipe.training.identity import hash_held_out
 from hfpipe.training.shards import EXCLUDED, MADE, SCRATCH, SUMMARY_FILE
 from hfpipe.yaml_files import load_yaml
 
-_FILTERS = (
-    "GopherQualityFilter",
-    "GopherRepetitionFilter",
-    "C4QualityFilter",
-    "C4ParagraphFilter",
-    "FineWebQualityFilter",
-)
+_FILTERS = ("GopherQualityFilter", "GopherRepetitionFilter", "C4QualityFilter", "FineWebQualityFilter")
 _EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
 _MANAGED = ("exclusion_writer", "language", "pipeline", "logging_dir", "depends", "skip_completed")
 _TASKS = 8
@@ -57,11 +51,12 @@ def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> N
         raise ConfigErrors(problems)
     folder, root = Path(section.output_folder), Path(f"{section.output_folder}.partial")
     vocabulary = _tokenizer(section, recipe, tokenizer, str(file))
-    with lock(root), named(str(file)):
+    with named(str(file)):
         identity = _identity(section, recipe, vocabulary)
-        done = artifact.read_record(folder / SUMMARY_FILE)
-        if folder.exists() and done is None:
+        if folder.exists() and artifact.read_record(folder / SUMMARY_FILE) is None:
             raise UserError(f"output_folder {folder} holds something else. Name a folder that is not there yet.")
+    with lock(root), named(str(file)):
+        done = artifact.read_record(folder / SUMMARY_FILE)
         if done is None or done["identity"] != identity:
             _clear_other(root, identity)
             chain = _chain(section, steps, executor, root, folder, vocabulary, identity)
@@ -103,12 +98,12 @@ def _steps(section: Curation, recipe: Recipe | None, file: str, problems: list[s
     known = {name: getattr(filters, name) for name in _FILTERS} | {"LanguageFilter": curate.LanguageFilter}
     steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
     for number, given in enumerate(section.filters):
-        where, name = f"{file}: filters[{number}]", given.get("type")
+        where, name = f"{file}: filters[{number}]", str(given.get("type"))
         if name not in known:
             problems.append(f"{where}.type = {name!r}: expected one of {', '.join(known)}.{nearest(name, known)}")
             continue
         writer = curate.Jsonl(str(excluded / f"{number}-{name}"))
-        words = {} if name in ("LanguageFilter", "C4ParagraphFilter") else {"language": curate.Words()}
+        words = {"language": curate.Words()} if name in _FILTERS else {}
         rest = {key: value for key, value in given.items() if key != "type"}
         built = _built(known[name], rest, {"exclusion_writer": writer, **words}, where, problems)
         steps.append((name, built))
@@ -136,7 +131,7 @@ def _executor(section: Curation, file: str, problems: list[str]) -> Any:
     """A function: pipeline, number of tasks, folder of its logs, the executor before it -> datatrove's executor."""
     import datatrove.executor as executors
 
-    kind = section.executor.get("type", "local")
+    kind = str(section.executor.get("type", "local"))
     if kind not in _EXECUTORS:
         problems.append(f"{file}: executor.type = {kind!r}: expected one of {', '.join(_EXECUTORS)}.")
         return None
@@ -147,11 +142,9 @@ def _executor(section: Curation, file: str, problems: list[str]) -> Any:
     problems += upstream.check(checked, known, f"datatrove's {_EXECUTORS[kind]}", f"{file}: executor")
     if isinstance(checked["tasks"], int) and checked["tasks"] < 1:
         problems.append(f"{file}: executor.tasks = {checked['tasks']}: expected 1 or more.")
-    needed = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty} - {
-        "pipeline",
-        "tasks",
-    }
-    problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in needed - given.keys()]
+    needed = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
+    missing = sorted(needed - checked.keys() - {"pipeline"})
+    problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in missing]
     if kind == "local":
         given.setdefault("workers", os.cpu_count())
     return lambda pipeline, tasks, logs, before: cls(
