@@ -24,9 +24,7 @@ class Model:
 
     from_: str | None = None  # `name`, `path/to/folder` or `org/model@revision`
     config: dict[str, Any] = field(default_factory=dict)  # from scratch: model_type and that configuration's own fields
-    rope_parameters: dict[str, Any] = field(
-        default_factory=dict
-    )  # transformers' own, over the parent's (hfpipe/rope.py)
+    rope_parameters: dict[str, Any] = field(default_factory=dict)  # over the parent's own (hfpipe/rope.py)
     max_position_embeddings: int | None = at_least(1, None)  # in place of the parent's
     dtype: str | None = None  # of the weights; None: float32 when trained whole, as stored under an adapter
     attn_implementation: str | None = None

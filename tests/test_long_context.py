@@ -151,7 +151,7 @@ def test_a_scaled_stage_trains_and_hands_on_its_context(run):
         ("gemma_yarn.model.rope_parameters={full_attention: {rope_type: yarn}}", "full_attention.factor is missing"),
         ("yarn.model.from=learnt", "a gpt2 has no RoPE"),
         ("llama.model.max_position_embeddings=128", "put max_position_embeddings into model.config"),
-        ("evaluate.needle.lengths=[8]", "evaluate.needle: lengths = [8]"),
+        ("evaluate.needle.lengths=[0]", "evaluate.needle: lengths = [0]"),
         ("evaluate.needle.depths=[0, 2]", "depths = [0.0, 2.0]: expected shares"),
         ("evaluate.needle.fact=Meet {word}.", "expected a sentence with {name} and, later, {word}"),
         ("evaluate.text=[]", "evaluate.text is missing"),

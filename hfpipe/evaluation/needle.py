@@ -5,6 +5,7 @@ After Kamradt's probe (2023). Prompts have the length asked for to the token, an
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import sys
@@ -41,9 +42,12 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
     def encode(texts: list[str]) -> list[list[int]]:
         return [ids[len(begin) :] for ids in encode_text(tokenizer, [f" {text}" for text in texts])]
 
-    read = [load_source(s, wanted="text", split=s.split or "validation", where=where).rows() for s in evaluate.text]
-    parts = (re.split(r"(?<=[.!?])\s+", row["text"]) for row in itertools.chain(*read))
-    sentences = list(filter(None, itertools.chain(*parts)))
+    sentences = []
+    for source in evaluate.text:
+        source = dataclasses.replace(source, limit=source.limit or evaluate.max_rows)
+        split, seed = source.split or "validation", recipe.pipeline.seed
+        for row in load_source(source, wanted="text", split=split, seed=seed, where=where).rows():
+            sentences += filter(None, re.split(r"(?<=[.!?])\s+", row["text"]))
     encoded = list(zip(sentences, encode(sentences), strict=True))
     rows = []
     for length, depth, number in itertools.product(section.lengths, section.depths, range(section.per_cell)):
@@ -66,14 +70,9 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
             at, left = at - 1, left - len(hay[0])
         before = [0, *itertools.accumulate(map(len, hay))]
         hay.insert(min(range(len(before)), key=lambda i: abs(before[i] - depth * room)), fact)
-        row = {
-            "capability": CAPABILITY,
-            "kind": f"{length} tokens",
-            "length": length,
-            "depth": depth,
-            "prompt": question,
-        }
-        rows.append(row | {"ids": [*begin, *itertools.chain(*hay), *asked], "check": {"type": "starts", "value": word}})
+        row = {"capability": CAPABILITY, "kind": f"{length} tokens", "length": length, "depth": depth}
+        row |= {"prompt": question, "check": {"type": "starts", "value": word}}
+        rows.append(row | {"ids": [*begin, *itertools.chain(*hay), *asked]})
     return rows
 
 

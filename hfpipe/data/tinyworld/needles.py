@@ -6,6 +6,7 @@ Surnames are dealt out anew in every document, and no pair of names of one split
 from __future__ import annotations
 
 import functools
+import itertools
 from random import Random
 
 from hfpipe.data.tinyworld.world import SPLITS, words
@@ -22,26 +23,19 @@ OTHERS = words("He She Mother Father Grandma Everybody")
 DOES = words("walks sings waits reads sleeps works plays runs")
 WHEN = words("today tomorrow again alone outside inside")
 FACT = "Meet {name} {word}."
-SHORT, LONG = (
-    (6, 25),
-    (40, 100),
-)  # lines of a document, sooner fewer: up to 128 and to 512 tokens, where each word is one
+SHORT, LONG = (6, 25), (40, 100)  # lines of a document: up to 128 and 512 tokens, where each word is one
 
 
 @functools.cache
 def surnames(split: str) -> dict[str, list[str]]:
     """First name -> the pairs of surnames that it may have in a split: an eighth of them each for validation and test."""
     place = {name: number for number, name in enumerate(SPLITS[1:])}.get(split)
-    return {
-        first: [
-            f"{last} {other}"
-            for j, last in enumerate(LAST)
-            if ((i + j) % 8 == place if place is not None else (i + j) % 8 > 1)
-            for other in LAST
-            if other != last
-        ]
-        for i, first in enumerate(FIRST)
-    }
+    found: dict[str, list[str]] = {first: [] for first in FIRST}
+    for (i, first), (j, last), other in itertools.product(enumerate(FIRST), enumerate(LAST), LAST):
+        number = (i + j) % 8
+        if last != other and (number > 1 if place is None else number == place):
+            found[first].append(f"{last} {other}")
+    return found
 
 
 def row(lines: tuple[int, int], rng: Random, split: str) -> dict:
@@ -50,12 +44,11 @@ def row(lines: tuple[int, int], rng: Random, split: str) -> dict:
     So the last name that was said is hardly ever the next: only who looks for the first name knows the others.
     """
     count = min(rng.randint(*lines), rng.randint(*lines))
-    chosen = {
-        first: rng.choice(surnames(split)[first]) for first in rng.sample(FIRST, rng.randint(2, min(24, count // 3)))
-    }
+    people = rng.sample(FIRST, rng.randint(2, min(len(FIRST), count // 3)))
+    told = [FACT.format(name=name, word=rng.choice(surnames(split)[name])) for name in people]
     text: list[str] = []
     while len(text) < count * 4 // 5:
-        text += [FACT.format(name=name, word=chosen[name]) for name in rng.sample(list(chosen), len(chosen))]
+        text += rng.sample(told, len(told))
     for _ in range(count // 5):
         text.insert(rng.randint(0, len(text)), " ".join(map(rng.choice, (OTHERS, DOES, WHEN))) + ".")
     return {"text": " ".join(text[:count])}
