@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 STAGES = ("sft", "sft_more", "sft_synth")
-ASKED = {"sums": "answers right", "calls": "calls right", "knowledge": "facts", "instructions": "instructions", "format": "formats"}  # fmt: skip
+ASKED = {"sums": "sums, answer exact", "calls": "sums, call exact", "knowledge": "facts", "instructions": "instructions", "format": "formats"}  # fmt: skip
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
         (
             "sft.stage=sfd",
-            "expected one of dpo, grpo, kto, midtrain, ppo, pretrain, reward, rloo, sft, tokenizer. Did you mean `sft`?",
+            f"expected one of {', '.join(stage_types())}. Did you mean `sft`?",
         ),
         ("stf.trainer.learning_rate=1", "neither a stage nor a setting of this recipe. Did you mean `sft`?"),
         ("sft.trainer", "expected stage.section.key=value"),

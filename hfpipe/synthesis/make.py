@@ -69,7 +69,7 @@ def make_rows(recipe: Recipe, name: str, run: Path, tell: Callable[[str], Any]) 
         file = work / f"part-{number:05}.json"
         if artifact.read_json(file) is None:
             tell(f"{name}: answers {number * rows_a_part * synth.samples} of {len(asked) * synth.samples}")
-            artifact.write_json(file, seat.part(part, synth.seed + number * _PART))
+            artifact.write_json(file, seat.part(part, int(artifact.digest([synth.seed, number])[:7], 16)))
     made = [artifact.read_json(work / f"part-{number:05}.json") or {} for number in range(len(parts))]
     rows = [row for part in made for row in part["rows"]]
     _keep(synth, rows)
@@ -99,12 +99,12 @@ class _Seat:
         drawn = [(place, row, sample) for place, row in part for sample in range(synth.samples)]
         answers = self._teacher.answer([_question(synth, row) for _, row, _ in drawn], seed)
         rows = []
-        for number, ((place, row, sample), answer) in enumerate(zip(drawn, answers, strict=True)):
+        for (place, row, sample), answer in zip(drawn, answers, strict=True):
             made = self._judge(row, answer)
-            made |= {"made_by": self.teacher_name, "made_from": place, "made_with": synth.instruction}
-            made |= {"method": synth.method, "seed": seed, "place": number, "sample": sample, "kind": row.get("kind")}
+            made |= {"made_by": self.teacher_name, "made_from": place, "made_with": _instruction(synth)}
+            made |= {"method": synth.method, "seed": seed, "sample": sample, "kind": row.get("kind")}
             made |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-            rows.append(made)
+            rows.append({**made, "judged_by": self.judge_name})
         return {"rows": rows, "seconds": round(time.monotonic() - began, 2), "judged": dict(self.judged)}
 
     def _seated(self) -> tuple[Teacher, Score | None]:
@@ -150,11 +150,12 @@ def _named(recipe: Recipe, asked: Asked, run: Path, leaves: str, where: str) -> 
     """Who is asked, and which state of them: `sft@1f6b...`, `org/model@commit`, a URL and the model's name."""
     if asked.model in recipe.stages and not asked.endpoint:
         folder = run / asked.model
-        if not (folder / artifact.STAGE_FILE).is_file() or (artifact.folder_identity(folder, (leaves,)) is None):
+        if not (folder / artifact.STAGE_FILE).is_file():
             raise UserError(
                 f"{recipe.folder / 'pipeline.yaml'}: {where}.model = {asked.model!r}: {run} holds no finished stage of "
                 f"that name. Run it first: hfpipe run {recipe.folder} --out {run} --to {asked.model}"
             )
+        artifact.folder_identity(folder, (leaves,))  # a damaged one is refused
     identity = asked_identity(recipe, asked, run, leaves)
     return identity if asked.endpoint else f"{str(asked.model).partition('@')[0]}@{identity[:16]}"
 
@@ -171,10 +172,14 @@ def _asked(recipe: Recipe, synth: Synth, where: str) -> Iterator[tuple[str, Row]
             yield place, row
 
 
+def _instruction(synth: Synth) -> str | None:
+    return synth.instruction or (_ASK_BACK if synth.method == "backtranslate" else None)
+
+
 def _question(synth: Synth, row: Row) -> Question:
     if synth.method == "backtranslate":
         answer = str(row["reference"][-1].get("content") or "")
-        asked = (synth.instruction or _ASK_BACK).replace("{answer}", answer)
+        asked = str(_instruction(synth)).replace("{answer}", answer)
         return Question([{"role": "user", "content": asked}])
     prompt = row["prompt"]
     if synth.instruction:
@@ -261,7 +266,7 @@ def _write(
     }
     artifact.write_record(file.with_suffix(".json"), record)
     shutil.rmtree(file.parent / f"{name}.partial")
-    return {**record, "files": record["files"]}
+    return record
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -286,10 +291,10 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     text, whole = pyarrow.string(), pyarrow.int64()
     call = pyarrow.struct([("type", text), ("function", pyarrow.struct([("name", text), ("arguments", text)]))])
     message = pyarrow.struct([("role", text), ("content", text), ("tool_calls", pyarrow.list_(call)), ("name", text)])
-    told = ("kind", "made_by", "made_from", "made_with", "method", "verdict", "reason", "tools")
+    told = ("kind", "made_by", "made_from", "made_with", "method", "judged_by", "verdict", "reason", "tools")
     schema = pyarrow.schema(
         [("messages", pyarrow.list_(message)), *((key, text) for key in told), ("score", pyarrow.float64())]
-        + [(key, whole) for key in ("seed", "place", "sample", "prompt_tokens", "completion_tokens")]
+        + [(key, whole) for key in ("seed", "sample", "prompt_tokens", "completion_tokens")]
     )
     as_json = [{**row, **{key: json.dumps(row[key]) for key in ("verdict", "tools") if row[key]}} for row in rows]
     plain = [{**row, "verdict": row["verdict"] or None, "tools": row["tools"] or None} for row in as_json]
