@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 from hfpipe import __version__
-from hfpipe.apps.options import add_device_options, add_new_options, add_probe_options, add_scale_options, positive
+from hfpipe.apps.options import (
+    add_check_options,
+    add_device_options,
+    add_new_options,
+    add_probe_options,
+    add_scale_options,
+    positive,
+)
 from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import explain, full
 
@@ -89,13 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = about_data.add_parser(
         "check", help="what a recipe's sources or loose files hold, and what of it deserves attention"
     )
-    command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
-    command.add_argument("--out", type=Path, help="the run whose tokenizer counts; default: runs/RECIPE")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run")
-    command.add_argument(
-        "--held-out", action="append", default=[], metavar="FILE", help="rows or probes that the files should not show"
-    )
-    command.add_argument("--json", action="store_true", help="machine-readable output")
+    add_check_options(command)
     command.set_defaults(command=_check_data)
 
     command = commands.add_parser("report", help="write a run's report.html and print its scorecard")

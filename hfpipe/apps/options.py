@@ -71,3 +71,13 @@ def add_new_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stages", metavar="A,B", help="such as tokenizer,pretrain,sft; default: those that there is data for"
     )
+
+
+def add_check_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("what", nargs="+", metavar="RECIPE | FILE", help="a recipe, or files, folders, tinyworld/NAME")
+    command.add_argument("--out", type=Path, help="the run whose tokenizer counts; default: runs/RECIPE")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run")
+    command.add_argument(
+        "--held-out", action="append", default=[], metavar="FILE", help="rows or probes that the files should not show"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
