@@ -12,6 +12,7 @@ from hfpipe.apps.options import (
     add_check_options,
     add_device_options,
     add_new_options,
+    add_prepare_options,
     add_probe_options,
     add_scale_options,
     positive,
@@ -82,11 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = about_data.add_parser(
         "prepare", help="filter, deduplicate and tokenise corpora into shards, by datatrove"
     )
-    command.add_argument("file", type=Path, help="a YAML file, such as curate.yaml beside a recipe's stages")
-    command.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="default: what the file says, else the recipe's"
-    )
-    command.add_argument("--json", action="store_true", help="machine-readable output")
+    add_prepare_options(command)
     command.set_defaults(command=_prepare_data)
     command = about_data.add_parser("synth", help="make the rows of a recipe's synth sections, or go on with them")
     _recipe_options(command)
@@ -199,6 +196,12 @@ def _recipe_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _quiet() -> None:
+    from hfpipe.stages._run import quiet_environment
+
+    quiet_environment()
+
+
 def _run(options: argparse.Namespace) -> None:
     from hfpipe.pipeline import open_recipe, run_and_report
     from hfpipe.progress import Display
@@ -220,9 +223,7 @@ def _prepare_data(options: argparse.Namespace) -> None:
 
 
 def _synth(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.synth import synth
 
     synth(options.recipe, options.set, options.out, options.only, options.json)
@@ -242,9 +243,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.compare import evaluate
 
     evaluate(
@@ -259,9 +258,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.compare import compare
 
     compare(
@@ -276,27 +273,21 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _redteam(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.redteam import redteam
 
     redteam(options.model, size=options.size, out=options.out, as_json=options.json)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.inspect import inspect_stage
 
     inspect_stage(options.file, options.set, options.out, options.row, options.json)
 
 
 def _chat(options: argparse.Namespace) -> None:
-    from hfpipe.stages._run import quiet_environment
-
-    quiet_environment()
+    _quiet()
     from hfpipe.apps.chat import chat
 
     chat(

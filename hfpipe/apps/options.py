@@ -81,3 +81,11 @@ def add_check_options(command: argparse.ArgumentParser) -> None:
         "--held-out", action="append", default=[], metavar="FILE", help="rows or probes that the files should not show"
     )
     command.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def add_prepare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, help="a YAML file, such as curate.yaml beside a recipe's stages")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: what the file says, else the recipe's"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
