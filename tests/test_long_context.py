@@ -153,7 +153,7 @@ def test_a_scaled_stage_trains_and_hands_on_its_context(run):
         ("llama.model.max_position_embeddings=128", "put max_position_embeddings into model.config"),
         ("evaluate.needle.lengths=[0]", "evaluate.needle: lengths = [0]"),
         ("evaluate.needle.depths=[0, 2]", "depths = [0.0, 2.0]: expected shares"),
-        ("evaluate.needle.fact=Meet {word}.", "expected a sentence with {name} and, later, {word}"),
+        ("evaluate.needle.fact=Take {word}.", "expected a sentence with {name} and, later, {word}"),
         ("evaluate.text=[]", "evaluate.text is missing"),
     ],
 )  # fmt: skip
@@ -233,7 +233,7 @@ def test_needles_have_their_length_and_depth(run, folder):
         assert len(row["ids"]) == row["length"]
         assert text.count(fact) == 1
         assert text.endswith(row["prompt"])
-        name = row["prompt"].split()[-1]
+        name = row["prompt"].split()[-2]
         assert text.count(name) == 2  # in the needle and in the question
         place = text.index(fact) / (len(text) - len(fact) - len(row["prompt"]))
         assert place == pytest.approx(row["depth"], abs=0.05 if row["length"] > 64 else 0.5)

@@ -13,7 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.data.sources import load_source
-from hfpipe.data.tinyworld.needles import FIRST, surnames
+from hfpipe.data.tinyworld.needles import FIRST, passwords
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, generate_all, positions
 from hfpipe.evaluation.checks import check
@@ -31,7 +31,7 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
     """Probe rows with `ids`, `length` and `depth`: the same for the same recipe and tokenizer.
 
     The text around a needle is any part of the held-out text, which is taken again where it is shorter, without the
-    sentences that hold the needle's name. UserError where a length has no room for the fact and the question.
+    sentences that hold the needle's name or begin as the fact does. UserError where a length has no room for the fact and the question.
     """
     from hfpipe.training.tokenizers import encode_text
 
@@ -48,12 +48,14 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
         split, seed = source.split or "validation", recipe.pipeline.seed
         for row in load_source(source, wanted="text", split=split, seed=seed, where=where).rows():
             sentences += filter(None, re.split(r"(?<=[.!?])\s+", row["text"]))
+    opening = section.fact.partition("{name}")[0].strip()
+    sentences = [sentence for sentence in sentences if not opening or not sentence.startswith(opening)]
     encoded = list(zip(sentences, encode(sentences), strict=True))
     rows = []
     for length, depth, number in itertools.product(section.lengths, section.depths, range(section.per_cell)):
         rng = Random(f"needle {recipe.pipeline.seed} {length} {depth} {number}")
         name = rng.choice(FIRST)
-        word = rng.choice(surnames("test")[name])
+        word = rng.choice(passwords("test")[name])
         question = section.fact.partition("{word}")[0].format(name=name).rstrip()
         fact, asked = encode([section.fact.format(name=name, word=word), question])
         room = left = length - len(fact) - len(asked) - len(begin)

@@ -31,7 +31,7 @@ class Needle:
     lengths: tuple[int, ...] = ()  # of the whole prompt, in tokens
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # 0: at the beginning, 1: just before the question
     per_cell: int = at_least(1, 10)  # questions for each length and depth
-    fact: str = "Meet {name} {word}."  # asked up to `{word}`
+    fact: str = "The password of {name} is {word}."  # asked up to `{word}`
 
 
 @dataclass(frozen=True)
