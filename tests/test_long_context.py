@@ -310,4 +310,4 @@ def test_the_recipe_in_short(tmp_path):
 
     assert all((load_file(alone)[name] == tensor).all() for name, tensor in load_file(parent).items())
     config = json.loads((tmp_path / "run" / "stretched" / "config.json").read_text())
-    assert config["rope_parameters"]["factor"] == 4.0
+    assert config["rope_parameters"]["full_attention"]["factor"] == 4.0
