@@ -18,17 +18,18 @@ MODEL = "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attentio
 TRAINER = "per_device_train_batch_size: 4, learning_rate: 1.0e-2, logging_steps: 1, save_steps: 4"
 STAGES = ("tokenizer", "pretrain", "sft", "dpo", "kto", "reward", "grpo")
 ON_PRETRAIN = "model: {from: pretrain}\ndata:\n  train: [{path: DATA/FILE.jsonl, split: all}]\nORDER\n"
+WATCHED = "guards: {rehearse: false}\n"  # a rehearsal trains on rows too
 EPOCH = f"trainer: {{num_train_epochs: 1, max_length: 96, {TRAINER}}}\n"
 FILES = {
     "pipeline": f"name: nano\nstages: [{', '.join(STAGES)}]\nevaluate: {{samples: 0}}\n",
     "tokenizer": "stage: tokenizer\ntokenizer: {vocab_size: 300}\ndata: {train: [{path: DATA/a.jsonl, split: all}]}\n",
-    "pretrain": f"stage: pretrain\nmodel: {{from: tokenizer, config: {MODEL}}}\n"
+    "pretrain": f"stage: pretrain\n{WATCHED}model: {{from: tokenizer, config: {MODEL}}}\n"
     "data:\n  max_length: 64\n  train: [{path: DATA/a.jsonl, split: all}, {path: DATA/b.jsonl, split: all}]\nORDER\n"
     f"trainer: {{max_steps: 12, {TRAINER}}}\n",
-    "sft": f"stage: sft\n{ON_PRETRAIN.replace('FILE', 'talks')}{EPOCH}",
-    "dpo": f"stage: dpo\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
-    "kto": f"stage: kto\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
-    "reward": f"stage: reward\n{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "sft": f"stage: sft\n{WATCHED}{ON_PRETRAIN.replace('FILE', 'talks')}{EPOCH}",
+    "dpo": f"stage: dpo\n{WATCHED}{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "kto": f"stage: kto\n{WATCHED}{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
+    "reward": f"stage: reward\n{WATCHED}{ON_PRETRAIN.replace('FILE', 'pairs')}{EPOCH}",
     "grpo": f"stage: grpo\n{ON_PRETRAIN.replace('FILE', 'talks')}rewards: {{functions: [{{check: contains, value: so}}]}}\n"
     f"trainer: {{num_train_epochs: 1, max_completion_length: 4, num_generations: 2, {TRAINER}}}\n",
 }
