@@ -53,7 +53,7 @@ def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     section = job.stage.sections.get("tokenizer")
     if section and section.chat_template:
         extend_tokenizer(tokenizer, load_chat_template(section.chat_template))
-    if section and section.add_pieces:
+    if getattr(section, "add_pieces", 0):
         extend_with_pieces(job, tokenizer)
 
 
