@@ -32,7 +32,7 @@ def begin_where_parent_stood(job: Job, args: Any, data: Prepared, progress: Prog
         UserError: the parent left no learning rate, has decayed already, or was trained with another optimizer.
     """
     section = anneals(job.stage)
-    if section is None:
+    if section is None or job.rehearsal:  # there the parent may not have been trained yet
         return
     metrics = _parent_metrics(job)
     rate, tokens = metrics["last_rate"], metrics["tokens"]
@@ -59,7 +59,7 @@ def set_schedule(args: Any, steps: int) -> None:
 def optimizer_section(job: Job) -> Optimizer | None:
     """The stage's section, in an annealing with the learning rate at which the parent's Muon stood."""
     section = job.stage.sections.get("optimizer")
-    if section is None or section.type is None or anneals(job.stage) is None:
+    if section is None or section.type is None or anneals(job.stage) is None or job.rehearsal:
         return section
     return dataclasses.replace(section, lr=_parent_metrics(job)["last_rate"]["lr"])
 

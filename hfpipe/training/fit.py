@@ -126,7 +126,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
     section = optimizer_section(job)
     _set_optimizer(job, trainer, section)
-    if (annealing := anneals(job.stage)) and annealing.carry_optimizer:
+    if (annealing := anneals(job.stage)) and annealing.carry_optimizer and job.rehearsal is None:
         carry_state(job, trainer, progress)
     if job.stage.sections["regularize"].l2_to_parent:
         pull_to_parent(job, trainer, progress)

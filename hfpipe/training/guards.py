@@ -74,7 +74,8 @@ class Guard(TrainerCallback):
         self.skipped = {s for back in self.rollbacks for s in range(back["skipped"][0], back["skipped"][1] + 1)}
         self.loss: Any = 0.0  # of the step in progress, of this process
         self.factor, self.rates = 1.0, []
-        self.first = self.section is not None and not self.rollbacks  # the first batch is still to be looked at
+        # The first batch is still to be looked at; one of `plan --rehearse` may be made up.
+        self.first = self.section is not None and not self.rollbacks and job.rehearsal is None
         args = trainer.args
         # A best checkpoint takes checkpoints; a recipe that calls something else the best keeps that, and is not stopped.
         self.keeps_best = (
@@ -218,7 +219,7 @@ class Guard(TrainerCallback):
         self.kept = state.stateful_callbacks.setdefault(_STATE, {"losses": [], "since": [0.0, 0], "evaluations": []})
         if state.best_global_step and not (Path(args.output_dir) / f"checkpoint-{state.best_global_step}").is_dir():
             state.best_metric = state.best_global_step = None  # set aside: others may be the best now
-        if self.section and self.section.rehearse and not state.global_step and not self.rollbacks:
+        if self.first and self.section.rehearse and not state.global_step:
             rehearse(self.job, self.trainer, self.progress)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -53,7 +53,7 @@ def _extend(job: Job, tokenizer: PreTrainedTokenizerBase) -> None:
     section = job.stage.sections.get("tokenizer")
     if section and section.chat_template:
         extend_tokenizer(tokenizer, load_chat_template(section.chat_template))
-    if getattr(section, "add_pieces", 0):
+    if getattr(section, "add_pieces", 0) and job.rehearsal is None:
         extend_with_pieces(job, tokenizer)
 
 
