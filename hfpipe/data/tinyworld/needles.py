@@ -30,9 +30,7 @@ def passwords(split: str) -> dict[str, list[str]]:
     """First name -> the passwords that it may have in a split: an eighth of them each for validation and test."""
     place = {name: number for number, name in enumerate(SPLITS[1:])}.get(split)
     return {
-        name: [
-            word for j, word in enumerate(PASSWORDS) if ((i + j) % 8 > 1 if place is None else (i + j) % 8 == place)
-        ]
+        name: [word for j, word in enumerate(PASSWORDS) if ((i + j) % 8 > 1 if place is None else (i + j) % 8 == place)]
         for i, name in enumerate(FIRST)
     }
 
