@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -247,8 +248,8 @@ GOOD = {
 
 
 @pytest.fixture(scope="module")
-def trained(micro_run, tmp_path_factory) -> Path:
-    """A recipe whose stages start from micro's models and read a file of ours."""
+def trained(micro_run, tmp_path_factory) -> Iterator[Path]:
+    """A recipe whose stages start from micro's models and read a file of ours; what it prepares lies beside it."""
     folder = tmp_path_factory.mktemp("rows")
     (folder / "recipe").mkdir()
     (folder / "recipe" / "pipeline.yaml").write_text("name: rows\nstages: [pretrain, sft, dpo]\n")
@@ -257,7 +258,9 @@ def trained(micro_run, tmp_path_factory) -> Path:
             f"stage: {stage}\nmodel: {{from: {micro_run / parent}}}\n"
             f"data: {{train: [{{path: {folder}/rows.jsonl, split: all}}]}}\n"
         )
-    return folder
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HFPIPE_CACHE", str(folder / "cache"))
+        yield folder
 
 
 def check_rows(folder: Path, stage: str, content: bytes) -> None:

@@ -43,12 +43,10 @@ def rehearse(job: Job, trainer: Trainer, progress: Progress) -> None:
     kept = copy.deepcopy({name: value for name, value in vars(trainer).items() if name in _LOGS})
     try:
         given, state = args.per_device_train_batch_size, _optimizer_state(trainer)
-        rows, step = (
-            longest_rows(trainer.train_dataset, args.train_batch_size),
-            args.gradient_accumulation_steps * given,
-        )
+        rows = longest_rows(trainer.train_dataset, args.train_batch_size)
+        step = args.gradient_accumulation_steps * given
         smaller = [n for n in range(given - 1, 0, -1) if step % n == 0]  # with as many rows in an optimizer step
-        _try(job, trainer, "per_device_train_batch_size", lambda size: _train(trainer, rows[:size]), smaller)
+        _try(job, trainer, "per_device_train_batch_size", lambda size: _train(trainer, rows[:size], step), smaller)
         del state
         if trainer.eval_dataset is not None:
             given, held_out = args.per_device_eval_batch_size, longest_rows(trainer.eval_dataset, args.eval_batch_size)
@@ -77,9 +75,9 @@ def longest_rows(rows: Dataset | IterableDataset, count: int) -> list[dict[str, 
     return list(itertools.islice(itertools.cycle(found), count))
 
 
-def _train(trainer: Trainer, rows: list[dict[str, Any]]) -> None:
-    """The passes of an optimizer step: the second one runs while the first one's gradients are held."""
-    trainer.current_gradient_accumulation_steps = passes = min(trainer.args.gradient_accumulation_steps, 2)
+def _train(trainer: Trainer, rows: list[dict[str, Any]], step: int) -> None:
+    """The passes of an optimizer step of `step` rows: the second one runs while the first one's gradients are held."""
+    trainer.current_gradient_accumulation_steps = passes = 1 if len(rows) == step else 2
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     for _ in range(passes):
         batch = trainer.data_collator(rows)
