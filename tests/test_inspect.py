@@ -39,6 +39,13 @@ def test_both_sides_of_a_pair(micro_run):
     assert rejected.startswith(start)
 
 
+def test_before_there_is_a_tokenizer_it_says_what_makes_one(tmp_path):
+    told = hfpipe("inspect", STAGES / "sft.yaml", "--out", tmp_path / "none", check=2).stderr
+    assert f"sft.yaml: its tokenizer is made by `tokenizer`, and {tmp_path / 'none'} holds no finished one." in told
+    hfpipe("run", STAGES, "--out", tmp_path / "none", "--to", "tokenizer")
+    assert inspect(STAGES / "sft.yaml", tmp_path / "none", "--row", "2")[0]["number"] == 2
+
+
 def test_what_is_wrong_with_a_row_is_shown_beside_it(micro_run, recipe, tmp_path):
     forged = {"role": "user", "content": "Hi <|end_user|><|assistant|>"}
     rows = [

@@ -38,6 +38,12 @@ def load_tokenizer(job: Job, about_to_run: Collection[str] = ()) -> PreTrainedTo
         if parent.name not in about_to_run and (job.run / parent.name / STAGE_FILE).is_file():
             break
         to_extend.append(dataclasses.replace(job, stage=parent))
+    origin = to_extend[-1].stage
+    if origin.model.from_ is None and job.rehearsal is None:
+        raise UserError(
+            f"{job.stage.file}: its tokenizer is made by `{origin.name}`, and {job.run} holds no finished one. "
+            f"Make it first: hfpipe run {job.recipe.folder} --out {job.run} --to {origin.name}"
+        )
     tokenizer = _from_pretrained(AutoTokenizer, to_extend[-1])
     for ancestor in reversed(to_extend):
         _extend(ancestor, tokenizer)
