@@ -60,6 +60,39 @@ def test_a_server_of_this_machine_is_not_reached():
         assert run_tests(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 3)", "") is not None
 
 
+MOUNT = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nassert libc.{} == -1\nassert ctypes.get_errno() == 1\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        MOUNT.format("mount(None, b'/', None, 32 | 4096, None)"),  # writable again
+        MOUNT.format("mount(b'tmpfs', b'/mnt', b'tmpfs', 0, b'size=200m')"),  # more room
+        MOUNT.format("umount2(b'/proc', 2)"),
+        MOUNT.format("unshare(0x10000000 | 0x20000)"),  # all capabilities, in namespaces of its own
+        MOUNT.format("syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000011, 0, 0, 0, 0)"),
+        MOUNT.format("syscall(425, 8, bytes(120))"),  # io_uring
+        "import os\nassert os.listdir('/proc') == []",
+        "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()",
+    ],
+)
+def test_the_box_can_not_be_opened_from_inside_and_is_no_hindrance_to_a_program(code):
+    assert run_tests(code, "") is None
+
+
+def test_a_unix_socket_of_this_machine_is_not_reached():
+    import socket
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+        os.chmod(folder, 0o755)
+        server.bind(f"{folder}/socket")
+        os.chmod(f"{folder}/socket", 0o777)
+        server.listen()
+        told = run_tests(f"import socket\nsocket.socket(socket.AF_UNIX).connect({folder + '/socket'!r})", "")
+        assert "Operation not permitted" in told
+
+
 @pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(1000)"])
 def test_a_program_without_end_is_ended_with_all_that_it_started(code, monkeypatch):
     monkeypatch.setitem(sandbox._LIMITS, "cpu_s", 1)

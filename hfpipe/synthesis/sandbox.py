@@ -1,9 +1,11 @@
 """Programs that a model wrote, run with their tests: no network, no writing outside, and limits on all that they take.
 
 In force is a child in its own user, mount, pid, network and ipc namespaces (Linux 5.14 or later, unprivileged user
-namespaces allowed): no network interface but an unconnected loopback, the whole file system read-only, a tmpfs of its own
-to write to, limits on CPU seconds, memory, file sizes and processes, and a wall clock that ends everything in it. What it
-may read, it can't send anywhere. Where the system gives no such namespaces nothing is run, unless the recipe says so.
+namespaces allowed): no network interface but an unconnected loopback, the whole file system read-only, an empty /proc, a tmpfs of
+its own to write to, no capability, a seccomp filter against all that would undo this and against sockets that are not the
+internet's, limits on CPU seconds, memory, file sizes and processes, and a wall clock that ends everything in it. What it may
+read, it can't send anywhere. Where the system gives no such isolation nothing is run, unless the recipe says so. A program
+runs in one process with its tests, so one that is out to deceive them can: this keeps a machine safe, not a judgement.
 """
 
 from __future__ import annotations
