@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from hfpipe.errors import nearest
 from hfpipe.graph import looks_like_hub_id
@@ -33,7 +35,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Judge(Asked):
-    threshold: float = 0.0  # a row is kept from this score on: a reward, or an endpoint's grade from 1 to 10
+    threshold: float | None = None  # a row is kept from this score on: a reward, or an endpoint's grade from 1 to 10
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def _faults(synth: Synth, listed: list[str], stages: dict[str, Stage]) -> Iterat
         model, stage = asked.model, stages.get(asked.model or "")
         if asked.endpoint and not asked.endpoint.startswith(("http://", "https://")):
             yield f"{key}.endpoint = {asked.endpoint!r}: expected a URL, such as http://localhost:8000/v1."
+        elif asked.endpoint and not _is_url(asked.endpoint):
+            yield f"{key}.endpoint = {asked.endpoint!r} is no URL with a host and a port, such as http://localhost:8000/v1."
         elif asked.endpoint and not model:
             yield f"{key}.model is missing: the name that the endpoint knows its model by."
         elif asked.endpoint:
@@ -99,6 +103,8 @@ def _faults(synth: Synth, listed: list[str], stages: dict[str, Stage]) -> Iterat
         yield "verify is missing: method verified keeps what passes checks, such as [{check: number}]."
     if synth.method == "judged" and synth.judge is None:
         yield "judge is missing: method judged keeps what a judge scores at its threshold or above."
+    if synth.method == "judged" and synth.judge and synth.judge.threshold is None:
+        yield "judge.threshold is missing: the score, or the endpoint's grade from 1 to 10, from which an answer is kept."
     if synth.keep == "best" and synth.judge is None:
         yield "keep = 'best' needs a judge; checks alone say only right or wrong: keep first or all."
     if synth.method == "backtranslate" and synth.instruction and "{answer}" not in synth.instruction:
@@ -107,6 +113,14 @@ def _faults(synth: Synth, listed: list[str], stages: dict[str, Stage]) -> Iterat
         yield f"samples = {synth.samples} at temperature 0 are the same answer {synth.samples} times."
     if synth.prompts.path.startswith(PREFIX):
         yield f"prompts.path = {synth.prompts.path!r}: rows that were made are not made anew; name their source."
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and (parts.port or 1) > 0 and not re.search(r"\s", text)
+    except ValueError:
+        return False
 
 
 def place_synth(stages: dict[str, Stage], synths: dict[str, Synth], run: Path, problems: list[str]) -> dict[str, Stage]:

@@ -203,7 +203,7 @@ def test_repeats_are_left_out_and_answers_give_questions(made):
     assert kept == {*ASKED[:3], *ASKED[4:6]}
     reasons = rejected(run, "talks")
     assert reasons["near duplicate"] == [ASKED[6]]
-    assert sorted(reasons["duplicate"]) == sorted(ASKED)
+    assert sorted(reasons["duplicate"]) == sorted({*ASKED} - {ASKED[3]})  # which shows a probe, both times
     hfpipe("data", "synth", recipe, "--out", run, "--only", "back")
     (row,) = rows(run, "back")
     assert said(row) == ["What is 12 * 34?", "", "408", SUM]
@@ -320,7 +320,7 @@ def faulty():
     server.shutdown()
 
 
-@pytest.mark.parametrize(("model", "code"), [("429-2", 0), ("503-1", 0), ("401-99", 2)])
+@pytest.mark.parametrize(("model", "code"), [("429-2", 0), ("503-1", 0), ("401-99", 2), ("400-1", 0), ("400-99", 2)])
 def test_passing_faults_are_waited_for_and_the_key_is_written_nowhere(made, faulty, tmp_path, model, code):
     recipe, run, _ = made
     (url, seen), key = faulty, "sk-very-secret-key"
@@ -336,9 +336,17 @@ def test_passing_faults_are_waited_for_and_the_key_is_written_nowhere(made, faul
     assert set(seen) == {f"Bearer {key}"}
     assert key not in done.stdout + done.stderr
     assert not any(key.encode() in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    if model == "400-99":
+        assert f"all of 7 questions were refused; the first: refused: endpoint {url}: HTTP Error 400" in done.stderr
+        return
     if code:
         assert f"endpoint {url}: no completion: HTTP Error 401" in done.stderr
         assert len(seen) < 4  # of seven prompts, one at a time
+        return
+    if model == "400-1":  # one question is not answered, and the others are
+        assert len(seen) == 7
+        assert next(iter(rejected(tmp_path / "run", "sums"))).startswith(f"refused: endpoint {url}: HTTP Error 400")
+        assert sum(map(len, rejected(tmp_path / "run", "sums").values())) + len(rows(tmp_path / "run", "sums")) == 7
         return
     assert len(seen) == 7 + int(model[-1])
     kept = rows(tmp_path / "run", "sums")
@@ -346,6 +354,24 @@ def test_passing_faults_are_waited_for_and_the_key_is_written_nowhere(made, faul
     assert kept[0]["made_with"] == "Be kind."
     cost = json.loads((tmp_path / "run" / "synth" / "sums.json").read_text())["cost"]
     assert (cost["prompt_tokens"], cost["completion_tokens"]) == (49, 21)
+
+
+def test_prompts_that_are_not_asked_are_told_and_columns_may_hold_anything(made, faulty, tmp_path):
+    recipe, run, _ = made
+    asked = [{"prompt": "One?", "kind": 3}, {"prompt": "One?", "kind": 3}, {"prompt": ""}, {"prompt": None}]
+    named = [{"role": "user", "content": "Two?", "name": 5}]
+    write(tmp_path / "asked.jsonl", [*asked, {"prompt": named}])
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("synth"))
+    settings = [
+        f"synth.sums.teacher={{endpoint: '{faulty[0]}', model: '429-0'}}", "synth.sums.method=distil", "synth.sums.verify=[]",
+        f"synth.sums.prompts={{path: {tmp_path / 'asked.jsonl'}, split: all}}",
+    ]  # fmt: skip
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = ("data", "synth", recipe, "--out", tmp_path / "run", "--only", "sums", *options)
+    assert "2 rows used, 3 not (" in hfpipe(*command).stdout
+    assert [row["kind"] for row in rows(tmp_path / "run", "sums")] == ["3", None]
+    record = json.loads((tmp_path / "run" / "synth" / "sums.json").read_text())
+    assert (record["prompts"]["read"], record["prompts"]["used"], record["prompts"]["duplicates"]) == (5, 2, 1)
 
 
 # --- a judge, checks and configuration ---
@@ -387,6 +413,14 @@ def test_of_several_answers_the_reward_models_best_is_kept(made, tmp_path):
         ),
         ({"check": "code"}, {"tests": "assert double(2) == 4"}, "def double(x):\n    return x", "code: AssertionError"),
         ({"check": "code"}, {}, "def double(x):\n    return x", "nothing to check with"),
+        ({"check": "code"}, {"tests": ["x = 2", "assert double(x) == 4"]}, "def double(x):\n    return 2 * x", None),
+        ({"check": "code"}, {"tests": ["assert double(2) == 4"]}, "def double(x):\n    return x", "AssertionError"),
+        ({"check": "code"}, {"tests": []}, "def double(x):\n    return x", "nothing to check with"),
+        ({"check": "code"}, {"tests": " "}, "def double(x):\n    return x", "nothing to check with"),
+        ({"check": "code"}, {"tests": 5}, "def double(x):\n    return x", "nothing to check with"),
+        ({"check": "json_schema"}, {"schema": "not JSON"}, '{"town": "Lima"}', "cannot be checked"),
+        ({"check": "json_schema"}, {"schema": {"type": "city"}}, '{"town": "Lima"}', "cannot be checked"),
+        ({"check": "json_schema"}, {"schema": {"type": "object"}}, "[" * 100_000, "cannot be checked"),
         ({"check": "json_schema", "value": {"required": ["city"]}}, {}, '{"city": "Lima"}', None),
         ({"check": "json_schema"}, {"schema": '{"required": ["city"]}'}, '{"town": "Lima"}', "json_schema"),
         ({"check": "number"}, {"reference": talk("", "It is 7.")}, "I think 7", None),
@@ -413,8 +447,63 @@ def test_what_can_be_checked(item, row, answer, told):
 
 
 @pytest.mark.parametrize(
+    ("asked", "answer", "right"),
+    [
+        ("What is -5 + 3?", "It is -2.", True),
+        ("What is -5 + 3?", "-5 + 3 = -2", True),
+        ("What is -5 + 3?", "It is 8.", False),
+        (".5 + 1", "1.5", True),
+        (".5 + 1", "6", False),
+        ("2^10 + 3", "13", False),
+        ("What is 10 / 3?", "10 / 3 = 3.33", True),
+        ("What is 10 / 3?", "It is 3.4.", False),
+        ("What is 7 x 8?", "56", True),
+        ("On 2024-10-12 Ann bought 3 bags of 4.", "3 * 4 = 12", True),
+        ("On 2024-10-12 Ann bought 3 bags of 4.", "2002", False),
+        ("How many?", "1. 3 + 4 = 7\n2. 7 + 1 = 8\nSo 8", True),
+        ("How many?", "1. 3 + 4 = 8\nSo 7", False),
+        ("How many?", "Step 1\n2 + 2 = 5\n7", False),
+        ("How many?", "- 2 + 2 = 4\n- $3 + $3 = $6", True),
+        ("How many?", "2 + 3 = 5 * 4 = 21", False),
+        ("How many?", "So (3 + 4 = 7), and (3 + 4) * 2 = 14.", True),
+        ("How many?", "2x + 3 = 7, so x = 2", False),  # nothing in it that can be checked
+        (f"What is {'9' * 400} * {'9' * 400}?", "7", False),
+    ],
+)
+def test_arithmetic_in_words_and_signs(asked, answer, right):
+    from hfpipe.evaluation.answers import Answer
+    from hfpipe.synth_config import Verify
+    from hfpipe.synthesis.verify import wrong
+
+    said = Answer(messages=[{"role": "assistant", "content": answer}], stopped=True)
+    assert (wrong(Verify("calculator"), {"messages": talk(asked, "")[:1]}, said) is None) == right
+
+
+@pytest.mark.parametrize(
+    ("told", "grade"), [("8", 8), ("8/10", 8), ("On a scale of 1 to 10: 8.5.", 8.5), ("7 out of 10", 7), ("good", None)]
+)
+def test_a_grade_is_read_from_what_a_judge_says(told, grade, monkeypatch):
+    from hfpipe.evaluation import judges
+
+    monkeypatch.setattr(judges, "_ask", lambda *asked: told)  # the server's side; what is tried is how it is read
+    assert judges.grade_of("http://localhost", "judge", lambda usage: None)({"prompt": "Hi"}, "Hello") == grade
+
+
+@pytest.mark.parametrize(
     ("setting", "told"),
     [
+        (
+            "synth.sums.verify=[{check: regex, value: '(('}]",
+            "verify[0].value: check `regex` cannot take the value '(('",
+        ),
+        ("synth.sums.verify=[{check: contains, value: 42}]", "check `contains` cannot take the value 42"),
+        ("synth.sums.verify=[{check: prefers}]", "compares two answers. To grade one, give `judge`"),
+        ("synth.sums.verify=[{check: code, value: []}]", "expected tests, as text or a list of lines"),
+        ("synth.talks.judge={endpoint: 'http://localhost:abc/v1', model: x}", "is no URL with a host and a port"),
+        (
+            "synth.sums={method: judged, teacher: {model: teacher}, prompts: {path: tinyworld/sums}, judge: {model: teacher}}",
+            "judge.threshold is missing",
+        ),
         ("synth.sums.metod=distil", "synth.sums.metod = 'distil' is not a key here"),
         ("synth.sums.verify=[]", "verify is missing"),
         ("synth.sums.verify=[{check: calculater}]", "Did you mean `calculator`?"),

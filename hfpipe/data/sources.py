@@ -121,7 +121,10 @@ class Loaded:
         reasons += [f"{counts.duplicates} duplicate"] if counts.duplicates else []
         not_used = counts.duplicates + sum(counts.faults.values())
         why = f" ({', '.join(reasons)})" if reasons else ""
-        return f"{self.source.path}: {self.form_seen}, {self.split}: {counts.used} rows used, {not_used} not{why}"
+        others = f", {counts.other_splits} in other splits" if counts.other_splits else ""
+        return (
+            f"{self.source.path}: {self.form_seen}, {self.split}: {counts.used} rows used, {not_used} not{why}{others}"
+        )
 
     def report(self) -> dict[str, Any]:
         """What `describe` says, for a file."""
@@ -200,14 +203,17 @@ def open_rows(path, split, seed=0, size=None, revision=None, name=None, streamin
         raise UserError(f"{path}: `revision` and `name` are for datasets of the Hub; this one is here.")
     if path.startswith(_TINYWORLD):
         return True, _tinyworld_rows(path, split, seed, size)
-    return _local_rows(path, split, files_of(local))
+    return _local_rows(local, path, split, files_of(local))
 
 
-def _local_rows(path: str, split: str, files: dict[str, list[Path]]) -> tuple[bool, Iterator[Located]]:
+def _local_rows(folder: Path, path: str, split: str, files: dict[str, list[Path]]) -> tuple[bool, Iterator[Located]]:
     own_splits = "all" not in files
     _check_split(path, split, files if own_splits else SPLITS)
     chosen = files[split] if own_splits and split != "all" else itertools.chain(*files.values())
-    return own_splits, (at for file in chosen for at in read_file(file))
+    if not folder.is_dir():
+        return own_splits, (at for file in chosen for at in read_file(file))
+    named = ((str(file.relative_to(folder)), at) for file in chosen for at in read_file(file))
+    return own_splits, (at._replace(file=name) for name, at in named)
 
 
 def _check_split(path: str, split: str, known) -> None:

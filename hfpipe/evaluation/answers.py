@@ -40,6 +40,7 @@ class Answer:
     row: dict[str, Any] = field(default_factory=dict)  # the probe that was asked
     prompt_tokens: int = 0  # read, in all its turns
     completion_tokens: int = 0  # written
+    fault: str | None = None  # why there is none: its question was refused
 
     @property
     def text(self) -> str:

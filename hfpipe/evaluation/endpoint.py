@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -16,14 +17,23 @@ _LONGEST_WAIT_S = 60.0
 _TIMEOUT_S = 300
 
 
+class Refused(UserError):
+    """This one question is refused, as too long or not allowed; another one may not be."""
+
+
 def complete(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The answer to `POST URL/chat/completions`; passing faults (429, 5xx, no connection) are waited for, as long as told.
 
     Raises:
-        UserError: the endpoint refuses, or gave no completion in five tries.
+        Refused: 400, 413 or 422.
+        UserError: the endpoint refuses in another way, or gave no completion in five tries.
     """
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := os.environ.get("OPENAI_API_KEY", "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(
+                "OPENAI_API_KEY holds characters that no key has: control characters, or others than ASCII."
+            )
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     for number in range(_TRIES):
@@ -36,15 +46,21 @@ def complete(url: str, body: dict[str, Any]) -> dict[str, Any]:
             reason = "a completion without a message"
         except urllib.error.HTTPError as error:
             reason = f"{error} {error.read(500).decode(errors='replace')}".strip()
+            if error.code in (400, 413, 422):
+                raise Refused(f"endpoint {url}: {_without(key, reason)}") from None
             if 400 <= error.code < 500 and error.code not in (408, 429):
                 break
             told = error.headers.get("Retry-After", "")
             wait = float(told) if told.isdigit() else wait
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:  # URLError and timeouts are OSErrors
+        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
         if number + 1 < _TRIES:
             time.sleep(min(wait, _LONGEST_WAIT_S))
-    raise UserError(f"endpoint {url}: no completion: {reason.replace(key, '...') if key else reason}")
+    raise UserError(f"endpoint {url}: no completion: {_without(key, reason)}")
+
+
+def _without(key: str, text: str) -> str:
+    return text.replace(key, "...") if key else text
 
 
 def said(answer: dict[str, Any]) -> str:

@@ -11,8 +11,8 @@ from hfpipe.errors import UserError
 from hfpipe.evaluation.endpoint import complete, said
 from hfpipe.hub_client import locate
 
-# How good an answer to a row's question is.
-Score = Callable[[dict[str, Any], str], float]
+# How good an answer to a row's question is; None where the judge does not say.
+Score = Callable[[dict[str, Any], str], float | None]
 # For each question 1 where the second answer is better, 0 where the first is, 0.5 for a tie.
 Judge = Callable[[Sequence[dict[str, Any]], Sequence[str], Sequence[str]], list[float]]
 
@@ -26,6 +26,7 @@ Answer A:
 
 Answer B:
 {b}"""
+_GRADED = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)(?:\s*(?:/|out of|of)\s*10)?(?!\d)")
 _GRADE = """A request and an answer to it follow. How good is the answer: right, helpful and safe? Say only a grade from 1 to 10.
 
 Request:
@@ -85,12 +86,11 @@ def reward_of(source: str) -> Score:
 
 
 def grade_of(url: str, model: str, spent: Callable[[dict[str, Any]], None]) -> Score:
-    """A grade from 1 to 10 by a model behind an endpoint, 0 where it names none; `spent` hears of its `usage`."""
+    """A grade from 1 to 10 by a model behind an endpoint, the last that it names; `spent` hears of its `usage`."""
 
-    def grade(row: dict[str, Any], answer: str) -> float:
-        content = _GRADE.format(asked=_asked(row), answer=answer)
-        found = re.search(r"\b(10|[1-9])\b", _ask(url, model, content, spent))
-        return float(found[1]) if found else 0.0
+    def grade(row: dict[str, Any], answer: str) -> float | None:
+        told = _ask(url, model, _GRADE.format(asked=_asked(row), answer=answer), spent)
+        return next((g for g in map(float, reversed(_GRADED.findall(told))) if 1 <= g <= 10), None)
 
     return grade
 

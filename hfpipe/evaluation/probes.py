@@ -61,11 +61,11 @@ def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         row = {"kind": row.get("capability", probe.capability), **row}
         if wanted["type"] == "prefers" and isinstance(wanted.get("value"), dict) and probe.judge:
             row["check"] = {**wanted, "value": {**_judge(probe), **wanted["value"]}}
-        _try_check(row, f"{where}: {at}")
+        try_check(row, f"{where}: {at}")
         yield row
 
 
-def _try_check(row: dict[str, Any], where: str) -> None:
+def try_check(row: dict[str, Any], where: str) -> None:
     """A check and its value are tried on an answer before any model is asked."""
     if not isinstance(row.get("prompt", ""), str) or not isinstance(row.get("messages", []), list):
         raise UserError(f"{where}: expected `prompt` as text or `messages` as a list.")

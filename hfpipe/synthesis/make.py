@@ -7,12 +7,12 @@ with the first part that is missing, to the same rows.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hfpipe.data.groups import NearDuplicates
 from hfpipe.data.held_out import index_held_out
 from hfpipe.data.rows import Row, as_form
 from hfpipe.data.shingles import hash_words
-from hfpipe.data.sources import load_source
+from hfpipe.data.sources import Loaded, load_source
 from hfpipe.data.splits import digest
 from hfpipe.data.texts import told
 from hfpipe.errors import UserError
@@ -37,7 +37,7 @@ from hfpipe.synthesis.teachers import EndpointTeacher, LocalTeacher, Teacher, as
 from hfpipe.synthesis.verify import check_can_run, wrong
 from hfpipe.training.identity import asked_identity, synth_identity, synth_record
 
-_PART = 128  # answers
+_PART, _PART_ASKED = 128, 32  # answers; of an endpoint, which is paid for each
 _COMPARED = 1000  # rows held against what is held out at a time
 _ASK_BACK = "Write the request that this text answers. Say only the request.\n\n{answer}"
 
@@ -56,14 +56,18 @@ def make_rows(recipe: Recipe, name: str, run: Path, tell: Callable[[str], Any]) 
     work = folder / f"{name}.partial"
     begun = artifact.read_record(work / artifact.BEGUN_FILE) or {}
     use_pins(begun.get("pins", {}))
-    identity = synth_identity(recipe, name, run)
-    if begun.get("fingerprint") != identity:
+    identity, size = synth_identity(recipe, name, run), _part_size(synth)
+    if (begun.get("fingerprint"), begun.get("part")) != (identity, size):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     seat = _Seat(recipe, name, synth, run)
-    artifact.write_record(work / artifact.BEGUN_FILE, {"fingerprint": identity, "pins": used_pins()})
-    asked = list(_asked(recipe, synth, f"synth.{name}.prompts"))
-    rows_a_part = max(1, _PART // synth.samples)
+    artifact.write_record(work / artifact.BEGUN_FILE, {"fingerprint": identity, "part": size, "pins": used_pins()})
+    where = f"{recipe.folder / 'pipeline.yaml'}: synth.{name}.prompts"
+    source = load_source(synth.prompts, seed=recipe.pipeline.seed, where=where)
+    asked = list(_asked(source, synth))
+    if not asked:
+        raise UserError(f"{where}: no row has an answer to be asked back about. {source.describe()}.")
+    rows_a_part = max(1, size // synth.samples)
     parts = [asked[at : at + rows_a_part] for at in range(0, len(asked), rows_a_part)]
     for number, part in enumerate(parts):
         file = work / f"part-{number:05}.json"
@@ -72,10 +76,14 @@ def make_rows(recipe: Recipe, name: str, run: Path, tell: Callable[[str], Any]) 
             artifact.write_json(file, seat.part(part, int(artifact.digest([synth.seed, number])[:7], 16)))
     made = [artifact.read_json(work / f"part-{number:05}.json") or {} for number in range(len(parts))]
     rows = [row for part in made for row in part["rows"]]
+    _decontaminate(recipe, rows)
     _keep(synth, rows)
     _leave_out_repeats(synth, rows)
-    _decontaminate(recipe, rows)
-    return _write(recipe, name, run, identity, rows, made)
+    return _write(recipe, name, run, identity, rows, made, {**source.report(), "told": source.describe()})
+
+
+def _part_size(synth: Synth) -> int:
+    return max(_PART_ASKED, synth.teacher.concurrency) if synth.teacher.endpoint else _PART
 
 
 class _Seat:
@@ -86,26 +94,35 @@ class _Seat:
         self.recipe, self.synth, self.run = recipe, synth, run
         self.teacher_name = _named(recipe, synth.teacher, run, "model", f"synth.{name}.teacher")
         self.judge_name = synth.judge and _named(recipe, synth.judge, run, "reward_model", f"synth.{name}.judge")
-        self.judged: Counter[str] = Counter()  # tokens of an endpoint that judges
+        self.judged: list[dict[str, Any]] = []  # the `usage` of each grade of an endpoint
         self._teacher: Teacher | None = None
         self._score: Score | None = None
 
     def part(self, part: list[tuple[str, Row]], seed: int) -> dict[str, Any]:
         """What came of some prompts: `rows`, each with its verdict and the reason why it is not kept, and the cost."""
-        began, self.judged = time.monotonic(), Counter()
+        began, self.judged = time.monotonic(), []
         if self._teacher is None:
             self._teacher, self._score = self._seated()
         synth = self.synth
         drawn = [(place, row, sample) for place, row in part for sample in range(synth.samples)]
         answers = self._teacher.answer([_question(synth, row) for _, row, _ in drawn], seed)
+        asked = [row for _, row, _ in drawn]
+        if synth.judge and synth.judge.endpoint:
+            with ThreadPoolExecutor(synth.judge.concurrency) as threads:
+                verdicts = list(threads.map(self._judge, asked, answers))
+        else:
+            verdicts = list(map(self._judge, asked, answers))
         rows = []
-        for (place, row, sample), answer in zip(drawn, answers, strict=True):
-            made = self._judge(row, answer)
+        for (place, row, sample), answer, made in zip(drawn, answers, verdicts, strict=True):
             made |= {"made_by": self.teacher_name, "made_from": place, "made_with": _instruction(synth)}
-            made |= {"method": synth.method, "seed": seed, "sample": sample, "kind": row.get("kind")}
+            made |= {"method": synth.method, "seed": seed, "sample": sample}
+            made |= {"kind": str(row["kind"]) if row.get("kind") is not None else None}
             made |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
             rows.append({**made, "judged_by": self.judge_name})
-        return {"rows": rows, "seconds": round(time.monotonic() - began, 2), "judged": dict(self.judged)}
+        judged = {
+            key: sum(used.get(key) or 0 for used in self.judged) for key in ("prompt_tokens", "completion_tokens")
+        }
+        return {"rows": rows, "seconds": round(time.monotonic() - began, 2), "judged": judged if self.judged else {}}
 
     def _seated(self) -> tuple[Teacher, Score | None]:
         asked, judge, synth = self.synth.teacher, self.synth.judge, self.synth
@@ -116,18 +133,20 @@ class _Seat:
         if judge is None:
             return teacher, None
         if judge.endpoint:
-            return teacher, grade_of(judge.endpoint, str(judge.model), self._count)
+            return teacher, grade_of(judge.endpoint, str(judge.model), self.judged_usage)
         return teacher, reward_of(str(self._folder(judge)))
 
     def _folder(self, asked: Asked) -> Path:
         return self.run / asked.model if asked.model in self.recipe.stages else locate(str(asked.model))
 
-    def _count(self, usage: dict[str, Any]) -> None:
-        self.judged.update({key: usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens")})
+    def judged_usage(self, usage: dict[str, Any]) -> None:
+        self.judged.append(usage)
 
     def _judge(self, row: Row, answer: Answer) -> dict[str, Any]:
         """The conversation that a row and an answer make, with the verdict on it."""
-        reason = "unfinished answer" if not answer.stopped else None if answer.text else "empty answer"
+        reason = answer.fault or (
+            "unfinished answer" if not answer.stopped else None if answer.text else "empty answer"
+        )
         prompt, said = row["prompt"], answer
         if self.synth.method == "backtranslate":
             prompt = [{"role": "user", "content": answer.text}]
@@ -139,9 +158,11 @@ class _Seat:
             if reason:
                 break
         if reason is None and self._score is not None:
-            score = self._score({"messages": prompt}, said.text)
-            low = score < self.synth.judge.threshold
-            reason = f"judged below {self.synth.judge.threshold:g}" if low else None
+            score, threshold = self._score({"messages": prompt}, said.text), self.synth.judge.threshold
+            if score is None:
+                reason = "the judge named no grade"
+            elif threshold is not None and score < threshold:
+                reason = f"judged below {threshold:g}"
         messages = [_plain(message) for message in (*prompt, *said.messages)]
         return {"messages": messages, "tools": row.get("tools"), "verdict": verdict, "score": score, "reason": reason}
 
@@ -160,9 +181,9 @@ def _named(recipe: Recipe, asked: Asked, run: Path, leaves: str, where: str) -> 
     return identity if asked.endpoint else f"{str(asked.model).partition('@')[0]}@{identity[:16]}"
 
 
-def _asked(recipe: Recipe, synth: Synth, where: str) -> Iterator[tuple[str, Row]]:
+def _asked(source: Loaded, synth: Synth) -> Iterator[tuple[str, Row]]:
     """(place, row of `prompt` and `reference`) of the section's source; a document is asked, or answered, as a whole."""
-    for place, row in load_source(synth.prompts, seed=recipe.pipeline.seed, where=where).located_rows():
+    for place, row in source.located_rows():
         if "text" in row:
             turn = {"content": row["text"]}
             row |= {"prompt": [{"role": "user", **turn}], "reference": [{"role": "assistant", **turn}]}
@@ -195,15 +216,15 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     called = [{"name": call["name"], "arguments": as_text(call["arguments"])} for call in calls]
     plain = {"role": message["role"], "content": str(message.get("content") or "")}
     plain |= {"tool_calls": [{"type": "function", "function": call} for call in called]} if called else {}
-    return plain | ({"name": message["name"]} if message.get("name") else {})
+    return plain | ({"name": str(message["name"])} if message.get("name") else {})
 
 
 def _keep(synth: Synth, rows: list[dict[str, Any]]) -> None:
     """Of each prompt's good answers all, the first, or the best."""
     if synth.keep == "all":
         return
-    for _, group in itertools.groupby(rows, key=lambda row: row["made_from"]):
-        good = [row for row in group if row["reason"] is None]
+    for at in range(0, len(rows), synth.samples):
+        good = _good(rows[at : at + synth.samples])
         if synth.keep == "best":
             good.sort(key=lambda row: -row["score"])
         for row in good[1:]:
@@ -238,7 +259,13 @@ def _decontaminate(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
 
 
 def _write(
-    recipe: Recipe, name: str, run: Path, identity: str, rows: list[dict[str, Any]], parts: list[dict[str, Any]]
+    recipe: Recipe,
+    name: str,
+    run: Path,
+    identity: str,
+    rows: list[dict[str, Any]],
+    parts: list[dict[str, Any]],
+    prompts: dict[str, Any],
 ) -> dict[str, Any]:
     synth, kept = recipe.pipeline.synth[name], _good(rows)
     file = file_of(run, name)
@@ -251,7 +278,8 @@ def _write(
     record = {
         "fingerprint": identity,
         "method": synth.method,
-        "made_by": rows[0]["made_by"] if rows else None,
+        "made_by": rows[0]["made_by"],
+        "prompts": prompts,
         "asked": len(rows),
         "kept": len(kept),
         "rejected": dict(Counter(row["reason"].partition(":")[0] for row in rows if row["reason"]).most_common()),
@@ -275,8 +303,9 @@ def summary(record: dict[str, Any]) -> str:
     cost = record["cost"]
     tokens = f"{quantity(cost['prompt_tokens'])} tokens read and {quantity(cost['completion_tokens'])} written"
     spent = f", {money(cost['dollars'])}" if cost["dollars"] else ""
-    who = record["made_by"] or "nobody"
-    return f"{record['kept']:,} of {record['asked']:,} answers of {who} kept{rejected}; {tokens}{spent}, {duration(cost['seconds'])}"
+    who, prompts = record["made_by"], record["prompts"]
+    asked = f"; {prompts['told']}" if prompts["read"] != prompts["used"] else ""
+    return f"{record['kept']:,} of {record['asked']:,} answers of {who} kept{rejected}; {tokens}{spent}, {duration(cost['seconds'])}{asked}"
 
 
 def _dollars(asked: Asked, tokens: Any) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, answer_all, carry_out
-from hfpipe.evaluation.endpoint import complete
+from hfpipe.evaluation.endpoint import Refused, complete
 from hfpipe.evaluation.tools import TOOLS
 from hfpipe.synth_config import Synth
 
@@ -70,13 +70,26 @@ class EndpointTeacher:
         with ThreadPoolExecutor(self._concurrency) as threads:
             asked = [threads.submit(self._one, question, seed + at) for at, question in enumerate(questions)]
             try:
-                return [future.result() for future in asked]
+                answers = [future.result() for future in asked]
             except UserError:
                 threads.shutdown(cancel_futures=True)  # what is refused once is not paid for again
                 raise
+        if answers and all(answer.fault for answer in answers):
+            raise UserError(f"all of {len(answers)} questions were refused; the first: {answers[0].fault}")
+        return answers
 
     def _one(self, question: Question, seed: int) -> Answer:
-        answer, talk = Answer(), [_sent(message) for message in question.prompt]
+        answer = Answer()
+        try:
+            self._converse(answer, question, seed)
+        except Refused as refused:
+            answer.fault = f"refused: {refused}"
+        except (KeyError, TypeError, AttributeError) as error:
+            answer.fault = f"not as the protocol has it: {type(error).__name__}: {error}"
+        return answer
+
+    def _converse(self, answer: Answer, question: Question, seed: int) -> None:
+        talk = [_sent(message) for message in question.prompt]
         body = {**self._body, "seed": seed, **({"tools": question.tools} if question.tools else {})}
         for _ in range(MAX_CALLS + 1):
             reply = complete(self.url, {**body, "messages": talk})
@@ -95,12 +108,13 @@ class EndpointTeacher:
             ids = [call.get("id") for call in calls]
             message["tool_calls"] = [{"id": i, **call} for i, call in zip(ids, message["tool_calls"], strict=True)]
             talk += [_sent(message), *({**r, "tool_call_id": i} for r, i in zip(results, ids, strict=True))]
-        return answer
 
 
 def _called(call: dict[str, Any]) -> dict[str, Any]:
     """A call with its arguments, JSON by the protocol, as a mapping or a text again."""
     arguments = call["function"].get("arguments") or ""
+    if not isinstance(call["function"]["name"], str):
+        raise TypeError("a call of a function without a name")
     try:
         found = json.loads(arguments)
     except (TypeError, ValueError):
