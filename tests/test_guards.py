@@ -171,6 +171,71 @@ def test_a_training_that_goes_on_diverging_stops_with_its_history(run, place):
     assert not (run / "explode").exists()
 
 
+UNEVEN = {
+    # 72 easy steps, then rows that were never seen
+    "phases": "data: {max_length: 14, train: [{path: DATA/explode.jsonl, split: all}, {path: DATA/others.jsonl, split: all}], "
+    "phases: [{share: 0.9, weights: [1, 0]}, {share: 0.1, weights: [0, 1]}]}\ntrainer: {max_steps: 80, TRAINER}",
+    "curriculum": "data: {max_length: 14, train: [{path: DATA/graded.jsonl, split: all}], curriculum: {by: hard}}\n"
+    "trainer: {TRAINER}",
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_rows_that_become_harder_by_plan_are_no_spike(place, kind):
+    easy = [{"text": text, "hard": 0} for text in SENTENCES * 2]
+    hard = [{"text": json.loads(line)["text"], "hard": 1} for line in (place / "data" / "others.jsonl").open()]
+    # Duplicates are left out, so the easy ones are given numbers.
+    graded = [{**row, "text": f"{row['text'][:-1]} {number // 36}."} for number, row in enumerate(easy)] + hard
+    (place / "data" / "graded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
+    recipe = place / kind
+    recipe.mkdir()
+    (recipe / "pipeline.yaml").write_text(f"name: {kind}\nstages: [uneven]\nevaluate: {{samples: 0}}\n")
+    trainer = TRAINER.replace("num_train_epochs: 1, ", "" if kind == "phases" else "num_train_epochs: 1, ")
+    body = UNEVEN[kind].replace("DATA", str(place / "data")).replace("TRAINER", trainer)
+    (recipe / "uneven.yaml").write_text(f"stage: pretrain\nmodel: {{from: {place / 'model'}}}\n{body}\n")
+    load_pipeline(recipe).run(place / f"run-{kind}")
+    curve = losses(place / f"run-{kind}", "uneven")
+    before = sorted(curve[step] for step in range(23, 73))
+    assert curve[73] > max(3 * before[25], 1 + before[25])  # a spike it would be, if it were not planned
+    assert "rollbacks" not in stage_json(place / f"run-{kind}" / "uneven")["metrics"]
+
+
+def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
+    """One of twelve pairs is the wrong way round: where the others' losses are near 0, it alone is many times their median."""
+    pairs = [(f"{a} {p}?", "Yes.", "No.") for a in ANIMALS for p in PLACES for _ in "ab"]
+    turned = [(f"{asked}{n}", *((bad, good) if n % 12 == 11 else (good, bad))) for n, (asked, good, bad) in enumerate(pairs)]
+    lines = [json.dumps({"prompt": asked, "chosen": good, "rejected": bad}) + "\n" for asked, good, bad in turned]
+    (place / "data" / "pairs.jsonl").write_text("".join(lines))
+    recipe = place / "pairs"
+    recipe.mkdir()
+    (recipe / "pipeline.yaml").write_text("name: pairs\nstages: [judge]\nevaluate: {samples: 0}\n")
+    trainer = TRAINER.replace("num_train_epochs: 1", "num_train_epochs: 2").replace("2.0e-2", "5.0e-3")
+    (recipe / "judge.yaml").write_text(
+        f"stage: reward\nmodel: {{from: {micro_run / 'sft'}}}\n"
+        f"data: {{train: [{{path: {place / 'data' / 'pairs.jsonl'}, split: all}}]}}\ntrainer: {{{trainer}}}\n"
+    )
+    load_pipeline(recipe).run(place / "run-pairs")
+    curve = losses(place / "run-pairs", "judge")
+    assert max(list(curve.values())[60:]) > 1 + 3 * sorted(curve.values())[len(curve) // 2]
+    assert "rollbacks" not in stage_json(place / "run-pairs" / "judge")["metrics"]
+
+
+def test_an_evaluation_after_the_last_checkpoint_finds_it_the_best(place, tmp_path):
+    from hfpipe.training.checkpoints import seal, set_damaged_aside
+
+    changes = {"explode.trainer.learning_rate": 1e-2, "explode.trainer.eval_strategy": "epoch"}
+    changes["explode.trainer.num_train_epochs"] = 2
+    load_pipeline(place / "recipe", changes).run(tmp_path / "run", only="explode")
+    lines = map(json.loads, (tmp_path / "run" / "explode" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "eval_loss" in line] == [36, 72]
+    # Killed between putting the old one away and the new one in its place, the old one is taken.
+    (tmp_path / "replaced-checkpoint-8").mkdir()
+    (tmp_path / "replaced-checkpoint-8" / "trainer_state.json").write_text("{}")
+    seal(tmp_path / "replaced-checkpoint-8")
+    assert set_damaged_aside(tmp_path) == []
+    assert [p.name for p in tmp_path.glob("*checkpoint*")] == ["checkpoint-8"]
+
+
 def test_a_run_killed_while_it_goes_back_comes_to_the_same_bits(run, place):
     killed, over = place / "killed", threading.Event()
 

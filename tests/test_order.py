@@ -336,6 +336,7 @@ def test_what_does_not_go_together_is_refused(tmp_path, name, order, settings, t
         ("sft", "curriculum: {by: hart}", [], r"talks.jsonl line 1 has only messages, hard. Did you mean `hard`\?"),
         ("dpo", "curriculum: {by: chosen}", [], "expected a column with a number; pairs.jsonl line 1 has"),
         ("sft", "phases: [{share: 0.5, max_length: 4}, {share: 0.5}]", [], "has at most 4 tokens"),
+        ("sft", "phases: [{share: 0.0001}, {share: 0.9999}]", ["trainer.max_steps=60"], "phase 1 gets no row"),
         ("sft", "phases: [{share: 0.01}, {share: 0.99}]", [], "phase 1 gets no step of 4 rows: it has 1"),
     ],
 )

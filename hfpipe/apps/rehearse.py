@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from hfpipe.errors import UserError
 from hfpipe.faults import ended
+from hfpipe.plan.costs import precomputes
 from hfpipe.plan.devices import Devices
 from hfpipe.plan.quote import Quote, quote_stage
 from hfpipe.plan.workload import BY_REWARDS
@@ -19,10 +21,14 @@ from hfpipe.sections import Recipe
 from hfpipe.stages._rehearse import measure
 
 _LONGEST_S = 600  # of one stage, imports among it
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/accel", "/dev/dri")
+_ELSEWHERE = "--rehearse measures this machine, which is no {}: leave --device out."
 
 
 def rehearse(recipe: Recipe, run: Path, rows: list[dict[str, Any]], devices: Devices) -> None:
     """Put what is measured into the rows of a plan: `measured`, `seconds` and `dollars` from it, and its line of time."""
+    if devices.key != "cpu" and not any(Path(place).exists() for place in _ACCELERATORS) and sys.platform == "linux":
+        raise UserError(_ELSEWHERE.format(devices.name))
     start_server(Path(os.devnull))
     for row in rows:
         stage = recipe.stages[row["stage"]]
@@ -38,8 +44,8 @@ def rehearse(recipe: Recipe, run: Path, rows: list[dict[str, Any]], devices: Dev
             row["notes"].append(f"not rehearsed: {found['failed']}")
             continue
         if found["device"] == "cpu" != devices.key:
-            raise UserError(f"--rehearse measures this machine, which is no {devices.name}: leave --device out.")
-        line = _apply(row, found, quote, devices)
+            raise UserError(_ELSEWHERE.format(devices.name))
+        line = _apply(recipe, row, found, quote, devices)
         row["notes"] = [line if note.startswith("time: ") else note for note in row["notes"]]
         row["notes"] += [] if line in row["notes"] else [line]
 
@@ -60,10 +66,10 @@ def _in_child(recipe: Recipe, run: Path, name: str, quote: Quote) -> dict[str, A
             child.kill()
 
 
-def _apply(row: dict[str, Any], found: dict[str, Any], quote: Quote, devices: Devices) -> str:
-    """Time and cost by the measurement; beside training steps a stage has passes that were not measured (a reference's)."""
+def _apply(recipe: Recipe, row: dict[str, Any], found: dict[str, Any], quote: Quote, devices: Devices) -> str:
+    """Time and cost by the measurement; what a stage does once before its steps was not measured: the reference's passes."""
     work, parts = quote.work, quote.flops or {}
-    more = sum(parts.values()) / parts["training"] if parts else 1.0
+    more = 1 + parts["reference"] / parts["training"] if parts and precomputes(recipe.stages[row["stage"]]) else 1.0
     each = found["seconds_per_step"]
     known = parts and (devices.key != "cpu" or found["device"] == "cpu")  # of another device the peak is not given
     if known:

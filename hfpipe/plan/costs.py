@@ -16,9 +16,7 @@ def stage_flops(stage: Stage, shape: Shape, trained: Trained, work: Work) -> dic
     name, tokens, length = stage.type.name, work.places, work.length
     found = {"training": flops.training(shape, trained, tokens, length, recomputes(stage))}
     if name in ("dpo", "kto"):
-        once = option(stage, "precompute_ref_log_probs")
-        once = stage.adapter is None if once is None or "precompute_ref_log_probs" not in stage.trainer else once
-        passes = 1 / work.epochs if once and work.epochs else 1
+        passes = 1 / work.epochs if precomputes(stage) and work.epochs else 1
         found["reference"] = passes * flops.forward(shape, tokens, length)
         if name == "kto":
             found["kl"] = flops.forward(shape, tokens, length)  # another's answer to each prompt
@@ -45,6 +43,13 @@ def stage_flops(stage: Stage, shape: Shape, trained: Trained, work: Work) -> dic
                 shape, once, length, head_tokens=0
             )
     return found
+
+
+def precomputes(stage: Stage) -> bool:
+    """Whether a preference stage asks its reference once, before it trains, as the stages' files have it."""
+    if stage.type.name not in ("dpo", "kto"):
+        return False
+    return bool(stage.trainer.get("precompute_ref_log_probs", stage.adapter is None))
 
 
 def stage_seconds(

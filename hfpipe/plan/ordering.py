@@ -68,7 +68,7 @@ def lay_phases(
         wanted = (ends[number + 1] - ends[number]) * batch
         if steps is None:  # rounding may have given it a step too many
             wanted = min(wanted, int(epochs * count // batch) * batch)
-        if not wanted:
+        if not wanted or not count:
             raise ValueError(f"phase {number + 1} gets no step of {batch} rows: it has {count}")
         rng, first, rows = Random(f"phase {number} {seed}"), sum(counts[:number]), []
         while len(rows) < wanted:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 WRITING = "writing"  # beside the checkpoints: the one that is being written
+_REPLACED = "replaced-"
 
 
 def keep_whole(trainer: Trainer) -> None:
@@ -94,9 +95,12 @@ def space_needed(trainer: Trainer) -> tuple[int, int]:
 
 def _put_in_place(made: Path, folder: Path) -> None:
     seal(made)
-    made.rename(folder / made.name)
+    if (place := folder / made.name).exists():  # an evaluation after it was written found it the best: written again
+        place.rename(folder / f"{_REPLACED}{made.name}")
+    made.rename(place)
     artifact.sync(folder)
     shutil.rmtree(folder / WRITING, ignore_errors=True)
+    shutil.rmtree(folder / f"{_REPLACED}{made.name}", ignore_errors=True)
 
 
 def seal(checkpoint: Path) -> None:
@@ -115,6 +119,11 @@ def set_damaged_aside(folder: Path) -> list[str]:
     if cut:
         told.append(f"{cut[-1]} was cut off while it was written: the one before it is used")
     shutil.rmtree(folder / WRITING, ignore_errors=True)
+    for old in folder.glob(f"{_REPLACED}*"):  # killed while it was replaced
+        if (place := folder / old.name.removeprefix(_REPLACED)).exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
     for path in find_checkpoints(folder):
         reason = artifact.damage(path, artifact.read_record(path / artifact.CHECKSUMS_FILE))
         if reason is None:

@@ -130,7 +130,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         carry_state(job, trainer, progress)
     if job.stage.sections["regularize"].l2_to_parent:
         pull_to_parent(job, trainer, progress)
-    guard = Guard(job, trainer, progress)
+    guard = Guard(job, trainer, progress, data.report.get("turns", ()))
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if job.rehearsal:
         job.rehearsal.tokens_per_row = data.tokens_per_row

@@ -11,7 +11,7 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 ROLLBACKS_FILE = "rollbacks.json"
 _STATE = "guards"  # in a checkpoint's trainer_state.json, under `stateful_callbacks`
 _WINDOW = 50  # steps whose median is the usual loss
-# A loss near 0 may triple and mean nothing: a spike is this much higher too (nats). Until there are losses enough for a
-# median, the highest one is taken instead, with a wider berth.
-_ENOUGH, _RISE, _EARLY_RISE = 10, 1.0, 3.0
+# A loss near 0 may triple and mean nothing: a spike is this much higher too (nats), and than any other of late by this
+# factor: rows of a rare kind come again and again. Until there are losses enough for a median, the highest one is taken
+# instead, with a wider berth. Of pairs and judgements one false label outweighs all others: there it takes so many in a row.
+_ENOUGH, _RISE, _ABOVE, _EARLY_RISE, _IN_A_ROW = 10, 1.0, 1.5, 3.0, 3
 
 
 class Diverged(FloatingPointError):
@@ -66,8 +67,8 @@ class Guard(TrainerCallback):
     that is not finite ends it at once.
     """
 
-    def __init__(self, job: Job, trainer: Trainer, progress: Progress):
-        self.job, self.trainer, self.progress = job, trainer, progress
+    def __init__(self, job: Job, trainer: Trainer, progress: Progress, turns: Sequence[int] = ()):
+        self.job, self.trainer, self.progress, self.turns = job, trainer, progress, turns
         self.section = job.stage.sections.get("guards")
         self.rollbacks = read_rollbacks(job)
         self.overfitting: dict[str, Any] | None = None
@@ -127,6 +128,8 @@ class Guard(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.loss = 0.0
+        if state.global_step in self.turns:  # another phase: what was usual until now says nothing of it
+            self.kept["losses"].clear()
         self.factor = math.prod(back["lr_factor"] for back in self.rollbacks if state.global_step >= back["to"])
         self.rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
@@ -157,29 +160,38 @@ class Guard(TrainerCallback):
             self._go_back(step, f"its loss is {loss}")
         if not math.isfinite(norm):
             self._go_back(step, f"its gradient is {norm}")
+        losses, high, since = self.kept["losses"], self.kept["high"], self.kept["since"]
         if problem := self._spike(loss):
-            self._go_back(step, problem)
-        losses, since = self.kept["losses"], self.kept["since"]
-        losses.append(loss)
-        del losses[:-_WINDOW]
+            high.append(loss)
+            if len(high) == (_IN_A_ROW if self.job.stage.type.rows in ("preference", "unpaired") else 1):
+                self._go_back(step, problem, high=len(high))
+        else:
+            losses += [*high, loss]
+            high.clear()
+            del losses[:-_WINDOW]
         since[:] = [since[0] + loss, since[1] + 1]
 
     def _spike(self, loss: float) -> str | None:
-        losses = self.kept["losses"]
-        if not losses or self.section is None or self.section.loss_spike is None:
+        losses, section = self.kept["losses"], self.section
+        # From easy to hard rows the loss jumps by plan.
+        if not losses or section is None or section.loss_spike is None or self.job.stage.data.curriculum:
             return None
         enough = len(losses) >= _ENOUGH
         usual, rise = (self._usual(), _RISE) if enough else (max(losses), _EARLY_RISE)
-        if loss <= max(self.section.loss_spike * usual, usual + rise):
+        highest = max(losses[_ENOUGH:], default=0.0)  # those of the first steps aside, which are high
+        if loss <= max(section.loss_spike * usual, usual + rise, _ABOVE * highest):
             return None
         what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
-        return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {self.section.loss_spike:g})"
+        return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {section.loss_spike:g})"
 
-    def _go_back(self, step: int, problem: str) -> None:
+    def _go_back(self, step: int, problem: str, high: int = 0) -> None:
         """Set aside what was saved since the step before, write down what to leave out, and have the stage begin anew.
 
         The step before goes too: its update may be what spoilt this one. Where the training got no further than the last
-        time, the checkpoint that it went back to is not trusted any more.
+        time, the checkpoint that it went back to is not trusted any more, but for the oldest one.
+
+        Args:
+            high: steps, this one the last, whose loss was too high; 0: it is no number.
         """
         told = f"step {step} has diverged: {problem}"
         section, past = self.section, self.rollbacks
@@ -190,14 +202,15 @@ class Guard(TrainerCallback):
                 f"{told}.{went}Lower trainer.learning_rate tenfold, lengthen trainer.warmup_steps, or look at the rows that "
                 f"are read there: hfpipe inspect {self.job.stage.file}."
             )
-        first = max(step - 1, 1)
+        first = max(step - (high or 1), 1)
         stuck = past and step <= past[-1]["skipped"][1] + 1
         newest = min(first - 1, past[-1]["to"] - 1) if stuck else first - 1
         numbers = {int(p.name.rpartition("-")[2]): p for p in find_checkpoints(self.job.checkpoints)}
-        to = max((number for number in numbers if number <= newest), default=0)
-        spoilt = [path for number, path in sorted(numbers.items()) if number > to]
+        oldest = min((number for number in numbers if number < first), default=0)
+        to = max((number for number in numbers if number <= newest), default=oldest if high else 0)
+        after = [path for number, path in sorted(numbers.items()) if number > to]
         place = f"checkpoint-{to}" if to else f"where the stage began ({self.job.stage.model.from_})"
-        aside = f", with {', '.join(p.name for p in spoilt)} set aside" if spoilt else ""
+        aside = f", with {', '.join(p.name for p in after)} set aside" if after else ""
         text = (
             f"{told}: back to {place}{aside}; steps {first} to {step} are left out and the learning rate is times "
             f"{section.lr_factor:g} from there"
@@ -206,7 +219,7 @@ class Guard(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()  # all have seen the same checkpoints
         if self.trainer.is_world_process_zero():
             # In this order: killed between the two, the next attempt comes to the same step and the same decision.
-            for path in spoilt:
+            for path in after:
                 shutil.rmtree(path.with_name(f"diverged-{path.name}"), ignore_errors=True)
                 path.rename(path.with_name(f"diverged-{path.name}"))
             artifact.write_json(self.job.checkpoints / ROLLBACKS_FILE, {"rollbacks": [*past, {**back, "text": text}]})
@@ -216,7 +229,7 @@ class Guard(TrainerCallback):
     # --- evaluations ---
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.kept = state.stateful_callbacks.setdefault(_STATE, {"losses": [], "since": [0.0, 0], "evaluations": []})
+        self.kept = state.stateful_callbacks.setdefault(_STATE, {"losses": [], "high": [], "since": [0.0, 0], "evaluations": []})
         if state.best_global_step and not (Path(args.output_dir) / f"checkpoint-{state.best_global_step}").is_dir():
             state.best_metric = state.best_global_step = None  # set aside: others may be the best now
         if self.first and self.section.rehearse and not state.global_step:

@@ -161,6 +161,11 @@ def _store_phases(
         reports[s].taken = sum(reports[s].phases)
     stored = []
     for p, rows in enumerate(taken):
+        if not any(rows):
+            raise UserError(
+                f"{job.stage.file}: data.phases: phase {p + 1} gets no row: its share of what the sources hold is less than "
+                "one. Give more data or a larger share."
+            )
         phase = concatenate([part.select(own) for part, own in zip(parts, rows, strict=True)]).shuffle(seed=seed)
         if limits[p] < max_length:
             phase = phase.map(_cut, batched=True, fn_kwargs={"length": limits[p]}, features=phase.features)
@@ -227,7 +232,7 @@ def in_order(job: Job, prepared: Prepared, args: Any, progress: Progress) -> Pre
     data = job.stage.data
     if not is_ordered(data):
         return prepared
-    order, train = find_order(job, prepared, args), prepared.train
+    order, train, turns = find_order(job, prepared, args), prepared.train, []
     if job.stage.type.rows == "prompt":
         args.shuffle_dataset = False
     else:
@@ -240,11 +245,13 @@ def in_order(job: Job, prepared: Prepared, args: Any, progress: Progress) -> Pre
         args.max_steps = len(order) // batch
         train = train.select(order)
         told += f", laid out for {args.max_steps:,} steps of {batch}"
+        phases = train["phase"][::batch] if data.phases else []
+        turns = [step for step in range(1, len(phases)) if phases[step] != phases[step - 1]]
     stored = Counter(prepared.train["phase"]) if data.phases else {}
     for number, count in sorted(Counter(train["phase"]).items()) if data.phases else ():
         told += f"; phase {number}: {count // batch:,} steps, its {stored[number]:,} rows {count / stored[number]:.2f} times"
     progress.note(told)
     tokens_per_row = round(sum(train["tokens"]) / len(train), 2)
     kept = [name for name in train.column_names if name not in ("tokens", "difficulty", "phase")]
-    report = {**prepared.report, "tokens_per_row": tokens_per_row}
+    report = {**prepared.report, "tokens_per_row": tokens_per_row, "turns": turns}
     return dataclasses.replace(prepared, train=train.select_columns(kept), report=report)

@@ -47,7 +47,8 @@ class Prepared:
     `prompt_ids`, `completion_ids` and `label`; for prompts `prompt_ids` and `row`, the whole row as JSON. With a curriculum or
     phases those of `train` also have `tokens`, and `difficulty` or `phase` (hfpipe/training/order.py). `report` holds
     `sources` (a record each), `samples` (some held-out rows, control tokens neutralised), `kinds` (the column `kind` of
-    the rows of `eval` as they were read, None where they have none) and `tokens_per_row` (mean).
+    the rows of `eval` as they were read, None where they have none) and `tokens_per_row` (mean); with phases `turns`, the
+    steps after which another phase begins.
     """
 
     train: Dataset | IterableDataset | None
