@@ -149,6 +149,8 @@ def test_a_scaled_stage_trains_and_hands_on_its_context(run):
         ("yarn.model.rope_parameters={rope_type: linear, factor: 2.0, beta_fast: 9}", "beta_fast = 9 has no meaning for"),
         ("yarn.model.rope_parameters={rope_type: llama3, factor: 2.0, low_freq_factor: 1.0}", "high_freq_factor is mis"),
         ("gemma_yarn.model.rope_parameters={full_attention: {rope_type: yarn}}", "full_attention.factor is missing"),
+        ("yarn.model.rope_parameters={1: 2}", "yarn.yaml: model.rope_parameters.1 = 2 is not a field of transformers'"),
+        ("gemma_yarn.model.rope_parameters={full_attention: {1: 2}}", "rope_parameters.full_attention.1 = 2 is not a fie"),
         ("yarn.model.from=learnt", "a gpt2 has no RoPE"),
         ("llama.model.max_position_embeddings=128", "put max_position_embeddings into model.config"),
         ("evaluate.needle.lengths=[0]", "evaluate.needle: lengths = [0]"),
@@ -167,6 +169,15 @@ def test_what_is_wrong_is_told_by_the_plan(folder, changes, message):
     ("changes", "message"),
     [
         ("dynamic.data.max_length=128", "rope_type dynamic scales by the longest row met so far"),
+        (
+            "yarn.model.rope_parameters={full_attention: {rope_type: yarn, factor: 4.0}}",
+            "yarn.yaml: model.rope_parameters.full_attention: a llama has one RoPE for all its layers",
+        ),
+        (
+            "gemma_yarn.model.rope_parameters={chunked_attention: {rope_type: yarn, factor: 4.0}}",
+            "gemma_yarn.yaml: model.rope_parameters is for chunked_attention, of which a gemma3_text has no RoPE: give it by "
+            "layer type: full_attention, sliding_attention.",
+        ),
         ("evaluate.needle.fact=Here in this small town, of which we have told you so much, and where we are so very fond of each other, as everybody knows, lives our good old {name} {word}.", "no prompt of 40 tokens"),
     ],
 )  # fmt: skip
