@@ -250,6 +250,39 @@ def test_needles_have_their_length_and_depth(run, folder):
         assert place == pytest.approx(row["depth"], abs=0.05 if row["length"] > 64 else 0.5)
 
 
+HAY = {
+    "sentences without white space": "今天天气很好。我们去河边散步！你要一起来吗？" * 60,
+    "no sentence at all": "今天天气很好我们去河边散步" * 80,
+    "words without a full stop": "and then we went on to the next house where nobody was at home " * 80,
+    "lines": "".join(f"    total[{n}] = price[{n}] * count\n" for n in range(200)),
+}
+
+
+@pytest.mark.parametrize("kind", HAY)
+def test_needles_have_their_depth_in_text_without_sentences(run, folder, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "llama")
+    (tmp_path / "hay.jsonl").write_text(json.dumps({"text": HAY[kind]}) + "\n")
+    changes = [
+        f"evaluate.text=[{{path: {tmp_path}/hay.jsonl, split: all}}]",
+        "evaluate.needle={lengths: [900], depths: [0, 0.25, 0.5, 0.75, 1], per_cell: 2}",
+    ]
+    for row in build_needles(load_recipe(folder, stage_types(), changes), tokenizer):
+        text, fact = tokenizer.decode(row["ids"]), f" {row['prompt']} {row['check']['value']}."
+        before, _, after = text.partition(fact)
+        assert len(row["ids"]) == row["length"]
+        assert len(before) / (len(text) - len(fact) - len(row["prompt"])) == pytest.approx(row["depth"], abs=0.06)
+        if row["depth"] == 0:  # the text itself begins anywhere
+            continue
+        assert not before.endswith("\ufffd")  # no character is cut in two
+        assert not after.startswith("\ufffd")
+        if kind == "words without a full stop":
+            assert after.startswith(" ")
+        elif kind == "lines":
+            assert after.startswith(("\n", f" {row['prompt']}"))
+
+
 def test_a_model_that_knows_the_words_finds_all_of_them(run, folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
