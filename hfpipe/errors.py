@@ -18,6 +18,10 @@ class UserError(_Told, Exception):
     """Input at fault: one message (where, what was found, what was expected, what to do), exit code 2, no traceback."""
 
 
+class NothingUsable(UserError):
+    """A source of which no row can be used: empty, in no known form, or with a fault in every row."""
+
+
 class ConfigErrors(UserError):
     """Every fault of a recipe at once, one line each."""
 

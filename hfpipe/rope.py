@@ -43,7 +43,7 @@ def changes(section: Model, parent: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if given := section.rope_parameters:
         old = parent.get("rope_parameters") or {}
-        by_layer = _by_layer(given) if _FULL in old else {}
+        by_layer = _by_layer(given) if _is_by_layer(old) else {}
         found["rope_parameters"] = (
             old | {kind: _over(old.get(kind) or {}, own, parent) for kind, own in by_layer.items()}
             if by_layer
@@ -54,8 +54,29 @@ def changes(section: Model, parent: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def unread(section: Model, parent: dict[str, Any]) -> str | None:
+    """What of the section transformers would read past, since the parent's own parameters are laid out otherwise."""
+    given, old = section.rope_parameters, parent.get("rope_parameters") or {}
+    if given and not _is_by_layer(old):
+        if _is_by_layer(given):
+            return (
+                f"model.rope_parameters.{next(iter(given))}: a {parent['model_type']} has one RoPE for all its layers, and "
+                "would not read it. Give rope_type, factor and the like without a layer type."
+            )
+    elif given and (unknown := [kind for kind in _by_layer(given) if kind not in old]):
+        return (
+            f"model.rope_parameters is for {unknown[0]}, of which a {parent['model_type']} has no RoPE: give it by layer "
+            f"type: {', '.join(map(str, old))}."
+        )
+    return None
+
+
+def _is_by_layer(parameters: dict[str, Any]) -> bool:
+    return any(isinstance(one, dict) or str(kind).endswith("_attention") for kind, one in parameters.items())
+
+
 def _by_layer(given: dict[str, Any]) -> dict[str, Any]:
-    return given if any(kind.endswith("_attention") for kind in given) else {_FULL: given}
+    return given if _is_by_layer(given) else {_FULL: given}
 
 
 def _over(old: dict[str, Any], given: dict[str, Any], parent: dict[str, Any]) -> dict[str, Any]:

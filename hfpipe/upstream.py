@@ -44,6 +44,10 @@ _AT_LEAST = {
     "num_virtual_tokens": 1,
     "adapter_len": 1,
     "adapter_layers": 1,
+    "tasks": 1,
+    "n_grams": 1,
+    "num_buckets": 1,
+    "hashes_per_bucket": 1,
 }
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
 

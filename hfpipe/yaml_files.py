@@ -21,6 +21,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
             value = YAML(typ="safe", pure=True).load(text)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, expected a YAML file. Name the file in it.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: byte {error.start}. Save it as UTF-8.") from None
     except MarkedYAMLError as error:

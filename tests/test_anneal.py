@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -162,6 +163,10 @@ def nano(tmp_path_factory):
             files[f"{name}_{kind}"] = given.replace("CARRY", carry)
     # As wrong as a parent can be: at the end of its schedule.
     files["decayed"] = PARENT.replace("OPTIMIZER", "").replace("STEPS", "30").replace("SCHEDULE", "linear")
+    seldom = PARENT.replace("OPTIMIZER", "").replace("STEPS", "7").replace("SCHEDULE", "cosine_with_min_lr")
+    files["seldom"] = seldom.replace(
+        "max_steps", "lr_scheduler_kwargs: {min_lr_rate: 0.5}, logging_steps: 1000, max_steps"
+    )
     for name, content in files.items():
         (recipe / f"{name}.yaml").write_text(content.replace("TEXT", str(text)))
     head = f"name: nano\nstages: [{', '.join(files)}]\nevaluate: {{samples: 0}}\n"
@@ -180,6 +185,13 @@ def test_the_first_step_is_the_parents_next_one(nano, kind):
         assert not value.equal(five[name]), name
         assert value.equal(warm[name]), name
         assert not value.equal(cold[name]), name
+
+
+def test_the_last_rate_is_that_of_the_last_step_however_seldom_it_is_logged(nano):
+    metrics = stage_json(nano[1] / "seldom")["metrics"]
+    share = 0.5 + 0.5 * 0.5 * (1 + math.cos(math.pi * 6 / 7))
+    assert metrics["last_rate"] == pytest.approx({"learning_rate": 1e-2 * share, "of_peak": share})
+    assert len(rates(nano[1] / "seldom")) == 2  # of the first step and of the last
 
 
 def test_what_a_parent_outside_the_recipe_lacks_is_told_before_training(nano, tmp_path):

@@ -230,7 +230,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus, tmp_path, streaming):
         ("mask_personal", "mask_personals", "is not a key here"),
         ("/tokenizer\n", "/tokenizers\n", "holds no tokenizer.json"),
         ("/corpus}", "/corpora}", "no such file or folder"),
-        ("prepared\n", "corpus\n", "holds something else"),
+        ("prepared\n", "recipe\n", "holds something else"),
     ],
 )
 def test_a_file_at_fault_is_told(corpus, capsys, before, after, said):

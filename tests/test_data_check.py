@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfpipe.cli import main
+
 from .conftest import REAL, hfpipe, stage_json
 from .sequences import RECIPE, write_data
 from .test_nothing_lost import checkpoints, start, wait_for
@@ -178,6 +180,29 @@ def test_what_a_folder_or_a_named_file_holds_out_is_not_in_the_rest(tmp_path):
     printed = check(folder / "train.jsonl", "--held-out", write(tmp_path / "probes.jsonl", probes))
     assert "1 row with 1 of the 1 rows of" in printed
     assert "line 11 = probes.jsonl line 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "user", "content": None}, "Nothing deserves attention"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "Where is the harbour of this old town?"}]},
+            "1 row with",
+        ),
+        ({"content": "Where?"}, "probes.jsonl line 2: expected `prompt` as text, or `messages` of objects with role"),
+        ("Where?", "probes.jsonl line 2: expected `prompt` as text, or `messages` of objects with role"),
+    ],
+)
+def test_probes_of_which_a_turn_says_nothing(tmp_path, capsys, turn, said):
+    rows = [*talks(0, 30), {"prompt": "Where is the harbour of this old town?", "completion": "Down by the river."}]
+    train = write(tmp_path / "train.jsonl", rows)
+    first = {"role": "user", "content": "And what is the name of that hill?"}
+    probes = [{"messages": [one], "check": {"type": "number", "value": 3}} for one in (first, turn)]
+    code = main(["data", "check", str(train), "--held-out", str(write(tmp_path / "probes.jsonl", probes))])
+    told = "".join(capsys.readouterr())
+    assert said in told
+    assert code == (2 if "expected" in said else 0)
 
 
 def test_templates_are_not_contamination(tmp_path):

@@ -149,6 +149,8 @@ def test_a_scaled_stage_trains_and_hands_on_its_context(run):
         ("yarn.model.rope_parameters={rope_type: linear, factor: 2.0, beta_fast: 9}", "beta_fast = 9 has no meaning for"),
         ("yarn.model.rope_parameters={rope_type: llama3, factor: 2.0, low_freq_factor: 1.0}", "high_freq_factor is mis"),
         ("gemma_yarn.model.rope_parameters={full_attention: {rope_type: yarn}}", "full_attention.factor is missing"),
+        ("yarn.model.rope_parameters={1: 2}", "yarn.yaml: model.rope_parameters.1 = 2 is not a field of transformers'"),
+        ("gemma_yarn.model.rope_parameters={full_attention: {1: 2}}", "rope_parameters.full_attention.1 = 2 is not a fie"),
         ("yarn.model.from=learnt", "a gpt2 has no RoPE"),
         ("llama.model.max_position_embeddings=128", "put max_position_embeddings into model.config"),
         ("evaluate.needle.lengths=[0]", "evaluate.needle: lengths = [0]"),
@@ -167,6 +169,15 @@ def test_what_is_wrong_is_told_by_the_plan(folder, changes, message):
     ("changes", "message"),
     [
         ("dynamic.data.max_length=128", "rope_type dynamic scales by the longest row met so far"),
+        (
+            "yarn.model.rope_parameters={full_attention: {rope_type: yarn, factor: 4.0}}",
+            "yarn.yaml: model.rope_parameters.full_attention: a llama has one RoPE for all its layers",
+        ),
+        (
+            "gemma_yarn.model.rope_parameters={chunked_attention: {rope_type: yarn, factor: 4.0}}",
+            "gemma_yarn.yaml: model.rope_parameters is for chunked_attention, of which a gemma3_text has no RoPE: give it by "
+            "layer type: full_attention, sliding_attention.",
+        ),
         ("evaluate.needle.fact=Here in this small town, of which we have told you so much, and where we are so very fond of each other, as everybody knows, lives our good old {name} {word}.", "no prompt of 40 tokens"),
     ],
 )  # fmt: skip
@@ -237,6 +248,39 @@ def test_needles_have_their_length_and_depth(run, folder):
         assert text.count(name) == 2  # in the needle and in the question
         place = text.index(fact) / (len(text) - len(fact) - len(row["prompt"]))
         assert place == pytest.approx(row["depth"], abs=0.05 if row["length"] > 64 else 0.5)
+
+
+HAY = {
+    "sentences without white space": "今天天气很好。我们去河边散步！你要一起来吗？" * 60,
+    "no sentence at all": "今天天气很好我们去河边散步" * 80,
+    "words without a full stop": "and then we went on to the next house where nobody was at home " * 80,
+    "lines": "".join(f"    total[{n}] = price[{n}] * count\n" for n in range(200)),
+}
+
+
+@pytest.mark.parametrize("kind", HAY)
+def test_needles_have_their_depth_in_text_without_sentences(run, folder, tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "llama")
+    (tmp_path / "hay.jsonl").write_text(json.dumps({"text": HAY[kind]}) + "\n")
+    changes = [
+        f"evaluate.text=[{{path: {tmp_path}/hay.jsonl, split: all}}]",
+        "evaluate.needle={lengths: [900], depths: [0, 0.25, 0.5, 0.75, 1], per_cell: 2}",
+    ]
+    for row in build_needles(load_recipe(folder, stage_types(), changes), tokenizer):
+        text, fact = tokenizer.decode(row["ids"]), f" {row['prompt']} {row['check']['value']}."
+        before, _, after = text.partition(fact)
+        assert len(row["ids"]) == row["length"]
+        assert len(before) / (len(text) - len(fact) - len(row["prompt"])) == pytest.approx(row["depth"], abs=0.06)
+        if row["depth"] == 0:  # the text itself begins anywhere
+            continue
+        assert not before.endswith("\ufffd")  # no character is cut in two
+        assert not after.startswith("\ufffd")
+        if kind == "words without a full stop":
+            assert after.startswith(" ")
+        elif kind == "lines":
+            assert after.startswith(("\n", f" {row['prompt']}"))
 
 
 def test_a_model_that_knows_the_words_finds_all_of_them(run, folder):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from hfpipe import artifact, upstream
 from hfpipe.config import load_recipe
-from hfpipe.data.sources import content_hash, named
+from hfpipe.data.sources import content_hash, is_hub_id, local_path, named, open_rows
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.progress import quantity
 from hfpipe.run_folder import lock
@@ -27,9 +28,12 @@ from hfpipe.yaml_files import load_yaml
 
 _FILTERS = ("GopherQualityFilter", "GopherRepetitionFilter", "C4QualityFilter", "FineWebQualityFilter")
 _EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-_MANAGED = ("exclusion_writer", "language", "pipeline", "logging_dir", "depends", "skip_completed")
+_MANAGED = (
+    "exclusion_writer", "language", "pipeline", "logging_dir", "depends", "skip_completed", "local_tasks",
+    "local_rank_offset", "norm_config", "hash_config",
+)  # fmt: skip
 _TASKS = 8
-_VERSION = 1  # raise when the same inputs come to give other shards
+_VERSION = 2  # raise when the same inputs come to give other shards
 
 
 def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> None:
@@ -43,13 +47,15 @@ def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> N
     except ImportError:
         raise UserError('data prepare needs datatrove: pip install -c constraints.txt "hfpipe[curate]".') from None
     section, recipe, problems = _read(file)
-    steps = _steps(section, recipe, str(file), problems)
+    folder = Path(section.output_folder).expanduser().absolute()
+    root = folder.with_name(f"{folder.name}.partial")
+    problems += _misplaced(section, folder, str(file))
+    steps = _steps(section, recipe, root, str(file), problems)
     if section.minhash is not None:
         _built(MinhashConfig, section.minhash, {}, f"{file}: minhash", problems)
     executor = _executor(section, str(file), problems)
     if problems:
         raise ConfigErrors(problems)
-    folder, root = Path(section.output_folder), Path(f"{section.output_folder}.partial")
     vocabulary = _tokenizer(section, recipe, tokenizer, str(file))
     with named(str(file)):
         identity = _identity(section, recipe, vocabulary)
@@ -60,14 +66,16 @@ def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> N
         if done is None or done["identity"] != identity:
             _clear_other(root, identity)
             chain = _chain(section, steps, executor, root, folder, vocabulary, identity)
-            _run(chain, root, local=section.executor.get("type", "local") == "local")
+            _run(chain, section, root, quiet=as_json)
             done = artifact.read_record(folder / SUMMARY_FILE)
         if done is not None:
             shutil.rmtree(root)
     if done is None:
-        print(f"submitted; {folder / SUMMARY_FILE} is written when all is done")
+        summary = str(folder / SUMMARY_FILE)
+        print(json.dumps({"submitted": summary}) if as_json else f"submitted; {summary} is written when all is done")
     else:
-        print(json.dumps(done, indent=2) if as_json else "\n".join([*_told(done), f"prepared: {folder}"]))
+        told = [*_told(done), f"prepared: {section.output_folder}"]
+        print(json.dumps(done, indent=2) if as_json else "\n".join(told))
 
 
 # --- what the file says ---
@@ -88,13 +96,38 @@ def _read(file: Path) -> tuple[Curation, Recipe | None, list[str]]:
     return section, recipe, problems
 
 
-def _steps(section: Curation, recipe: Recipe | None, file: str, problems: list[str]) -> list[tuple[str, Any]]:
+def _misplaced(section: Curation, folder: Path, file: str) -> Iterator[str]:
+    """Sources that are not there, and an output folder that is remote or one with a source."""
+    if "://" in section.output_folder:
+        yield f"{file}: output_folder = {section.output_folder!r}: expected a folder of this machine."
+    for number, source in enumerate(section.sources):
+        try:
+            with named(f"{file}: sources[{number}]"):
+                if is_hub_id(source.path):
+                    continue
+                open_rows(source.path, "all", revision=source.revision, name=source.name)
+        except UserError as error:
+            yield str(error)
+            continue
+        if source.path.startswith("tinyworld/"):
+            continue
+        place, out = local_path(source.path).resolve(), folder.resolve()
+        if out.is_relative_to(place) or place.is_relative_to(out):
+            yield (
+                f"{file}: output_folder {section.output_folder} and the source {source.path} are one in the other: the "
+                "shards would be read as documents, or take their place. Name a folder beside it."
+            )
+
+
+def _steps(
+    section: Curation, recipe: Recipe | None, root: Path, file: str, problems: list[str]
+) -> list[tuple[str, Any]]:
     """(name, step) of all that is done to a document alone, in order."""
     import datatrove.pipeline.filters as filters
 
     from hfpipe.training import curate
 
-    excluded = Path(f"{section.output_folder}.partial") / MADE / EXCLUDED
+    excluded = root / MADE / EXCLUDED
     known = {name: getattr(filters, name) for name in _FILTERS} | {"LanguageFilter": curate.LanguageFilter}
     steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
     for number, given in enumerate(section.filters):
@@ -117,6 +150,11 @@ def _built(cls: type, given: dict[str, Any], ours: dict[str, Any], where: str, p
     """An upstream object from a section, its fields checked; None with the reasons added to `problems`."""
     known = {name: field for name, field in upstream.arguments(cls).items() if name not in _MANAGED}
     found = upstream.check(given, known, f"datatrove's {cls.__name__}", where)
+    found += [
+        f"{where}.{key} = {value!r}: expected a list of {of}."
+        for key, value in given.items()
+        if isinstance(value, list) and key in known and (of := _strangers(value, known[key].annotation))
+    ]
     problems += found
     if found:
         return None
@@ -125,6 +163,14 @@ def _built(cls: type, given: dict[str, Any], ours: dict[str, Any], where: str, p
         return cls(**{**given, **tuples, **ours})
     except (TypeError, ValueError) as error:
         problems.append(f"{where} is refused by datatrove's {cls.__name__}: {error}")
+
+
+def _strangers(given: list[Any], annotation: str) -> str | None:
+    """What a list's items were expected to be, where one of them is something else."""
+    if "tuple[tuple[" in annotation:
+        pairs = all(isinstance(one, list) and [type(x) for x in one] in ([int, float], [int, int]) for one in given)
+        return None if pairs else "pairs of a length and a share, such as [[2, 0.2], [3, 0.18]]"
+    return None if all(isinstance(one, str) for one in given) else "texts"
 
 
 def _executor(section: Curation, file: str, problems: list[str]) -> Any:
@@ -140,8 +186,13 @@ def _executor(section: Curation, file: str, problems: list[str]) -> Any:
     known = {name: field for name, field in upstream.arguments(cls).items() if name not in _MANAGED}
     checked = {**given, "tasks": section.executor.get("tasks", _TASKS)}
     problems += upstream.check(checked, known, f"datatrove's {_EXECUTORS[kind]}", f"{file}: executor")
-    if isinstance(checked["tasks"], int) and checked["tasks"] < 1:
-        problems.append(f"{file}: executor.tasks = {checked['tasks']}: expected 1 or more.")
+    workers, methods = given.get("workers", 1), multiprocessing.get_all_start_methods()
+    if isinstance(workers, int) and (workers == 0 or workers < -1):
+        problems.append(f"{file}: executor.workers = {workers}: expected 1 or more, or -1 for as many as tasks.")
+    if given.get("start_method", methods[0]) not in methods:
+        problems.append(
+            f"{file}: executor.start_method = {given['start_method']!r}: expected one of {', '.join(methods)}."
+        )
     needed = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
     missing = sorted(needed - checked.keys() - {"pipeline"})
     problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in missing]
@@ -157,7 +208,7 @@ def _tokenizer(section: Curation, recipe: Recipe | None, given: Path | None, fil
     folder = given or section.tokenizer or (Path("runs") / recipe.name / made if recipe and made else None)
     if folder is None:
         raise UserError(f"{file}: no tokenizer: name its folder, by `tokenizer` or --tokenizer.")
-    return Path(folder)
+    return Path(folder).expanduser().absolute()
 
 
 def _identity(section: Curation, recipe: Recipe | None, tokenizer: Path) -> str:
@@ -193,18 +244,20 @@ def _chain(
     places = ("documents", "signatures", "pairs", "removed")
     documents, signatures, pairs, removed = (str(root / SCRATCH / name) for name in places)
     first = [("sources", curate.ReadDocuments(section.sources)), *steps]
-    read = [*(step for _, step in first), curate.Jsonl(documents)]
-    write: list[Any] = [curate.ReadJsonl(documents)]
-    listed: list[tuple[str, list[Any], int]] = [("read", read, tasks)]
-    if section.minhash is not None:
-        config = MinhashConfig(**section.minhash)
-        read.append(curate.Signatures(signatures, config, curate.Words()))
-        buckets = MinhashDedupBuckets(signatures, pairs, config=config, lines_to_buffer=1000)
-        listed.append(("buckets", [buckets], config.num_buckets))
-        listed.append(("cluster", [MinhashDedupCluster(pairs, removed, config=config)], 1))
-        write.append(MinhashDedupFilter(removed, curate.Jsonl(str(made / EXCLUDED / "near_duplicates"))))
-    listed.append(("write", [*write, curate.WriteShards(str(made), str(tokenizer))], tasks))
-    listed.append(("summary", [curate.Finish(str(root), str(folder), [name for name, _ in first], identity)], 1))
+    near = section.minhash is not None
+    config = MinhashConfig(**section.minhash) if near else curate.EXACT
+    sign = (curate.Signatures if near else curate.ExactSignatures)(signatures, config, curate.Words())
+    duplicates = "near duplicates" if near else "duplicates"
+    left_out = curate.Jsonl(str(made / EXCLUDED / duplicates.replace(" ", "_")))
+    shards = curate.WriteShards(str(made), str(tokenizer))
+    finish = curate.Finish(str(root), str(folder), [name for name, _ in first], duplicates, identity)
+    listed: list[tuple[str, list[Any], int]] = [
+        ("read", [*(step for _, step in first), curate.Jsonl(documents), sign], tasks),
+        ("buckets", [MinhashDedupBuckets(signatures, pairs, config=config, lines_to_buffer=1000)], config.num_buckets),
+        ("cluster", [MinhashDedupCluster(pairs, removed, config=config)], 1),
+        ("write", [curate.ReadJsonl(documents), MinhashDedupFilter(removed, left_out), shards], tasks),
+        ("summary", [finish], 1),
+    ]
     chain: list[tuple[str, Any]] = []
     for name, pipeline, many in listed:
         pipeline = [curate.leave_with_parent, *pipeline]
@@ -212,12 +265,20 @@ def _chain(
     return chain
 
 
-def _run(chain: list[tuple[str, Any]], root: Path, local: bool) -> None:
+def _run(chain: list[tuple[str, Any]], section: Curation, root: Path, quiet: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker a core already
-    with _stderr_to(root / "log.txt"):
-        for name, executor in chain if local else chain[-1:]:  # others start those that they depend on themselves
-            print(f"{name} ...", flush=True)
-            executor.run()
+    local = section.executor.get("type", "local") == "local"
+    try:
+        with _stderr_to(root / "log.txt"):
+            for name, executor in chain if local else chain[-1:]:  # others start those that they depend on themselves
+                if not quiet:
+                    print(f"{name} ...", flush=True)
+                executor.run()
+    except UserError:
+        # What is at fault has to change, and the work with it; a Hub that is out of reach does not.
+        if not any(is_hub_id(source.path) for source in section.sources):
+            shutil.rmtree(root)
+        raise
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from hfpipe.data.messages import RowProblem, is_transcript, messages_of, text_of, tools_of
 from hfpipe.data.rows import Message, Row, up_to_last_user
-from hfpipe.errors import UserError
+from hfpipe.errors import NothingUsable
 
 _TURNS = "messages|conversations|conversation"
 _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools", "system", *_TURNS.split("|")}
@@ -57,7 +57,9 @@ def recognise_source(rows: Iterable[Row], where: str) -> Form:
         return forms[seen.most_common(1)[0][0]]
     found = ", ".join(dict.fromkeys(str(key) for row in rows for key in row)) or "none"
     known = "\n".join(f"  {form.name}: {', '.join(form.keys).replace('|', ' or ')}" for form in FORMS)
-    raise UserError(f"{where}: rows in no known form. Keys found: {found}. The forms known, with their keys:\n{known}")
+    raise NothingUsable(
+        f"{where}: rows in no known form. Keys found: {found}. The forms known, with their keys:\n{known}"
+    )
 
 
 def _value(row: Row, key: str) -> Any:

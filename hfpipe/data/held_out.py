@@ -12,11 +12,13 @@ import numpy as np
 
 from hfpipe.data import tinyworld
 from hfpipe.data.check import held_out_sources
+from hfpipe.data.messages import RowProblem, text_of
 from hfpipe.data.readers import read_file
 from hfpipe.data.rows import Row
 from hfpipe.data.shingles import Hashed, hash_words, ngrams, wholes
 from hfpipe.data.sources import load_source, named
 from hfpipe.data.texts import asked, askings, told
+from hfpipe.errors import UserError
 from hfpipe.sections import DEFAULT_SPLIT, Probe, Recipe, Source
 
 NGRAM = 13  # words, as in the decontamination of GPT-3
@@ -167,10 +169,19 @@ def probe_rows(probe: Probe, where: str = "") -> Iterator[tuple[str, Row]]:
     else:
         located = ((str(at), at.row) for at in itertools.islice(read_file(Path(probe.path).expanduser()), probe.limit))
     for place, row in located:
-        if row.get("messages"):
-            yield place, {"messages": [{"content": "", **message} for message in row["messages"]]}
-        else:
-            yield place, {"text": str(row.get("prompt") or "")}
+        try:
+            shown = _shown(row)
+        except (KeyError, TypeError, RowProblem):
+            raise UserError(
+                f"{place}: expected `prompt` as text, or `messages` of objects with role and text."
+            ) from None
+        yield place, shown
+
+
+def _shown(probe: Row) -> Row:
+    if turns := probe.get("messages"):
+        return {"messages": [{**turn, "role": turn["role"], "content": text_of(turn.get("content"))} for turn in turns]}
+    return {"text": str(probe.get("prompt") or "")}
 
 
 def index_held_out(recipe: Recipe, without: str | None = None) -> HeldOut:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from hfpipe.data.splits import SPLITS
-from hfpipe.errors import UserError, nearest
+from hfpipe.errors import NothingUsable, UserError, nearest
 
 _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*$")
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
@@ -50,7 +50,7 @@ def read_file(path: Path) -> Iterator[Located]:
         found = True
         yield Located(path.name, unit, number, row)
     if not found:
-        raise UserError(f"{path} is empty: no rows in it.")
+        raise NothingUsable(f"{path} is empty: no rows in it.")
 
 
 def kind_of_file(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfpipe.errors import UserError
+from hfpipe.errors import NothingUsable
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -45,7 +45,7 @@ def check_usable(kind: str, wanted: str) -> None:
     usable = _CONVERSIONS.get(kind, (kind,))
     if wanted not in usable:
         hint = " Among conversations, plain documents need `as: text`." if kind == "text" else ""
-        raise UserError(f"its rows are `{kind}`, usable as {' or '.join(usable)}, not as `{wanted}`.{hint}")
+        raise NothingUsable(f"its rows are `{kind}`, usable as {' or '.join(usable)}, not as `{wanted}`.{hint}")
 
 
 def as_form(row: Row, wanted: str) -> Row:

@@ -20,7 +20,7 @@ from hfpipe.data.readers import DOCUMENT_UNITS, Located, files_of, kind_of_file,
 from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
-from hfpipe.errors import UserError, nearest
+from hfpipe.errors import NothingUsable, UserError, nearest
 from hfpipe.hub_client import fetch, resolve
 from hfpipe.paths import cache_dir
 
@@ -90,7 +90,7 @@ class Loaded:
                     if counts.used == self.source.limit:
                         return
             if not counts.used:
-                raise UserError(f"{self.describe()}. {self._advice()}")
+                raise NothingUsable(f"{self.describe()}. {self._advice()}")
 
     def head(self, rows: int = 100) -> list[Located]:
         """The first rows of the source as they stand there."""
@@ -342,4 +342,6 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from None
+        if where:
+            error.args = (f"{where}: {error}",)
+        raise error from None

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from hfpipe.sections import Recipe
 
 CAPABILITY = "long_context"
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_WITHIN = re.compile(r"(?<=[。！？])|(?=\n)")
+_MISS = 0.05  # of the room: no sentence may end nearer to the depth asked, or one is cut
+_LEAST_MISS = 16  # tokens; shorter rooms are let off, where ordinary sentences are longer than that share
+_WORD_BEGINS = ("Ġ", "▁", "Ċ", " ", "\n")
 
 
 def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -40,16 +45,17 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [ids[len(begin) :] for ids in encode_text(tokenizer, [f" {text}" for text in texts])]
+        return [ids[len(begin) :] for ids in encode_text(tokenizer, texts)]
 
     sentences = []
     for source in evaluate.text:
         source = dataclasses.replace(source, limit=source.limit or evaluate.max_rows)
         split, seed = source.split or "validation", recipe.pipeline.seed
         for row in load_source(source, wanted="text", split=split, seed=seed, where=where).rows():
-            sentences += filter(None, re.split(r"(?<=[.!?])\s+", row["text"]))
+            for sentence in filter(None, _SENTENCE.split(row["text"])):
+                sentences += filter(None, _WITHIN.split(f" {sentence}"))
     opening = section.fact.partition("{name}")[0].strip()
-    sentences = [sentence for sentence in sentences if not opening or not sentence.startswith(opening)]
+    sentences = [sentence for sentence in sentences if not opening or not sentence.lstrip().startswith(opening)]
     encoded = list(zip(sentences, encode(sentences), strict=True))
     rows = []
     for length, depth, number in itertools.product(section.lengths, section.depths, range(section.per_cell)):
@@ -57,7 +63,7 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
         name = rng.choice(FIRST)
         word = rng.choice(passwords("test")[name])
         question = section.fact.partition("{word}")[0].format(name=name).rstrip()
-        fact, asked = encode([section.fact.format(name=name, word=word), question])
+        fact, asked = encode([f" {section.fact.format(name=name, word=word)}", f" {question}"])
         room = left = length - len(fact) - len(asked) - len(begin)
         usable = [ids for sentence, ids in encoded if name not in sentence]
         if room < 0 or not usable:
@@ -70,12 +76,34 @@ def build_needles(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[di
         while left:
             hay.insert(0, usable[at % len(usable)][-left:])  # the text begins within a sentence, to have its length
             at, left = at - 1, left - len(hay[0])
-        before = [0, *itertools.accumulate(map(len, hay))]
-        hay.insert(min(range(len(before)), key=lambda i: abs(before[i] - depth * room)), fact)
+        hay = _hide(fact, hay, depth * room, room, tokenizer)
         row = {"capability": CAPABILITY, "kind": f"{length} tokens", "length": length, "depth": depth}
         row |= {"prompt": question, "check": {"type": "starts", "value": word}}
         rows.append(row | {"ids": [*begin, *itertools.chain(*hay), *asked]})
     return rows
+
+
+def _hide(
+    fact: list[int], hay: list[list[int]], wanted: float, room: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """The hay with the fact where the sentence ends that is nearest to token `wanted`; within one where none is near."""
+    ends = [0, *itertools.accumulate(map(len, hay))]
+    nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - wanted))
+    if abs(ends[nearest] - wanted) <= max(_MISS * room, _LEAST_MISS):
+        return [*hay[:nearest], fact, *hay[nearest:]]
+    ids = list(itertools.chain(*hay))
+    at = _cut(ids, round(wanted), tokenizer)
+    return [ids[:at], fact, ids[at:]]
+
+
+def _cut(ids: list[int], wanted: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The place nearest to `wanted` where a word begins, else a character: of some that have several tokens."""
+    near = sorted(
+        range(max(wanted - _LEAST_MISS, 1), min(wanted + _LEAST_MISS, len(ids))), key=lambda k: abs(k - wanted)
+    )
+    words = (k for k in near if tokenizer.convert_ids_to_tokens(ids[k]).startswith(_WORD_BEGINS))
+    whole = (k for k in near if not tokenizer.decode(ids[k : k + 4]).startswith("\ufffd"))
+    return next(words, next(whole, wanted))
 
 
 def ask_needles(

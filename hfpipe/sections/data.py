@@ -96,6 +96,6 @@ class Curation:
     filters: tuple[dict[str, Any], ...] = ()  # in this order: [{type: GopherQualityFilter, min_doc_words: 50}, ...]
     mask_personal: bool = False  # e-mail addresses, phone numbers and keys, as `hfpipe data check` finds them
     decontaminate: bool = False  # leave out what shows the held-out rows of the recipe whose folder the file is in
-    minhash: dict[str, Any] | None = field(default_factory=dict)  # MinhashConfig; null: near duplicates stay
+    minhash: dict[str, Any] | None = field(default_factory=dict)  # MinhashConfig; null: exact duplicates alone go
     tokenizer: str | None = None  # a folder; default: that of the recipe's tokenizer stage
     executor: dict[str, Any] = field(default_factory=dict)  # {type: local | slurm | ray, tasks: 8, ...}

@@ -7,6 +7,7 @@ check`, languages are told by py3langid, whose model needs no download.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -23,7 +24,7 @@ import pyarrow
 import pyarrow.parquet
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.pipeline.writers.disk_base import DiskWriter
@@ -34,8 +35,9 @@ from hfpipe.data.held_out import HeldOut, index_held_out
 from hfpipe.data.personal import mask
 from hfpipe.data.readers import files_of
 from hfpipe.data.shingles import hash_words, ngrams
-from hfpipe.data.sources import is_hub_id, load_source, local_path
-from hfpipe.data.splits import SPLITS, split_of
+from hfpipe.data.sources import is_hub_id, load_source, local_path, read_rows
+from hfpipe.data.splits import SPLITS, digest, split_of
+from hfpipe.errors import NothingUsable, UserError
 from hfpipe.run_folder import put_in_place
 from hfpipe.sections import Corpus, Recipe, Source
 from hfpipe.training.shards import MADE, SCRATCH, SHARD_COLUMN, SUMMARY_FILE, TextEncoder
@@ -70,13 +72,28 @@ class ReadDocuments(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for corpus in self.sources:
             for source, split, share in _parts(corpus, rank, world_size):
-                loaded = load_source(source, wanted="text", split=split or "all", streaming=True)
-                for place, row in itertools.islice(loaded.located_rows(), *share):
-                    self.stat_update("total")
-                    yield Document(row["text"], f"{source.path}: {place}", metadata={"split": split or split_of(row)})
-                if share[0] == 0:  # of shared files every task sees all rows
+                counting = share[0] == 0  # of shared files every task sees all rows
+                try:
+                    loaded = load_source(source, wanted="text", split=split or "all", streaming=True)
+                except NothingUsable:
+                    if counting and (rows := _rows_in(source, split or "all")):
+                        self.stat_update("dropped_no text in a known form", "dropped", value=rows)
+                    continue
+                with contextlib.suppress(NothingUsable):  # counted below, as faults
+                    for place, row in itertools.islice(loaded.located_rows(), *share):
+                        self.stat_update("total")
+                        where = f"{source.path}: {place}"
+                        yield Document(row["text"], where, metadata={"split": split or split_of(row)})
+                if counting:
                     for reason, count in loaded.counts.faults.items():
                         self.stat_update(f"dropped_{reason}", "dropped", value=count)
+
+
+def _rows_in(source: Source, split: str) -> int:
+    rows = read_rows(source.path, split=split, revision=source.revision, name=source.name, streaming=True)
+    with contextlib.suppress(NothingUsable):  # an empty file
+        return sum(1 for _ in rows)
+    return 0
 
 
 def _parts(corpus: Corpus, rank: int, world_size: int) -> Iterator[tuple[Source, str | None, tuple[int, None, int]]]:
@@ -155,12 +172,24 @@ class Decontaminate(BaseFilter):
         return self.filter_batch([doc])[0]
 
 
-class Signatures(MinhashDedupSignature):
-    """Upstream's signatures, of the word n-grams that `hfpipe data check` compares."""
+EXACT = MinhashConfig(num_buckets=1, hashes_per_bucket=1)
+
+
+class ExactSignatures(MinhashDedupSignature):
+    """One hash of all that a text says, but for case and white space, in the place of its shingles."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """uint64 [1, 1]."""
+        return np.frombuffer(digest({"text": text})[:8], dtype=np.uint64).reshape(-1, 1)
+
+
+class Signatures(ExactSignatures):
+    """Upstream's signatures, of the word n-grams that `hfpipe data check` compares; exact ones of shorter texts."""
 
     def get_shingles(self, text: str) -> np.ndarray:
         """uint64 [n-grams, 1]."""
-        return ngrams(hash_words([text]), self.config.n_grams)[0].reshape(-1, 1)
+        found = ngrams(hash_words([text]), self.config.n_grams)[0].reshape(-1, 1)
+        return found if len(found) else super().get_shingles(text)
 
 
 class Jsonl(DiskWriter):
@@ -221,26 +250,28 @@ class WriteShards(PipelineStep):
 
 
 class Finish(PipelineStep):
-    """Writes `_summary.json` and gives the finished folder its place. `steps`: what the first executor's steps are called."""
+    """Writes `_summary.json` and gives the finished folder its place; UserError where no row of the sources was usable.
+
+    `steps`: what the first executor's steps are called; `duplicates`: what those that are left out are.
+    """
 
     type, name = "WRITER", "summary"
 
-    def __init__(self, root: str, folder: str, steps: list[str], identity: str):
+    def __init__(self, root: str, folder: str, steps: list[str], duplicates: str, identity: str):
         super().__init__()
-        self.root, self.folder, self.steps, self.identity = Path(root), Path(folder), steps, identity
+        self.root, self.folder = Path(root), Path(folder)
+        self.steps, self.duplicates, self.identity = steps, duplicates, identity
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         made, scratch = self.root / MADE, self.root / SCRATCH
         read, *filters = zip(self.steps, counted(scratch / "read"), strict=False)
         write = counted(scratch / "write")
-        near = [("near duplicates", write[1])] if len(write) == 3 else []
+        if not read[1].get("total"):
+            found = ", ".join(f"{n} {reason}" for reason, n in _reasons(read[1]).items()) or "they are empty"
+            raise UserError(f"sources: no row in them can be used: {found}. Expected texts.")
         left_out = [
-            {
-                "step": name,
-                "documents": counts["dropped"],
-                "reasons": {k.removeprefix("dropped_"): n for k, n in counts.items() if k.startswith("dropped_")},
-            }
-            for name, counts in [read, *filters, *near]
+            {"step": name, "documents": counts["dropped"], "reasons": _reasons(counts)}
+            for name, counts in [read, *filters, (self.duplicates, write[1])]
             if counts.get("dropped")
         ]
         splits = {
@@ -253,6 +284,10 @@ class Finish(PipelineStep):
         artifact.sync_tree(made)
         put_in_place(made, self.folder)
         yield from ()
+
+
+def _reasons(counts: dict[str, int]) -> dict[str, int]:
+    return {key.removeprefix("dropped_"): n for key, n in counts.items() if key.startswith("dropped_")}
 
 
 def counted(logs: Path) -> list[dict[str, int]]:

@@ -13,7 +13,7 @@ import torch
 from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
-from hfpipe.rope import changes, is_dynamic, scales
+from hfpipe.rope import changes, is_dynamic, scales, unread
 from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
@@ -178,6 +178,8 @@ def _scaled(job: Job, config: PreTrainedConfig) -> PreTrainedConfig:
     """A parent's configuration with the context that the stage gives it; UserError where its class refuses that."""
     told = config.to_dict()
     text = told.get("text_config", told)
+    if fault := unread(job.stage.model, text):
+        raise UserError(f"{job.stage.file}: {fault}")
     text |= changes(job.stage.model, text)
     longest = max(getattr(job.stage.data, "max_length", 0), job.stage.trainer.get("max_length") or 0)
     if is_dynamic(text) and longest > text["max_position_embeddings"]:

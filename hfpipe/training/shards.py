@@ -51,7 +51,10 @@ class TextEncoder:
 
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"tokenizer: {folder} holds no tokenizer.json. Give the folder of a stage or a model.")
-        self._backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the class that tokenizers raises
+            raise UserError(f"tokenizer: {folder / 'tokenizer.json'} cannot be read: {error}. Make it anew.") from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # spelt out in a text they are text
@@ -59,6 +62,8 @@ class TextEncoder:
         bos = config.get("bos_token")
         bos = bos["content"] if isinstance(bos, dict) else bos
         self._begin = [] if bos is None else [self._backend.token_to_id(bos)]
+        if None in self._begin:
+            raise UserError(f"tokenizer: {folder}: its bos_token {bos!r} is not in its tokenizer.json. Make it anew.")
         file = folder / "chat_template.jinja"
         template = file.read_text(encoding="utf-8") if file.is_file() else str(config.get("chat_template", ""))
         self._special = special_among(self._backend.get_added_tokens_decoder().values(), template)
