@@ -232,8 +232,6 @@ class _Watch(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # whatever logging_steps is: an annealing begins at the last step's rate
         now = time.monotonic()
         if now - self.told < 0.5 and state.global_step < state.max_steps:
             return
