@@ -210,7 +210,7 @@ def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) ->
     return []
 
 
-_SETTING = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
+SETTING = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
 
 def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) -> Any:
@@ -222,7 +222,7 @@ def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) 
     filled = {}
     for key, item in value.items():
         if key in ("path", "from") and isinstance(item, str):
-            for name in _SETTING.findall(item):
+            for name in SETTING.findall(item):
                 if settings.get(name) is None:
                     example = f"--set {name}=VALUE" if name in settings else "add it to `settings` in pipeline.yaml"
                     problems.append(f"{where}{key} = {item!r} needs the setting `{name}`: {example}.")

@@ -25,10 +25,11 @@ def duration(seconds: float) -> str:
 
 
 def quantity(number: float) -> str:
-    """`950`, `12.3k`, `1.24M`."""
+    """`950`, `12.3k`, `1.24M`, `2,880T`."""
+    number = float(f"{number:.3g}")
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{unit}"
+            return f"{number / size:,.0f}{unit}" if number >= 1000 * size else f"{number / size:.3g}{unit}"
     return f"{number:.0f}"
 
 

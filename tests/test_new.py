@@ -14,6 +14,7 @@ from hfpipe.config import load_recipe
 from hfpipe.data import tinyworld
 from hfpipe.plan import describe_stage
 from hfpipe.plan.devices import find_devices
+from hfpipe.plan.quote import quote_stage
 from hfpipe.plan.shapes import read_config, read_shape
 from hfpipe.plan.sizing import LARGEST, SMALLEST, choose_shape
 from hfpipe.stages import stage_types
@@ -59,7 +60,11 @@ def test_it_plans_clean_and_is_what_was_asked_for(name, tmp_path):
         assert stage["largest_per_device_train_batch_size"] >= stage["per_device_train_batch_size"]
     pretrain = plan["pretrain"]
     if hours:
-        assert sum(stage["seconds"] or 0 for stage in plan.values()) == pytest.approx(3600 * hours, rel=0.05)
+        recipe, devices = load_recipe(folder, stage_types()), find_devices(device)
+        full = [quote_stage(recipe, recipe.stages[stage], None, devices, full_rows=True).seconds for stage in plan]
+        assert sum(full) == pytest.approx(3600 * hours, rel=0.05)  # dpo too, whose rows nobody has counted
+        assert "at most about" in said or device == "cpu"
+        assert "does not hold" not in said
     else:
         places = pretrain["steps"] * pretrain["batch_tokens"]
         assert places == pytest.approx(20 * pretrain["parameters"], rel=0.02)
@@ -194,6 +199,75 @@ def test_from_the_hub_at_its_commit(hub_server, micro_run, tmp_path):
     hub.reset()
 
 
+@pytest.fixture
+def base(tmp_path):
+    """A model as far as it is read before it trains, without a chat template."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(BASE))
+    return folder
+
+
+BASE = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+BASE |= {"num_attention_heads": 2, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("stages", ["dpo", "kto", "reward,dpo", "sft,dpo", "midtrain"])
+def test_the_first_stage_gives_a_chat_template(stages, base, tmp_path):
+    first, gives = stages.partition(",")[0], stages.startswith(("sft", "midtrain"))
+    arguments = ("new", tmp_path / "mine", "--from", base, "--data", "tinyworld", "--stages", stages)
+    told = hfpipe(*arguments, check=0 if gives else 2)
+    if gives:
+        stage = load_recipe(tmp_path / "mine", stage_types()).stages[first]
+        assert stage.sections["tokenizer"].chat_template == "chatml"
+    else:
+        assert f"no chat template, and a {first} stage gives it none. Begin with sft" in told.stderr
+        assert not (tmp_path / "mine").exists()
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+        hfpipe(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{broken", "not readable as JSON"),
+        ("[]", "expected a mapping with model_type, found list"),
+        *(
+            (json.dumps({**BASE, **wrong}), words)
+            for wrong, words in (
+                ({"hidden_size": "big"}, "no model can be made of these values"),
+                ({"hidden_size": 0}, "one of its sizes is 0"),
+                ({"vocab_size": None}, "one of its sizes is None"),
+                ({"max_position_embeddings": "x"}, "one of its sizes is 'x'"),
+            )
+        ),
+    ],
+)
+def test_a_model_at_fault_is_named(config, words, base, tmp_path):
+    (base / "config.json").write_text(config)
+    told = hfpipe("new", tmp_path / "mine", "--from", base, "--data", "tinyworld", check=2).stderr
+    assert f"{base / 'config.json'}: {words}" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["123", "1e5", "null", "2026-13-45"])
+def test_a_name_that_yaml_reads_as_something_else(name, tmp_path):
+    hfpipe("new", tmp_path / name, "--params", "0.2M", "--stages", "tokenizer,pretrain")
+    assert load_recipe(tmp_path / name, stage_types()).name == name
+
+
+def test_the_command_makes_the_same_recipe_again(tmp_path):
+    arguments = ["--params", "1234567", "--device", "cpu", "--utilisation", "0.35"]
+    hfpipe("new", tmp_path / "mine", *arguments, "--stages", "tokenizer,pretrain")
+    written = (tmp_path / "mine" / "pipeline.yaml").read_text().splitlines()[1]
+    assert written.removeprefix("#   hfpipe new mine ").split()[:6] == arguments
+
+
+def test_a_budget_that_the_later_stages_take_is_told(tmp_path):
+    said = hfpipe("new", tmp_path / "mine", "--params", "1M", "--hours", "0.01", "--device", "cpu").stdout
+    assert re.search(r"note: the budget does not hold: the later stages take about .* of 36 s", said)
+
+
 def test_the_smallest_runs(tmp_path):
     folder, run = tmp_path / "mine", tmp_path / "run"
     hfpipe("new", folder, "--params", "0.2M", "--data", "tinyworld", "--stages", "tokenizer,pretrain,sft,dpo")
@@ -235,6 +309,29 @@ def test_bad_input_writes_nothing(arguments, words, tmp_path):
     done = hfpipe("new", tmp_path / "mine", *arguments, check=2, env={"HF_HUB_OFFLINE": "1"})
     assert words in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file/mine", "file/sub/mine", "/proc/mine", "x" * 300])
+def test_where_nothing_can_be_written(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = hfpipe("new", tmp_path / place, "--params", "1M", check=2)
+    assert f"{tmp_path / place} cannot be written: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_own_data_at_fault_is_named(own_data, base, tmp_path):
+    (tmp_path / "talks").mkdir()
+    file = tmp_path / "talks" / "talks.jsonl"
+    file.write_text((own_data / "talks.jsonl").read_text())
+    told = hfpipe("new", tmp_path / "mine", "--data", file.parent, check=2).stderr
+    assert f"{file.parent} holds 1 x messages and no text" in told
+    assert "give --from MODEL, or add text" in told
+    file.rename(file.with_name("my {notes} x.jsonl"))
+    told = hfpipe("new", tmp_path / "mine", "--data", file.parent, "--from", base, check=2).stderr
+    assert "my {notes} x.jsonl: in a recipe's paths {notes} stands for a setting" in told
+    base.rename(tmp_path / "{base}")
+    told = hfpipe("new", tmp_path / "mine", "--from", tmp_path / "{base}", check=2).stderr
+    assert "stands for a setting" in told
 
 
 def test_nothing_is_overwritten(tmp_path):

@@ -73,6 +73,15 @@ def test_devices_share_the_steps_and_cost_what_they_cost():
     assert half["sft"]["seconds"] == pytest.approx(one["sft"]["seconds"] / 2)
 
 
+def test_devices_that_a_run_would_not_take_are_told():
+    told = hfpipe("plan", "micro", "--device", "h100x8").stdout
+    assert "8 devices need launch.processes: 8 in pipeline.yaml; as it is, a run takes 1" in told
+    assert (
+        "launch"
+        not in hfpipe("plan", "micro", "--device", "h100x8", "--set", "launch.processes=8").stdout.split("\n")[1]
+    )
+
+
 def test_dpo_and_ppo_pay_for_their_other_passes():
     plan = planned("tiny")
     dpo = plan["dpo"]["flops_by_part"]

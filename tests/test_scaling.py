@@ -8,9 +8,11 @@ import random
 
 import pytest
 
+from hfpipe.artifact import write_record
 from hfpipe.plan.devices import find_devices
 from hfpipe.plan.fitting import Point, choose_free, fit
 from hfpipe.plan.scaling import CHINCHILLA, Law, by_ratio
+from hfpipe.progress import quantity
 
 from .conftest import hfpipe
 
@@ -78,7 +80,10 @@ def test_ten_times_the_budget():
         (["--params", "1e9", "--device", "h1000"], "Did you mean `h100`?"),
         (["--params", "1e9", "--device", "h100x0"], "expected one device or more"),
         (["--params", "1e9", "--device", "h100", "--utilisation", "40"], "40 is not a share"),
+        (["--params", "1e9", "--device", "cpux2"], "this machine's CPU is one device"),
+        (["--hours", "30m"], "30m is not a number such as"),  # of minutes it would be read
         (["--fit", "nowhere"], "--fit nowhere: no such folder"),
+        (["--fit", "README.md"], "--fit README.md: a file. Give folders"),
     ],
 )
 def test_what_does_not_make_sense_is_told(arguments, expected):
@@ -94,6 +99,19 @@ def test_human_output_has_a_sentence_for_each_figure():
     assert "h100" not in hfpipe("scale", "--tokens", "1B").stdout
 
 
+def test_units_may_be_small_where_things_are_counted():
+    told = scale("--params", "125m", "--tokens", "1.3b")
+    assert (told["params"], told["tokens"]) == (125e6, 1.3e9)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(999.4, "999"), (999.6, "1k"), (999_600, "1M"), (9.999e8, "1B"), (2.88e15, "2,880T"), (1.24e6, "1.24M")],
+)
+def test_the_unit_is_that_of_the_rounded_number(number, told):
+    assert quantity(number) == told
+
+
 def test_a_fit_finds_the_law_that_made_the_points():
     law = Law(1.5, 200, 300, 0.3, 0.25)
     grid = [(n, d) for n in (1e6, 4e6, 16e6, 64e6) for d in (2e7, 1e8, 5e8)]
@@ -107,6 +125,30 @@ def test_a_fit_finds_the_law_that_made_the_points():
     for name, (low, high) in noisy.intervals.items():
         assert low < getattr(law, name) < high
         assert high - low > (exact.intervals[name][1] - exact.intervals[name][0])
+
+
+SIZES, LENGTHS = (1e6, 1e7, 1e8, 1e9), (1e8, 1e9, 1e10, 1e11)
+GRIDS = {
+    "all five": [(n, d) for n in SIZES for d in LENGTHS[:3]],
+    "no exponents": [(n, d) for n in SIZES[:2] for d in LENGTHS[:2]],
+    "one size": [(1e7, d) for d in LENGTHS],
+    "one length": [(n, 1e9) for n in SIZES],
+}
+
+
+@pytest.mark.parametrize("noise", [0, 0.001])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_intervals_hold_the_estimate(grid, noise):
+    for seed in range(3 if noise else 1):
+        rng = random.Random(seed)
+        points = [Point(n, d, CHINCHILLA.loss(n, d) * (1 + rng.gauss(0, noise)), "") for n, d in GRIDS[grid]]
+        found = fit(points)
+        assert set(found.intervals) == set(found.free)
+        for name, (low, high) in found.intervals.items():
+            value = getattr(found.law, name)
+            assert low <= value <= high
+            assert noise or high - low < 1e-3 * value  # nothing was left to chance
+            assert not noise or high - low > 1e-4 * value
 
 
 def test_a_fit_takes_no_more_constants_than_the_runs_tell_apart():
@@ -154,6 +196,48 @@ def test_a_fit_reads_finished_runs(micro_run, tmp_path):
     assert "a and b are Chinchilla's" in words
     assert "tell no law apart" in hfpipe("scale", "--fit", micro_run, check=2).stderr
     assert "holds no finished pretrain stage" in hfpipe("scale", "--fit", tmp_path, check=2).stderr
+
+
+def write_runs(folder, pairs, loss) -> list:
+    """What is read of finished pretrainings of models of so many layers on so many tokens."""
+    runs = []
+    for layers, tokens in pairs:
+        stage = folder / f"{layers}-{tokens:g}" / "pretrain"
+        stage.mkdir(parents=True)
+        config = {"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+        (stage / "config.json").write_text(
+            json.dumps({**config, "num_attention_heads": 2, "num_hidden_layers": layers})
+        )
+        metrics = {"tokens": tokens, "held_out_text": {"loss": loss(layers, tokens)}}
+        write_record(stage / "stage.json", {"type": "pretrain", "metrics": metrics, "data": {}})
+        runs.append(stage.parent)
+    return runs
+
+
+FOUR = (1e6, 1e7, 1e8, 1e9)
+UNTOLD = {
+    "one size": ([(2, d) for d in FOUR], lambda n, d: 2 + 300 / d**0.28, ["--params", "1M"]),
+    "one length": ([(n, 1e8) for n in (1, 2, 4, 8)], lambda n, d: 2 + 1 / n**0.3, ["--tokens", "1M"]),
+    "longer is no better": (
+        [(n, d) for n in (1, 2, 4) for d in FOUR],
+        lambda n, d: 2 + 1 / n**0.3 + d / 1e11,
+        ["--params", "1M", "--tokens", "10M"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_runs_that_do_not_tell_the_best_division(case, tmp_path):
+    pairs, loss, asked = UNTOLD[case]
+    runs = write_runs(tmp_path, pairs, loss)
+    (tmp_path / "notes.txt").write_text("runs/* names files too")
+    told = scale("--fit", tmp_path / "notes.txt", *runs, *asked)
+    assert 0 in (told["law"]["A"], told["law"]["B"])
+    assert (told["best"], told["ten_times_the_budget"]["chinchilla"]) == (None, None)
+    assert told["loss"] > 2
+    words = hfpipe("scale", "--fit", *runs, *asked).stdout
+    assert "do not tell the best division" in words
+    assert "helps most" not in words
 
 
 def test_devices_are_sourced():

@@ -16,7 +16,7 @@ from hfpipe.plan.quote import Quote, quote_stage
 from hfpipe.plan.scaling import TOKENS_PER_PARAMETER
 from hfpipe.plan.shapes import Shape
 from hfpipe.plan.sizing import SMALL, batch_tokens, power_of_two
-from hfpipe.progress import quantity
+from hfpipe.progress import duration, quantity
 from hfpipe.sections import Recipe
 from hfpipe.stages import stage_types
 
@@ -56,6 +56,7 @@ class Draft:
     adapter: bool = False
     sharded: bool = False
     choices: dict[str, Choice] = field(default_factory=dict)
+    note: str | None = None  # of a budget that does not hold
 
     @property
     def params(self) -> int:
@@ -78,7 +79,7 @@ class Draft:
         return load_recipe(folder, stage_types())
 
     def settle(self, folder: Path, seconds: float | None) -> Recipe:
-        """Choose what fits, and with a budget of `seconds` let pretraining take what the later stages leave.
+        """Choose what fits, and with a budget of `seconds` let pretraining take what the later stages leave, at least half.
 
         Raises:
             UserError: there is no way to fit it on the devices.
@@ -98,6 +99,11 @@ class Draft:
         if seconds:
             first = self.choices["pretrain"]
             later = sum(choice.quote.seconds or 0 for choice in self.choices.values() if choice is not first)
+            if later > seconds / 2:
+                self.note = (
+                    f"the budget does not hold: the later stages take about {duration(later)} of {duration(seconds)}, and "
+                    f"pretraining half of it, in all {duration(later + seconds / 2)}. Give more, or fewer --stages"
+                )
             share = max(seconds - later, seconds / 2) / first.quote.seconds
             first.steps = max(int(first.steps * (min(share, 1) if self.bound else share)), 1)
             self.tokens = first.steps * first.quote.work.tokens_per_step
@@ -145,4 +151,4 @@ class Draft:
 
     def _quote(self, folder: Path, name: str) -> Quote:
         recipe = self.write(folder, [stage for stage in self.stages if stage in self.choices or stage == "tokenizer"])
-        return quote_stage(recipe, recipe.stages[name], None, self.devices)
+        return quote_stage(recipe, recipe.stages[name], None, self.devices, full_rows=True)

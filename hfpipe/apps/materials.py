@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hfpipe.config import SETTING
 from hfpipe.data.forms import FORMS
 from hfpipe.data.readers import kind_of_file
 from hfpipe.data.size import Size, estimate_size
@@ -130,6 +131,10 @@ def _folder(folder: Path, vocab_size: int) -> Material:
             continue
         if not path.is_dir() and not kind_of_file(path):
             continue
+        if found_setting := SETTING.search(path.name):
+            raise UserError(
+                f"{path}: in a recipe's paths {found_setting[0]} stands for a setting. Rename the file, without the braces."
+            )
         loaded = load_source(Source(str(path)))
         forms[loaded.form.name] += 1
         gives, body = loaded.form.gives, f"path: {json.dumps('{data_dir}/' + path.name, ensure_ascii=False)}"

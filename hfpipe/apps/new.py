@@ -12,12 +12,14 @@ from typing import Any
 
 from hfpipe.apps.drafts import Draft
 from hfpipe.apps.materials import Material, choose_material
+from hfpipe.artifact import read_json
+from hfpipe.config import SETTING
 from hfpipe.errors import UserError, nearest
 from hfpipe.hub_client import ABOUT_FILES, fetch, resolve, split_id
 from hfpipe.plan import describe_stage
 from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.plan.scaling import TOKENS_PER_PARAMETER, Budget
-from hfpipe.plan.shapes import read_config, read_shape
+from hfpipe.plan.shapes import Shape, read_config, read_shape
 from hfpipe.plan.sizing import MOST_PASSES, SMALL, SMALLEST, choose_shape
 from hfpipe.progress import duration, quantity
 from hfpipe.sections import Recipe
@@ -33,8 +35,7 @@ def new(options: argparse.Namespace) -> None:
         UserError: the folder is there already, or what is asked for cannot be had.
     """
     folder = Path(options.folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty: give another folder. Nothing is overwritten.")
+    _check_place(folder)
     if not re.fullmatch(r"[\w.-]+", folder.name):
         raise UserError(f"{folder}: expected letters, digits, `.`, `_` and `-`: the folder's name is the recipe's.")
     devices = find_devices(options.device, options.utilisation, options.price) if options.device else None
@@ -51,6 +52,17 @@ def new(options: argparse.Namespace) -> None:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     print("\n".join(told))
+
+
+def _check_place(folder: Path) -> None:
+    """UserError where there is something already, or nothing can be written."""
+    try:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UserError(f"{folder} is there already and not empty: give another folder. Nothing is overwritten.")
+        above = next(path for path in folder.absolute().parents if path.exists())
+        tempfile.TemporaryDirectory(prefix=".", dir=above).cleanup()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}. Give another folder.") from None
 
 
 # --- what is asked for ---
@@ -73,6 +85,11 @@ def _from_scratch(options: argparse.Namespace, devices: Devices | None) -> tuple
     tokens = min(wanted, MOST_PASSES * (material.text_tokens or wanted))
     middle = [] if material.own else ["midtrain"]
     stages = _stages(options.stages, material, ["tokenizer", "pretrain", *middle, "sft", "dpo"])
+    if not options.stages and stages[0] != "tokenizer":
+        raise UserError(
+            f"--data {options.data} holds {material.found} and no text, with which a model from scratch begins: give "
+            "--from MODEL, or add text."
+        )
     if stages[:2] != ["tokenizer", "pretrain"]:
         raise UserError("--stages: a model from scratch begins with tokenizer,pretrain. With --from it needs neither.")
     devices = devices or find_devices("cpu" if shape.total < SMALL else "h100" if shape.total < 1e9 else "h100x8")
@@ -91,10 +108,9 @@ def _from_model(options: argparse.Namespace, devices: Devices | None) -> tuple[D
         repo_id, revision = split_id(options.origin)
         commit = resolve(repo_id, revision)
         origin, home = f"{repo_id}@{commit}", fetch(repo_id, commit, only=ABOUT_FILES)
-    config = read_config(home) or {}
-    if (shape := read_shape(config)) is None:
-        kind = config.get("model_type", "there is no config.json")
-        raise UserError(f"--from {options.origin}: what a model of its type takes is not known here ({kind}).")
+    if SETTING.search(origin):
+        raise UserError(f"--from {options.origin}: in a recipe {{name}} stands for a setting. Rename the folder.")
+    shape = _read_shape(home, options.origin)
     material = choose_material(options.data, shape.total, 0.0)
     if material.own:  # of one's own text the model learns a domain
         material.rows["midtrain"] = material.rows_for("pretrain")
@@ -103,10 +119,34 @@ def _from_model(options: argparse.Namespace, devices: Devices | None) -> tuple[D
         raise UserError("--stages: a model that is there has its tokenizer and pretraining. For more text: midtrain.")
     devices = devices or find_devices("cpu" if shape.total < SMALL else "h100")
     draft = Draft(**_named(options), devices=devices, shape=shape, material=material, stages=stages, origin=origin)
-    said = home / "tokenizer_config.json"
-    inside = said.is_file() and '"chat_template"' in said.read_text("utf-8")
+    inside = (read_json(home / "tokenizer_config.json") or {}).get("chat_template")
     draft.needs_template = not inside and not (home / "chat_template.jinja").is_file()
+    if draft.needs_template and stages[0] not in ("midtrain", "sft"):
+        how = "" if material.rows_for("sft") else f", on conversations, of which {material.where} has none"
+        raise UserError(
+            f"--from {options.origin}: it has no chat template, and a {stages[0]} stage gives it none. Begin with sft{how}, "
+            "or give a model that has one."
+        )
     return draft, None
+
+
+def _read_shape(home: Path, given: str) -> Shape:
+    """The model in a folder; UserError where it is of no known type, or its values are at fault."""
+    config = read_config(home) or {}
+    try:
+        shape = read_shape(config)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{home / 'config.json'}: no model can be made of these values: {error}.") from None
+    if shape is None:
+        kind = config.get("model_type", "there is no config.json")
+        raise UserError(f"--from {given}: what a model of its type takes is not known here ({kind}).")
+    sizes = [number for weight in shape.weights.values() for number in weight.size]
+    for number in [*sizes, *filter(None, [*shape.windows, shape.max_positions])]:
+        if not (type(number) is int and number > 0):
+            raise UserError(
+                f"{home / 'config.json'}: one of its sizes is {number!r}: expected whole numbers from 1 on."
+            )
+    return shape
 
 
 def _named(options: argparse.Namespace) -> dict[str, Any]:
@@ -114,9 +154,14 @@ def _named(options: argparse.Namespace) -> dict[str, Any]:
     name, words = Path(options.folder).name, []
     for key, value in vars(options).items():
         if value and key not in ("folder", "command"):
-            number = isinstance(value, float) and value >= 1000
-            words.append(f"--{key.replace('origin', 'from')} {quantity(value) if number else value}")
+            words.append(f"--{key.replace('origin', 'from')} {_exact(value) if isinstance(value, float) else value}")
     return {"name": name, "command": " ".join(["hfpipe new", name, *words])}
+
+
+def _exact(value: float) -> str:
+    """A number as an option takes it, short where that is the same number."""
+    short = 1000 <= value < 1e15 and float(f"{value:.3g}") == value
+    return quantity(value) if short else repr(value).removesuffix(".0")
 
 
 def _stages(asked: str | None, material: Material, usual: list[str]) -> list[str]:
@@ -150,9 +195,13 @@ def _tell(draft: Draft, recipe: Recipe, folder: Path) -> list[str]:
         parts = [f"{about['steps']:,} steps" if about.get("steps") else "steps by its rows"]
         parts += [f"{quantity(about['tokens'])} tokens"] if about.get("tokens") else []
         parts += [f"learning_rate {about['learning_rate']:g}"]
-        parts += [f"about {duration(max(about['seconds'], 1))}"] if about.get("seconds") else []
+        if about.get("seconds"):
+            parts.append(f"about {duration(max(about['seconds'], 1))}")
+        elif most := draft.choices[name].quote.seconds:  # of rows as long as they may be
+            parts.append(f"at most about {duration(max(most, 1))}")
         lines.append(f"  {name:<9} {', '.join(parts)}")
         lines += [f"  {'':<9} {note}" for note in about["notes"] if note.startswith("warning: ")]
+    lines += [f"note: {draft.note}"] if draft.note else []
     device = f"{devices.key}x{devices.count}" if devices.count > 1 else devices.key
     lines.append(f"wrote {folder}: pipeline.yaml, {', '.join(f'{name}.yaml' for name in draft.stages)}")
     return [*lines, f"next: hfpipe plan {folder}{'' if device == 'cpu' else f' --device {device}'}"]

@@ -14,9 +14,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def number(text: str) -> float:
+def number(text: str, units: dict[str, float] = _UNITS) -> float:
     """Of `280e9`, `125M`, `1.4T`."""
-    digits, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1.0)
+    digits, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
     try:
         value = float(digits) * unit
     except ValueError:
@@ -24,6 +24,11 @@ def number(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number such as 280e9, 125M or 1.4T")
     return value
+
+
+def count(text: str) -> float:
+    """`number` for what is counted, where `125m` and `1.3b` can mean nothing else."""
+    return number(text, _UNITS | {"m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12})
 
 
 def share(text: str) -> float:
@@ -47,8 +52,8 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_budget_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--params", type=number, metavar="N", help="parameters, such as 125M or 7e9")
-    command.add_argument("--tokens", type=number, metavar="D", help="tokens of training, such as 2.5B")
+    command.add_argument("--params", type=count, metavar="N", help="parameters, such as 125M or 7e9")
+    command.add_argument("--tokens", type=count, metavar="D", help="tokens of training, such as 2.5B")
     command.add_argument("--flops", type=number, metavar="C", help="a budget of FLOPs, such as 1e21")
     command.add_argument("--hours", type=number, metavar="H", help="a budget of hours on --device")
     command.add_argument("--dollars", type=number, metavar="USD", help="a budget of money on --device")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.pipeline import plan_rows
-from hfpipe.plan.devices import find_devices
+from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.progress import duration, money
 from hfpipe.sections import Recipe
+from hfpipe.training.identity import processes_now
 
 
 def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
@@ -25,9 +26,10 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
     if options.json:
         total = {"seconds": seconds, "dollars": devices.cost(seconds), "device": devices.label}
         sources = {"device_source": devices.source, "price_source": devices.price_source}
-        print(json.dumps({"recipe": recipe.name, "run": str(run), "total": total | sources, "stages": rows}, indent=2))
+        told = {"recipe": recipe.name, "run": str(run), "notes": _notes(recipe, devices)}
+        print(json.dumps({**told, "total": total | sources, "stages": rows}, indent=2))
         return
-    print(f"{recipe.name} -> {run}")
+    print("\n".join([f"{recipe.name} -> {run}", *_notes(recipe, devices)]))
     for row in rows:
         print(f"{row['stage']:<10} {row['status']}{': ' if row['why'] else ''}{'; '.join(row['why'])}")
         for line in row["notes"]:
@@ -40,6 +42,15 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
             "scoring comes on top"
         )
     print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")
+
+
+def _notes(recipe: Recipe, devices: Devices) -> list[str]:
+    if devices.count in (1, processes := processes_now(recipe)):
+        return []
+    return [
+        f"note: {devices.count} devices need launch.processes: {devices.count} in pipeline.yaml; "
+        f"as it is, a run takes {processes}"
+    ]
 
 
 def _measured(rows: list[dict[str, Any]]) -> str:

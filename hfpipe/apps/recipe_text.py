@@ -32,7 +32,9 @@ def pipeline_text(draft: Draft) -> str:
         f"# {quantity(draft.params)} parameters {what}, planned for {devices.label}. Written by:",
         f"#   {draft.command}",
     ]
-    lines += [f"name: {draft.name}", f"stages: [{', '.join(draft.stages)}]", "seed: 0"]
+    plain = draft.name[0].isalpha() and draft.name.lower() not in ("null", "true", "false")
+    name = draft.name if plain else json.dumps(draft.name, ensure_ascii=False)  # 123 and 1e5 are numbers in YAML
+    lines += [f"name: {name}", f"stages: [{', '.join(draft.stages)}]", "seed: 0"]
     if material.own:
         lines.append(f"settings: {{data_dir: {json.dumps(str(material.data_dir))}}}")
     if devices.count > 1:
@@ -87,7 +89,7 @@ def _model(draft: Draft, name: str) -> list[str]:
         before = [s for s in draft.stages[: draft.stages.index(name)] if s != "reward"]
         origin = json.dumps(draft.origin) if str(draft.origin).startswith("/") else draft.origin
         lines = ["model:", f"  from: {before[-1] if before else origin}", *eager]
-        if not before and draft.needs_template and name in _PACKED:
+        if not before and draft.needs_template:
             lines.append("tokenizer: {chat_template: chatml}  # the model comes without one")
         return lines
     c = draft.config

@@ -18,10 +18,13 @@ def scale(options: argparse.Namespace) -> None:
     devices = find_devices(options.device, options.utilisation, options.price) if options.device else None
     names = ("params", "tokens", "flops", "hours", "dollars")
     budget = Budget(**{name: getattr(options, name) for name in names}, devices=devices)
-    for run in options.fit or ():
+    runs = [run for run in options.fit or () if not run.is_file()]  # runs/* may name a file among them
+    for run in runs:
         if not run.is_dir():
             raise UserError(f"--fit {run}: no such folder. Give folders of finished runs, such as runs/*.")
-    found = fit(*read_points(options.fit)) if options.fit else None
+    if options.fit and not runs:
+        raise UserError(f"--fit {options.fit[0]}: a file. Give folders of finished runs, such as runs/*.")
+    found = fit(*read_points(runs)) if runs else None
     told: dict[str, Any] = {"fit": _as_json(found)} if found else {}
     asked = any(getattr(options, name) is not None for name in names)
     if asked or not found:
@@ -49,33 +52,40 @@ def _table(told: dict[str, Any], own: bool) -> list[str]:
         used = f"at {told['utilisation']:.0%} of its bf16 peak; --utilisation if you know better"
         rows += [("time", duration(told["hours"] * 3600), f"on {told['device']}, {used}"), ("cost", cost, "")]
     law = "the law fitted to your runs" if own else "Chinchilla's law, nats a token of its own data and tokenizer"
-    larger = max(("finite_model", "finite_data"), key=lambda name: terms[name])
-    what = {"finite_model": "a larger model", "finite_data": "more data"}[larger]
+    what = "a larger model" if terms["finite_model"] > terms["finite_data"] else "more data"
+    helps = f"; {what} helps most" if best else ""
     rows += [
         ("loss", f"{sum(terms.values()):.3f}", law),
         ("  finite model", f"{terms['finite_model']:.3f}", "what a model without end would save"),
-        ("  finite data", f"{terms['finite_data']:.3f}", f"what data without end would save; {what} helps most"),
+        ("  finite data", f"{terms['finite_data']:.3f}", f"what data without end would save{helps}"),
         ("  irreducible", f"{terms['irreducible']:.3f}", "the text's own uncertainty"),
-        (
-            "best by the law",
-            f"{quantity(best['params'])} on {quantity(best['tokens'])}",
-            f"for these FLOPs: loss {best['loss']:.3f}, {best['tokens'] / best['params']:.3g} tokens a parameter",
-        ),
+        ("best by the law", *_best(best)),
         (
             f"best by {TOKENS_PER_PARAMETER} to 1",
             f"{quantity(rule['params'])} on {quantity(rule['tokens'])}",
             f"loss {rule['loss']:.3f}; the rule is by the paper's other methods; the printed constants are rounded and drift from it",
         ),
     ]
-    tenfold = told["ten_times_the_budget"]
-    grown = "how parameters and tokens should grow, by the law's exponents"
-    kaplan = "as parameters^-{params} or tokens^-{tokens}".format(**KAPLAN_LOSS_EXPONENTS)
-    rows += [
-        ("ten times the FLOPs", _times(tenfold["chinchilla"]), grown),
-        ("  by Kaplan 2020", _times(tenfold["kaplan"]), f"whose loss falls {kaplan}: by 5% for twice the parameters"),
-    ]
+    if best:
+        tenfold = told["ten_times_the_budget"]
+        grown = "how parameters and tokens should grow, by the law's exponents"
+        falls = "as parameters^-{params} or tokens^-{tokens}".format(**KAPLAN_LOSS_EXPONENTS)
+        kaplan = f"whose loss falls {falls}: by 5% for twice the parameters"
+        rows.append(("ten times the FLOPs", _times(tenfold["chinchilla"]), grown))
+        rows.append(("  by Kaplan 2020", _times(tenfold["kaplan"]), kaplan))
     width, middle = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
     return [f"{name:<{width}}  {value:<{middle}}  {why}".rstrip() for name, value, why in rows]
+
+
+def _best(best: dict[str, float] | None) -> tuple[str, str]:
+    if best is None:
+        return (
+            "not known",
+            "these runs do not tell the best division: by them parameters, or tokens, cost no loss at all",
+        )
+    ratio = best["tokens"] / best["params"]
+    why = f"for these FLOPs: loss {best['loss']:.3f}, {ratio:.3g} tokens a parameter"
+    return f"{quantity(best['params'])} on {quantity(best['tokens'])}", why
 
 
 def _times(factors: dict[str, float]) -> str:

@@ -95,6 +95,10 @@ def _split(text: str) -> tuple[str, int]:
     if given in known:
         return given, 1
     found = re.fullmatch(r"(.+)x(\d+)", given)
+    if found and found[1] == _CPU:
+        raise UserError(
+            f"--device {text}: this machine's CPU is one device, all its cores together. Give --device cpu."
+        )
     if found and found[1] in known:
         return found[1], int(found[2])
     raise UserError(

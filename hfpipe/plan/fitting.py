@@ -14,7 +14,7 @@ from hfpipe.plan.shapes import read_config, read_shape
 
 _DRAWS = 200  # of the bootstrap
 _EXPONENTS = (0.02, 1.5)  # searched
-_STEPS, _ZOOMS = 24, 7  # points along each exponent, and how often the grid is laid anew around the best of them
+_NEAR = 2  # a resampled exponent is searched from the fitted one divided by this to the fitted one times this
 
 
 class Point(NamedTuple):
@@ -106,50 +106,77 @@ def fit(points: Sequence[Point], notes: Sequence[str] = (), seed: int = 0) -> Fi
     import numpy as np
 
     free, why = choose_free(points)
-    law, error = _solve(points, free)
+    low, high = np.log(_EXPONENTS)
+    whole = {"middle": [(low + high) / 2] * 2, "width": high - low, "steps": 24, "shrink": 0.3, "zooms": 9}
+    law, error = _solve(points, free, np.ones((1, len(points))), **whole)
     rng = np.random.default_rng(seed)
-    draws = []
+    counts = []
     for _ in range(_DRAWS):
-        drawn = [points[i] for i in rng.integers(len(points), size=len(points))]
+        drawn = rng.integers(len(points), size=len(points))
         try:
-            if choose_free(drawn)[0] == free:
-                draws.append(_solve(drawn, free, zooms=3)[0])
+            if choose_free([points[i] for i in drawn])[0] == free:
+                counts.append(np.bincount(drawn, minlength=len(points)))
         except UserError:
             continue
     intervals = {}
-    for name in free if len(draws) >= _DRAWS // 4 else ():
-        low, high = np.quantile([getattr(draw, name) for draw in draws], [0.025, 0.975])
-        intervals[name] = (float(low), float(high))
+    if len(counts) >= _DRAWS // 4:
+        middle = np.log([law["a"][0], law["b"][0]])
+        near = {"middle": middle, "width": 2 * np.log(_NEAR), "steps": 7, "shrink": 0.6, "zooms": 20}
+        draws, _ = _solve(points, free, np.array(counts, float), **near)
+        for name in free:
+            # Of exact points all draws are the estimate, to the search's own grain: that is no error of sampling.
+            least, most = np.quantile(draws[name], [0.025, 0.975])
+            intervals[name] = (float(min(least, law[name][0])), float(max(most, law[name][0])))
     told = [*notes]
     if not intervals:
         told.append("Too few runs for intervals: resampled, they seldom still tell the constants apart.")
-    return Fit(law, intervals, free, why, error, tuple(points), tuple(told))
+    found = Law(**{name: float(value[0]) for name, value in law.items()})
+    return Fit(found, intervals, free, why, float(np.sqrt(error[0] / len(points))), tuple(points), tuple(told))
 
 
-def _solve(points: Sequence[Point], free: tuple[str, ...], zooms: int = _ZOOMS) -> tuple[Law, float]:
+def _solve(
+    points: Sequence[Point],
+    free: tuple[str, ...],
+    counts: Any,
+    *,
+    middle: Any,
+    width: float,
+    steps: int,
+    shrink: float,
+    zooms: int,
+) -> tuple[dict[str, Any], Any]:
+    """The constants, (draws,) each, and the sums of squared relative errors.
+
+    Args:
+        counts: (draws, points), how often each point counts.
+        middle: logarithms of a and b that the first grid lies around.
+        width: of that grid, in the logarithm; each further one is `shrink` times as wide and lies around the best so far.
+        steps: points of a grid along each exponent.
+    """
     import numpy as np
 
-    low, high = np.log(_EXPONENTS)
-    fixed = {"a": np.array([CHINCHILLA.a]), "b": np.array([CHINCHILLA.b])}
-    best: dict[str, Any] = {}
+    rows, grid = len(counts), np.linspace(-0.5, 0.5, steps)
+    best: dict[str, Any] = {"error": np.full(rows, np.inf)}
+    middles = {name: np.full(rows, value) for name, value in zip(("a", "b"), middle, strict=True)}
     for zoom in range(zooms):
-        width = (high - low) * 0.3**zoom
         axes = []
         for name in ("a", "b"):
-            middle = np.log(best[name]) if best else (low + high) / 2
-            span = np.linspace(max(middle - width / 2, low), min(middle + width / 2, high), _STEPS)
-            axes.append(np.exp(span) if name in free else fixed[name])
-        a, b = (axis.ravel() for axis in np.meshgrid(*axes, indexing="ij"))
-        coefficients, errors = _project(points, a, b, free)
-        i = int(np.argmin(errors))
-        if not best or errors[i] <= best["error"]:
-            E, A, B = coefficients[i]
-            best = {"E": E, "A": A, "B": B, "a": a[i], "b": b[i], "error": errors[i]}
-    error = float(np.sqrt(best.pop("error") / len(points)))
-    return Law(**{name: float(value) for name, value in best.items()}), error
+            axis = np.exp(np.clip(middles[name][:, None] + width * shrink**zoom * grid, *np.log(_EXPONENTS)))
+            axes.append(axis if name in free else np.full((rows, 1), getattr(CHINCHILLA, name)))
+        a, b = (np.repeat(axes[0], axes[1].shape[1], axis=1), np.tile(axes[1], axes[0].shape[1]))
+        pairs = a.shape[1]
+        coefficients, errors = _project(points, a.ravel(), b.ravel(), free, np.repeat(counts, pairs, axis=0))
+        chosen = np.arange(rows) * pairs + np.argmin(errors.reshape(rows, pairs), axis=1)
+        better = errors[chosen] <= best["error"]
+        now = dict(zip(("E", "A", "B"), coefficients[chosen].T, strict=True))
+        now |= {"a": a.ravel()[chosen], "b": b.ravel()[chosen], "error": errors[chosen]}
+        best = {name: np.where(better, value, best.get(name, value)) for name, value in now.items()}
+        middles = {name: np.log(best[name]) for name in ("a", "b")}
+    error = best.pop("error")
+    return best, error
 
 
-def _project(points: Sequence[Point], a: Any, b: Any, free: tuple[str, ...]) -> tuple[Any, Any]:
+def _project(points: Sequence[Point], a: Any, b: Any, free: tuple[str, ...], counts: Any) -> tuple[Any, Any]:
     """The best non-negative E, A, B for each pair of exponents, (pairs, 3), and the sums of squared relative errors."""
     import itertools
 
@@ -157,30 +184,34 @@ def _project(points: Sequence[Point], a: Any, b: Any, free: tuple[str, ...]) -> 
 
     losses = np.array([p.loss for p in points])
     # Columns near 1 whatever the exponents: A and B are scaled back at the end.
-    sizes = np.array([p.params for p in points])
-    lengths = np.array([p.tokens for p in points])
-    n0, d0 = np.exp(np.log(sizes).mean()), np.exp(np.log(lengths).mean())
+    sizes = np.log([p.params for p in points])
+    lengths = np.log([p.tokens for p in points])
+    n0, d0 = sizes.mean(), lengths.mean()
     columns = np.stack(
         [
             np.broadcast_to(1 / losses, (len(a), len(points))),
-            (sizes / n0)[None] ** -a[:, None] / losses,
-            (lengths / d0)[None] ** -b[:, None] / losses,
+            np.exp(-a[:, None] * (sizes - n0)) / losses,
+            np.exp(-b[:, None] * (lengths - d0)) / losses,
         ],
         axis=-1,
     )  # (pairs, points, 3)
+    weights = np.sqrt(counts)
+    columns *= weights[..., None]
     used = [i for i, name in enumerate(("E", "A", "B")) if name in free]
     found, errors = np.zeros((len(a), 3)), np.full(len(a), np.inf)
-    for size in range(1, len(used) + 1):
-        for subset in itertools.combinations(used, size):
-            x = columns[:, :, subset]
+    left = np.arange(len(a))
+    for size in range(len(used), 0, -1):
+        for subset in map(list, itertools.combinations(used, size)):
+            x, y = columns[left][:, :, subset], weights[left]
             gram = np.einsum("kpi,kpj->kij", x, x) + 1e-13 * np.eye(size)
-            right = np.einsum("kpi->ki", x)
-            solved = np.linalg.solve(gram, right[..., None])[..., 0]
-            error = ((np.einsum("kpi,ki->kp", x, solved) - 1) ** 2).sum(axis=1)
-            better = (solved >= 0).all(axis=1) & (error < errors)
-            errors = np.where(better, error, errors)
-            whole = np.zeros((len(a), 3))
-            whole[:, subset] = solved
-            found = np.where(better[:, None], whole, found)
-    scale = np.stack([np.ones_like(a), n0**a, d0**b], axis=-1)
+            solved = np.linalg.solve(gram, np.einsum("kpi,kp->ki", x, y)[..., None])[..., 0]
+            error = ((np.einsum("kpi,ki->kp", x, solved) - y) ** 2).sum(axis=1)
+            better = (solved >= 0).all(axis=1) & (error < errors[left])
+            changed = left[better]
+            errors[changed] = error[better]
+            found[changed] = 0
+            found[np.ix_(changed, subset)] = solved[better]
+        if size == len(used):  # where all terms are at least 0 anyway, no fewer do better
+            left = left[np.isinf(errors)]
+    scale = np.stack([np.ones_like(a), np.exp(a * n0), np.exp(b * d0)], axis=-1)
     return found * scale, errors

@@ -47,12 +47,19 @@ class Quote:
     unknown: tuple[str, ...]
 
 
-def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: Devices | None = None) -> Quote:
+def quote_stage(
+    recipe: Recipe,
+    stage: Stage,
+    run: Path | None = None,
+    devices: Devices | None = None,
+    full_rows: bool = False,
+) -> Quote:
     """The quote for a stage that trains.
 
     Args:
         run: a run's folder: what its finished stages know of their tokenizer is used.
         devices: what it would run on; by default this machine's CPU.
+        full_rows: as `plan_work` has it.
     """
     devices = devices or find_devices("cpu")
     ranks = devices.count if devices.count > 1 else recipe.pipeline.launch.processes or 1
@@ -66,7 +73,7 @@ def quote_stage(recipe: Recipe, stage: Stage, run: Path | None = None, devices: 
 
     seed = recipe.pipeline.seed
     sizes = tuple(estimate_size(s, s.as_ or stage.type.rows, "train", seed) for s in stage.data.train)
-    work = plan_work(stage, ranks, bytes_per_token, sizes, _parent_tokens(recipe, stage, run, devices))
+    work = plan_work(stage, ranks, bytes_per_token, sizes, _parent_tokens(recipe, stage, run, devices), full_rows)
     trained = shape and read_trained(shape, stage.sections.get("regularize"), stage.adapter, control)
     dtype = _dtype(stage, devices)
     sharding = _sharding(recipe)

@@ -48,8 +48,13 @@ class Law:
     def loss(self, params: float, tokens: float) -> float:
         return sum(self.terms(params, tokens).values())
 
-    def best(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens of the lowest loss for a budget of FLOPs, by the closed form."""
+    def best(self, flops: float) -> tuple[float, float] | None:
+        """Parameters and tokens of the lowest loss for a budget of FLOPs, by the closed form.
+
+        None where one of them costs nothing by this law (A or B is 0): it would grow without end.
+        """
+        if not (self.A and self.B):
+            return None
         g = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
         product = flops / FLOPS_PER_PARAMETER_AND_TOKEN
         return g * product ** (self.b / (self.a + self.b)), product ** (self.a / (self.a + self.b)) / g
@@ -139,7 +144,7 @@ def describe(budget: Budget, law: Law = CHINCHILLA) -> dict[str, Any]:
     params, tokens, flops = budget.params, budget.tokens, budget.flops
     best, rule = law.best(flops), by_ratio(flops)
     kaplan = {name: 10**exponent for name, exponent in KAPLAN_EXPONENTS.items()}
-    ours = {"params": 10 ** (law.b / (law.a + law.b)), "tokens": 10 ** (law.a / (law.a + law.b))}
+    ours = best and {"params": 10 ** (law.b / (law.a + law.b)), "tokens": 10 ** (law.a / (law.a + law.b))}
     return {
         "params": params,
         "tokens": tokens,
@@ -152,7 +157,7 @@ def describe(budget: Budget, law: Law = CHINCHILLA) -> dict[str, Any]:
         "law": {"E": law.E, "A": law.A, "B": law.B, "a": law.a, "b": law.b},
         "loss": law.loss(params, tokens),
         "loss_terms": law.terms(params, tokens),
-        "best": {"params": best[0], "tokens": best[1], "loss": law.loss(*best)},
+        "best": best and {"params": best[0], "tokens": best[1], "loss": law.loss(*best)},
         "rule_of_20": {"params": rule[0], "tokens": rule[1], "loss": law.loss(*rule)},
         "ten_times_the_budget": {"chinchilla": ours, "kaplan": kaplan},
     }

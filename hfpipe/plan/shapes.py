@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import upstream
+from hfpipe.errors import UserError
 
 # Types whose blocks are a Llama's: separate projections, a gated MLP, RMS norms.
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
@@ -135,12 +136,22 @@ def read_shape(config: dict[str, Any], vocab_size: int | None = None, scores: bo
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The `config.json` of a model's folder, of a model with images that of its text part; None where there is none."""
+    """The `config.json` of a model's folder, of a model with images that of its text part; None where there is none.
+
+    Raises:
+        UserError: it holds no JSON, or no mapping.
+    """
     file = folder / "config.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return found.get("text_config") or found
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not readable as JSON: {error}. Fetch or save the model again.") from None
+    found = (found.get("text_config") or found) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected a mapping with model_type, found {type(found).__name__}.")
+    return found
 
 
 def block_prefix(model_type: str) -> str:

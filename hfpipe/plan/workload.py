@@ -79,7 +79,12 @@ def rows_of_pass(stage: Stage, ranks: int) -> tuple[int, int]:
 
 
 def plan_work(
-    stage: Stage, ranks: int, bytes_per_token: float, sizes: Sequence[Size], parent_tokens: float | None = None
+    stage: Stage,
+    ranks: int,
+    bytes_per_token: float,
+    sizes: Sequence[Size],
+    parent_tokens: float | None = None,
+    full_rows: bool = False,
 ) -> Work:
     """Rows, tokens and steps of a stage.
 
@@ -88,12 +93,15 @@ def plan_work(
         bytes_per_token: of the tokenizer, to reckon tokens with.
         sizes: what is known of each training source.
         parent_tokens: that the stage's parent trains on, of which an annealing takes its share.
+        full_rows: where the rows' length is not known, take them to be as long as they may be.
     """
     length = row_length(stage)
     per_device, accumulation = rows_of_pass(stage, ranks)
     together = per_device * accumulation * ranks
     given = option(stage, "max_steps") or -1
     rows, mean, why = _rows(stage, sizes, length, bytes_per_token)
+    if mean is None and full_rows:
+        mean = float(length * (2 if stage.type.rows == "preference" else 1))
     annealing, exact = anneals(stage), given > 0
     if annealing and parent_tokens and mean:
         given = annealing_steps(annealing.share, parent_tokens, together * mean)
