@@ -7,7 +7,7 @@ import pytest
 from hfpipe.config import load_recipe, shipped_recipes
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.stages import stage_types
-from hfpipe.yaml_files import load_yaml
+from hfpipe.yaml_files import load_yaml, parse_value
 
 from .conftest import ROOT, hfpipe
 
@@ -139,6 +139,11 @@ def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
     file.write_text("rate: 1\nrate: 2\n")
     with pytest.raises(UserError, match=r"a\.yaml:2:1: .*duplicate key"):
         load_yaml(file)
+    file.write_text("name: 2026-13-45\n")
+    with pytest.raises(UserError, match=r"a\.yaml: a value looks like a date and is none"):
+        load_yaml(file)
+    with pytest.raises(UserError, match="'2026-13-45' is not readable as a YAML value"):
+        parse_value("2026-13-45")
     file.write_text("a: [1, 2\nb: 3\n")
     with pytest.raises(UserError, match=r"a\.yaml:2:\d+: not readable as YAML"):
         load_yaml(file)

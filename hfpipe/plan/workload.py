@@ -139,7 +139,7 @@ def _rows(
     stage: Stage, sizes: Sequence[Size], length: int, bytes_per_token: float
 ) -> tuple[int | None, float | None, str | None]:
     """Rows of an epoch, tokens of one of them in the mean (a pair's answers together), what is missing."""
-    unknown = [s.path for s, size in zip(stage.data.train, sizes, strict=True) if size.rows is None]
+    unknown = [s.path for s, size in zip(stage.data.train, sizes, strict=True) if not (size.rows and size.sample)]
     if unknown:
         return None, float(length) if packs(stage) else None, f"the rows of {', '.join(unknown)} are not known yet"
     means = [_tokens(size.bytes_per_row, size.messages_per_row, size, bytes_per_token) for size in sizes]
