@@ -203,7 +203,9 @@ def test_rows_that_become_harder_by_plan_are_no_spike(place, kind):
 def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
     """One of twelve pairs is the wrong way round: where the others' losses are near 0, it alone is many times their median."""
     pairs = [(f"{a} {p}?", "Yes.", "No.") for a in ANIMALS for p in PLACES for _ in "ab"]
-    turned = [(f"{asked}{n}", *((bad, good) if n % 12 == 11 else (good, bad))) for n, (asked, good, bad) in enumerate(pairs)]
+    turned = [
+        (f"{asked}{n}", *((bad, good) if n % 12 == 11 else (good, bad))) for n, (asked, good, bad) in enumerate(pairs)
+    ]
     lines = [json.dumps({"prompt": asked, "chosen": good, "rejected": bad}) + "\n" for asked, good, bad in turned]
     (place / "data" / "pairs.jsonl").write_text("".join(lines))
     recipe = place / "pairs"

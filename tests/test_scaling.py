@@ -59,6 +59,14 @@ def test_any_one_figure_gives_the_rest():
     assert scale("--flops", "1.2e20", "--tokens", "1e10")["params"] == pytest.approx(2e9)
 
 
+@pytest.mark.parametrize(
+    ("given", "option", "value"), [("1e21", "--flops", "1e21"), ("24h", "--hours", "24"), ("$100", "--dollars", "100")]
+)
+def test_a_budget_is_of_flops_hours_or_money(given, option, value):
+    device = ["--device", "h100"]
+    assert scale("--budget", given, *device) == scale(option, value, *device)
+
+
 def test_ten_times_the_budget():
     grown = scale("--flops", "1e20")["ten_times_the_budget"]
     assert grown["chinchilla"]["params"] == pytest.approx(10 ** (0.28 / 0.62))
@@ -77,6 +85,7 @@ def test_ten_times_the_budget():
         (["--params", "1e9", "--tokens", "1e9", "--flops", "1e18"], "Leave one out"),
         (["--params", "0"], "--params 0: expected a finite number above 0"),
         (["--params", "seven"], "seven is not a number such as"),
+        (["--budget", "24 days"], "24 days is not FLOPs such as 1e21, hours such as 24h or $100"),
         (["--params", "1e9", "--device", "h1000"], "Did you mean `h100`?"),
         (["--params", "1e9", "--device", "h100x0"], "expected one device or more"),
         (["--params", "1e9", "--device", "h100", "--utilisation", "40"], "40 is not a share"),

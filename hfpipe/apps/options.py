@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
@@ -51,12 +52,30 @@ def add_device_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--price", type=number, metavar="USD", help="of one device and hour, in place of the table's")
 
 
+class _Budget(argparse.Action):
+    """`1e21`, `24h` or `$100` as the option that each of them stands for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, value: Any, option: str | None = None) -> None:
+        name, digits = "flops", value
+        if value.startswith("$"):
+            name, digits = "dollars", value[1:]
+        elif value.endswith("h"):
+            name, digits = "hours", value[:-1]
+        try:
+            setattr(namespace, name, number(digits))
+        except argparse.ArgumentTypeError:
+            raise argparse.ArgumentError(
+                self, f"{value} is not FLOPs such as 1e21, hours such as 24h or $100"
+            ) from None
+
+
 def add_budget_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--params", type=count, metavar="N", help="parameters, such as 125M or 7e9")
     command.add_argument("--tokens", type=count, metavar="D", help="tokens of training, such as 2.5B")
     command.add_argument("--flops", type=number, metavar="C", help="a budget of FLOPs, such as 1e21")
     command.add_argument("--hours", type=number, metavar="H", help="a budget of hours on --device")
     command.add_argument("--dollars", type=number, metavar="USD", help="a budget of money on --device")
+    command.add_argument("--budget", action=_Budget, metavar="C | 24h | $100", help="one of the three before")
     add_device_options(command)
 
 

@@ -229,7 +229,9 @@ class Guard(TrainerCallback):
     # --- evaluations ---
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.kept = state.stateful_callbacks.setdefault(_STATE, {"losses": [], "high": [], "since": [0.0, 0], "evaluations": []})
+        self.kept = state.stateful_callbacks.setdefault(
+            _STATE, {"losses": [], "high": [], "since": [0.0, 0], "evaluations": []}
+        )
         if state.best_global_step and not (Path(args.output_dir) / f"checkpoint-{state.best_global_step}").is_dir():
             state.best_metric = state.best_global_step = None  # set aside: others may be the best now
         if self.first and self.section.rehearse and not state.global_step:
