@@ -75,7 +75,7 @@ def add_budget_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--flops", type=number, metavar="C", help="a budget of FLOPs, such as 1e21")
     command.add_argument("--hours", type=number, metavar="H", help="a budget of hours on --device")
     command.add_argument("--dollars", type=number, metavar="USD", help="a budget of money on --device")
-    command.add_argument("--budget", action=_Budget, metavar="C | 24h | $100", help="one of the three before")
+    command.add_argument("--budget", action=_Budget, metavar="C", help="one of the three before: 1e21, 24h or '$100'")
     add_device_options(command)
 
 
