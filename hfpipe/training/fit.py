@@ -44,6 +44,11 @@ def build_args(job: Job, config_class: type, progress: Progress, **ours: Any) ->
         progress.note(f"activation_checkpointing: false, since {job.stage.adapter.type} keeps its tokens in the cache")
     args = construct_args(job.stage, str(job.checkpoints), job.recipe.pipeline.seed, **ours)
     assert isinstance(args, config_class)
+    if args.n_gpu > 1:  # upstream would cut each batch for threads of this process, beside what was planned
+        progress.note(
+            f"{args.n_gpu} devices are there and one is used: launch.processes: {args.n_gpu} in pipeline.yaml takes them all"
+        )
+        args._n_gpu = 1
     return args
 
 
