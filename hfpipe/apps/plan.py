@@ -23,8 +23,10 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
         rehearse(recipe, run, rows, devices)
     ahead = [row for row in rows if row["trains"] and row.get("seconds")]
     seconds = sum(row["seconds"] for row in ahead)
+    measured_on = (row.get("measured", {}).get("device", "cpu") for row in rows)
+    label = next((device for device in measured_on if device != "cpu"), devices.label)
     if options.json:
-        total = {"seconds": seconds, "dollars": devices.cost(seconds), "device": devices.label}
+        total = {"seconds": seconds, "dollars": devices.cost(seconds), "device": label}
         sources = {"device_source": devices.source, "price_source": devices.price_source}
         told = {"recipe": recipe.name, "run": str(run), "notes": _notes(recipe, devices)}
         print(json.dumps({**told, "total": total | sources, "stages": rows}, indent=2))
@@ -38,7 +40,7 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
         cost = devices.cost(seconds)
         price = f", {money(cost)} ({devices.price_source})" if cost is not None else ""
         print(
-            f"{'total':<10} about {duration(max(seconds, 1))} of training on {devices.label}{_measured(rows)}{price}; "
+            f"{'total':<10} about {duration(max(seconds, 1))} of training on {label}{_measured(rows)}{price}; "
             "scoring comes on top"
         )
     print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")

@@ -114,7 +114,7 @@ def _try(job: Job, trainer: Trainer, key: str | None, act: Callable[[int], Any],
     alone = args.world_size == 1  # one process of several cannot try by itself: the others would wait for it
     # With a quarter to spare: a process that begins anew lays its memory out otherwise.
     spared = (n for n in smaller if _attempt(trainer, act, n + n // 4) is None)
-    fitting = next(spared, None) if alone else max(given // 2, 1)
+    fitting = next(spared, None) if alone else next((n for n in smaller if n <= given // 2), 1)
     if fitting is None:
         raise UserError(f"{told}Not even one row does. Lower max_length, or set trainer.gradient_checkpointing: true.")
     told += f"trainer.{key}: {fitting} {'fits' if alone else 'may fit'}"
