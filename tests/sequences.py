@@ -59,6 +59,7 @@ class Sequences:
         self.blows: list[str] = []
         self.state = {"data": 0, "pretrain": RATES[0], "sft": RATES[0]}
         self.clean: dict[str, dict[str, str]] = {}
+        self.took = 2.0  # seconds of a run from nothing: kills fall anywhere in one, however fast the machine is
         self.counts = dict.fromkeys(("sequences", "runs", "kills", "corruptions", "changes", "resumed"), 0)
 
     def load(self):
@@ -73,8 +74,9 @@ class Sequences:
         """What a run from nothing leaves; made once for each state."""
         key = json.dumps(self.state)
         if key not in self.clean:
-            run = self.folder / f"clean-{len(self.clean)}"
+            run, began = self.folder / f"clean-{len(self.clean)}", time.monotonic()
             self.finish(run)
+            self.took = time.monotonic() - began
             self.clean[key] = files_of(run)
             shutil.rmtree(run)
         return self.clean[key]
@@ -89,7 +91,7 @@ class Sequences:
         over = threading.Event()
 
         def killer() -> None:
-            if over.wait(self.rng.random() * 1.6):
+            if over.wait(self.rng.random() * self.took):
                 return
             for pid in newest_child(self.run):
                 try:
