@@ -57,6 +57,32 @@ def write(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+def test_repetition_is_judged_as_upstream_judges_it():
+    """Texts in which passages come again, of every length, beside signs, numbers and letters of several alphabets."""
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import GopherRepetitionFilter
+
+    from hfpipe.training import curate
+
+    rng, found = random.Random(1), {True: 0}
+    words = [*ENGLISH.split(), *GERMAN.split(), "don't", "...", "a", "aa", "3.14", "日本", "🙂", "x" * 40]
+    options = {"language": curate.Words(), "dup_line_char_frac": 0.9, "dup_line_frac": 0.9}
+    ours, theirs = curate.GopherRepetitionFilter(**options), GopherRepetitionFilter(**options)
+    for _ in range(1500):
+        text = rng.choices(words, k=rng.randint(0, 200))
+        for _ in range(rng.randint(0, 6) if text else 0):
+            start = rng.randrange(len(text))
+            place = rng.randrange(len(text))
+            text[place:place] = text[start : start + rng.randint(1, 14)]
+        doc = Document(text=rng.choice([" ", " ", "", "\n"]).join(text), id="")
+        verdict = theirs.filter(doc)
+        assert ours.filter(doc) == verdict, doc.text
+        reason = verdict if verdict is True else verdict[1]
+        found[reason] = found.get(reason, 0) + 1
+    assert found[True] > 200, found
+    assert found.keys() >= {f"top_{n}_gram" for n in (2, 3, 4)} | {f"duplicated_{n}_n_grams" for n in range(5, 11)}
+
+
 class Corpus:
     """A recipe beside its curate.yaml, and a corpus of clean documents with planted faults."""
 

@@ -128,7 +128,8 @@ def _steps(
     from hfpipe.training import curate
 
     excluded = root / MADE / EXCLUDED
-    known = {name: getattr(filters, name) for name in _FILTERS} | {"LanguageFilter": curate.LanguageFilter}
+    known = {name: getattr(filters, name) for name in _FILTERS}
+    known |= {cls.__name__: cls for cls in (curate.GopherRepetitionFilter, curate.LanguageFilter)}
     steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
     for number, given in enumerate(section.filters):
         where, name = f"{file}: filters[{number}]", str(given.get("type"))
