@@ -71,6 +71,16 @@ def unread(section: Model, parent: dict[str, Any]) -> str | None:
     return None
 
 
+def misread(config: dict[str, Any], default: dict[str, Any]) -> str | None:
+    """What transformers reads past in a new model's own parameters, laid out otherwise than its type's `default` ones."""
+    given, usual = config.get("rope_parameters") or {}, default.get("rope_parameters") or {}
+    by_layer = [kind for kind, one in given.items() if isinstance(one, dict)]
+    if not by_layer or len(by_layer) == len(given):
+        return None
+    expected = f"by layer type: {', '.join(usual)}" if _is_by_layer(usual) else "without layer types: it has one RoPE"
+    return f"model.config.rope_parameters: give them to a {config['model_type']} {expected}."
+
+
 def _is_by_layer(parameters: dict[str, Any]) -> bool:
     return any(isinstance(one, dict) or str(kind).endswith("_attention") for kind, one in parameters.items())
 

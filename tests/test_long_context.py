@@ -178,6 +178,14 @@ def test_what_is_wrong_is_told_by_the_plan(folder, changes, message):
             "gemma_yarn.yaml: model.rope_parameters is for chunked_attention, of which a gemma3_text has no RoPE: give it by "
             "layer type: full_attention, sliding_attention.",
         ),
+        (
+            "llama.model.config.rope_parameters={full_attention: {rope_type: default, rope_theta: 500.0}}",
+            "llama.yaml: model.config.rope_parameters: give them to a llama without layer types: it has one RoPE.",
+        ),
+        (
+            "gemma.model.config.rope_parameters={rope_type: default, rope_theta: 500.0}",
+            "gemma.yaml: model.config.rope_parameters: give them to a gemma3_text by layer type: full_attention, sliding_at",
+        ),
         ("evaluate.needle.fact=Here in this small town, of which we have told you so much, and where we are so very fond of each other, as everybody knows, lives our good old {name} {word}.", "no prompt of 40 tokens"),
     ],
 )  # fmt: skip

@@ -76,10 +76,10 @@ def test_devices_share_the_steps_and_cost_what_they_cost():
 def test_devices_that_a_run_would_not_take_are_told():
     told = hfpipe("plan", "micro", "--device", "h100x8").stdout
     assert "8 devices need launch.processes: 8 in pipeline.yaml; as it is, a run takes 1" in told
-    assert (
-        "launch"
-        not in hfpipe("plan", "micro", "--device", "h100x8", "--set", "launch.processes=8").stdout.split("\n")[1]
-    )
+    for device, told in (("h100x8", False), ("h100", True), ("cpu", False)):
+        second = hfpipe("plan", "micro", "--device", device, "--set", "launch.processes=8").stdout.split("\n")[1]
+        assert ("launch.processes is 8" in second) == told
+        assert ("of all: --device h100x8" in second) == told
 
 
 def test_dpo_and_ppo_pay_for_their_other_passes():

@@ -47,8 +47,14 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
 
 
 def _notes(recipe: Recipe, devices: Devices) -> list[str]:
-    if devices.count in (1, processes := processes_now(recipe)):
+    processes = processes_now(recipe)
+    if devices.count == processes or devices.key == "cpu":
         return []
+    if devices.count == 1:
+        return [
+            f"note: launch.processes is {processes}, a device each, and this is the time and the price of one {devices.name}; "
+            f"of all: --device {devices.key}x{processes}"
+        ]
     return [
         f"note: {devices.count} devices need launch.processes: {devices.count} in pipeline.yaml; "
         f"as it is, a run takes {processes}"

@@ -13,7 +13,7 @@ import torch
 from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
-from hfpipe.rope import changes, is_dynamic, scales, unread
+from hfpipe.rope import changes, is_dynamic, misread, scales, unread
 from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
@@ -199,7 +199,7 @@ def try_scaling(job: Job, about_to_run: Collection[str]) -> None:
     lineage = [job]
     while not lineage[-1].stage.model.config and (parent := job.recipe.parent(lineage[-1].stage)):
         lineage.append(dataclasses.replace(job, stage=parent))
-    if any(scales(one.stage.model) for one in lineage):
+    if lineage[-1].stage.model.config.get("rope_parameters") or any(scales(one.stage.model) for one in lineage):
         config = _origin_config(lineage[-1], about_to_run)
         for one in reversed(lineage):
             config = _scaled(one, config)
@@ -265,6 +265,8 @@ def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
     ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     try:
         config = AutoConfig.for_model(**options, vocab_size=given or len(tokenizer), **ids)
+        if options.get("rope_parameters") and (problem := misread(config.to_dict(), type(config)().to_dict())):
+            raise UserError(f"{job.stage.file}: {problem}")
         options = (
             {"attn_implementation": job.stage.model.attn_implementation} if job.stage.model.attn_implementation else {}
         )
