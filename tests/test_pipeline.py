@@ -157,6 +157,23 @@ def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     assert {row["status"] for row in plan("micro", "--out", run).values()} == {"done"}
 
 
+@pytest.mark.parametrize(
+    ("command", "threads"),
+    [
+        ("accelerate.commands.launch --num_processes 1 -m hfpipe.stages.tokenizer", len(os.sched_getaffinity(0))),
+        ("hfpipe.stages.tokenizer", 1),
+    ],
+)
+def test_a_stage_alone_has_the_threads_that_its_user_asked_for(tmp_path, command, threads):
+    """A shell's own environment, as the kernel has it, does not show what was exported in it."""
+    asked = "export OMP_NUM_THREADS=1; " if threads == 1 else ""
+    line = f"{asked}{sys.executable} -m {command} stage_configs/micro/tokenizer.yaml --out {tmp_path / 'run'}; exit $?"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert stage_json(tmp_path / "run" / "tokenizer")["machine"]["threads"] == threads
+
+
 def test_weights_on_disk_are_scored_and_not_trained_again(run_copy):
     """Killed between training and scoring: the next run only scores."""
     folder, partial = run_copy / "dpo", run_copy / "dpo.partial"

@@ -33,7 +33,10 @@ def use_all_cores_alone() -> None:
     """
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or has_accelerator() or os.environ.get("OMP_NUM_THREADS") != "1":
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    if has_accelerator():
         return
     try:
         asked = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # the launcher's, as the user started it
