@@ -23,7 +23,7 @@ from hfpipe.sections import Recipe, Stage
 from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment, synth_child
 
 _START_S = 600  # until a child's first sign: importing the stack from a slow disk takes its time
-_IMPORTED_ONCE = ["torch", "transformers", "trl", "datasets", "hfpipe.training.fit", "hfpipe.evaluation.basics"]
+_IMPORTED_ONCE = ["hfpipe.stages._stack"]
 
 
 def start_server(log: Path) -> None:

@@ -138,6 +138,12 @@ def test_only_the_changed_stage_and_those_after_it_run(run_copy):
     assert [name for name in STAGES if before[name] != after[name]] == ["dpo"]
 
 
+def test_what_a_fork_server_imports_is_there():
+    """Python says nothing of a module that a fork server does not find."""
+    done = subprocess.run([sys.executable, "-c", "import hfpipe.stages._stack"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     run = tmp_path / "micro"

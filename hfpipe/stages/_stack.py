@@ -1,0 +1,31 @@
+"""The stack as all stages of a run need it: imported once, by the run's fork server, of which each stage is a fork.
+
+What was imported is then kept out of garbage collections: upstream's trainer asks for a whole one at its start and its end,
+which would go over the million objects of the stack each time.
+"""
+
+import gc
+import importlib
+
+for _name in (
+    "torch",
+    "transformers",
+    "datasets",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.sft_trainer",
+    "hfpipe.evaluation.answers",
+    "hfpipe.evaluation.basics",
+    "hfpipe.processes",
+    "hfpipe.training.adapters",
+    "hfpipe.training.fit",
+    "hfpipe.training.models",
+    "hfpipe.training.order",
+    "hfpipe.training.prepare",
+):
+    importlib.import_module(_name)
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
+
+get_checkpoint_conversion_mapping("")  # compiles some hundred patterns, once in a process
+gc.collect()
+gc.freeze()
