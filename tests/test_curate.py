@@ -62,12 +62,12 @@ def test_repetition_is_judged_as_upstream_judges_it():
     from datatrove.data import Document
     from datatrove.pipeline.filters import GopherRepetitionFilter
 
-    from hfpipe.training import curate
+    from hfpipe.training import curate, repetition
 
     rng, found = random.Random(1), {True: 0}
     words = [*ENGLISH.split(), *GERMAN.split(), "don't", "...", "a", "aa", "3.14", "日本", "🙂", "x" * 40]
     options = {"language": curate.Words(), "dup_line_char_frac": 0.9, "dup_line_frac": 0.9}
-    ours, theirs = curate.GopherRepetitionFilter(**options), GopherRepetitionFilter(**options)
+    ours, theirs = repetition.GopherRepetitionFilter(**options), GopherRepetitionFilter(**options)
     for _ in range(1500):
         text = rng.choices(words, k=rng.randint(0, 200))
         for _ in range(rng.randint(0, 6) if text else 0):

@@ -126,10 +126,11 @@ def _steps(
     import datatrove.pipeline.filters as filters
 
     from hfpipe.training import curate
+    from hfpipe.training.repetition import GopherRepetitionFilter
 
     excluded = root / MADE / EXCLUDED
     known = {name: getattr(filters, name) for name in _FILTERS}
-    known |= {cls.__name__: cls for cls in (curate.GopherRepetitionFilter, curate.LanguageFilter)}
+    known |= {cls.__name__: cls for cls in (GopherRepetitionFilter, curate.LanguageFilter)}
     steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
     for number, given in enumerate(section.filters):
         where, name = f"{file}: filters[{number}]", str(given.get("type"))
