@@ -77,7 +77,9 @@ def misread(config: dict[str, Any], default: dict[str, Any]) -> str | None:
     by_layer = [kind for kind, one in given.items() if isinstance(one, dict)]
     if not by_layer or len(by_layer) == len(given):
         return None
-    expected = f"by layer type: {', '.join(sorted(usual))}" if _is_by_layer(usual) else "without layer types: it has one RoPE"
+    expected = (
+        f"by layer type: {', '.join(sorted(usual))}" if _is_by_layer(usual) else "without layer types: it has one RoPE"
+    )
     return f"model.config.rope_parameters: give them to a {config['model_type']} {expected}."
 
 
