@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from .conftest import hfpipe
+from .conftest import OFFLINE, hfpipe
 
 
 @pytest.fixture
@@ -99,19 +99,19 @@ def test_a_folder_that_is_no_model(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_model_while_offline(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hub_model_while_offline(recipe, tmp_path):
     folder = recipe()
     (folder / "pipeline.yaml").write_text("name: micro\nstages: [sft]\n")
-    done = hfpipe("run", folder, "--out", tmp_path / "out", "--set", "sft.model.from=org/model@main", check=2)
+    command = ["run", folder, "--out", tmp_path / "out", "--set", "sft.model.from=org/model@main"]
+    done = hfpipe(*command, check=2, env=OFFLINE)
     assert "sft.yaml: model.from = 'org/model@main'" in done.stderr
     assert "Hub" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_hub_dataset_while_offline(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--set", "sft.data.train=[{path: org/rows}]", check=2)
+def test_a_hub_dataset_while_offline(recipe, tmp_path):
+    command = ["run", recipe(), "--out", tmp_path / "out", "--set", "sft.data.train=[{path: org/rows}]"]
+    done = hfpipe(*command, check=2, env=OFFLINE)
     assert "org/rows" in done.stderr
     assert "Hub cannot be reached" in done.stderr
     assert not (tmp_path / "out").exists()

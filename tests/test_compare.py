@@ -20,13 +20,12 @@ from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.sections import Source
 from hfpipe.training.templates import encode_prompts, neutralise_row, special_strings
 
-from .conftest import ROOT, TALKS, hfpipe
+from .conftest import OFFLINE, ROOT, TALKS, hfpipe
 
 # --- lm-evaluation-harness ---
 
 
-def test_a_task_of_the_harness_stands_in_the_scorecard(micro_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_task_of_the_harness_stands_in_the_scorecard(micro_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
     tasks = tmp_path / "tasks"
@@ -42,13 +41,15 @@ def test_a_task_of_the_harness_stands_in_the_scorecard(micro_run, tmp_path, monk
         "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
     )
     options = ["--harness", "two_capitals", "--include-path", tasks]
-    told = json.loads(hfpipe("eval", run / "sft", *options, "--json").stdout)["capabilities"]
+    told = json.loads(hfpipe("eval", run / "sft", *options, "--json", env=OFFLINE).stdout)["capabilities"]
     score = told["harness/two_capitals"]
     assert score["n"] == 8
     assert score["metric"] == "acc,none"
     assert 0 <= score["low"] <= score["score"] <= score["high"]
     assert "harness/two_capitals" in hfpipe("report", run).stdout
-    told = hfpipe("eval", run / "sft", "--harness", "two_capitols", "--include-path", tasks, check=2).stderr
+    told = hfpipe(
+        "eval", run / "sft", "--harness", "two_capitols", "--include-path", tasks, check=2, env=OFFLINE
+    ).stderr
     assert "Did you mean `two_capitals`?" in told
 
 
@@ -86,7 +87,7 @@ def test_two_models_are_asked_the_same(learned, micro_run, tmp_path):
     assert "calculator(12 * 34)" in shown
 
 
-def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path, monkeypatch):
+def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path):
     """The README's own: a function, its name in the package's metadata, a row that names it."""
     snippet = next(
         s for s in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "brief" in s
@@ -100,13 +101,13 @@ def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path, monk
     (tmp_path / "mypackage-1.0.dist-info" / "entry_points.txt").write_text(
         "[hfpipe.checks]\nbrief = mypackage.checks:brief\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     rows = [
         {"capability": c, "messages": TALKS[1][:1], "check": {"type": "brief", "value": n}}
         for c, n in (("a", 20), ("b", 2))
     ]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json").stdout
+    path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json", env=path).stdout
     assert {name: entry["score"] for name, entry in json.loads(told)["capabilities"].items()} == {"a": 1, "b": 0}
 
 
@@ -211,9 +212,8 @@ def test_nobody_forges_a_turn_in_a_chat(learned):
 
 
 @pytest.mark.parametrize("model", ["no/where", "pretrain.yaml"])
-def test_a_chat_with_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "no model there" in hfpipe("chat", model, cwd=tmp_path, check=2).stderr
+def test_a_chat_with_nothing(model, tmp_path):
+    assert "no model there" in hfpipe("chat", model, cwd=tmp_path, check=2, env=OFFLINE).stderr
 
 
 def test_a_runs_folder_is_not_a_model(micro_run):
