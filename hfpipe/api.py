@@ -14,6 +14,7 @@ import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,11 +144,11 @@ class Model:
     """A model that answers, by the code behind `hfpipe chat` and `hfpipe eval`."""
 
     def __init__(self, source: str):
-        self._source = source
+        self._source, self._since = source, time.time_ns()
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         written = tuple(p.stat().st_mtime_ns for p in sorted(Path(self._source).expanduser().glob("*.safetensors")))
-        return _load_once(self._source, written)
+        return _load_once(self._source, written or (self._since,))
 
     def model(self) -> PreTrainedModel:
         """The model, as transformers has it: anew at each call, in eval mode, on the accelerator where there is one."""
@@ -296,5 +297,5 @@ class Run:
 
 @functools.lru_cache(maxsize=1)
 def _load_once(source: str, written: tuple[int, ...]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model spoken to last stays in memory; one that was made anew was `written` at another time."""
+    """The model spoken to last stays in memory; one made anew was `written` at another time, and a branch may have moved."""
     return load(source)

@@ -169,9 +169,14 @@ def _resolve(repo_id: str, revision: str | None, repo_type: RepoType) -> str:
     return commit
 
 
+def ask_anew() -> None:
+    """What the Hub answers holds for one command; a notebook's next one asks again, since branches move."""
+    _ask_commit.cache_clear()
+
+
 @functools.cache
 def _ask_commit(repo_id: str, revision: str | None, repo_type: RepoType) -> str:
-    """The Hub's answer, asked once in a process and written down."""
+    """The Hub's answer, asked once until `ask_anew`, and written down."""
     from huggingface_hub import HfApi
 
     commit = ask(HfApi().repo_info, repo_id, revision=revision, repo_type=repo_type, timeout=10).sha

@@ -14,7 +14,7 @@ from hfpipe.config import load_recipe
 from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import Scorecard, changes, read_scorecard, result, table
 from hfpipe.faults import explain
-from hfpipe.hub_client import tell_notes
+from hfpipe.hub_client import ask_anew, tell_notes
 from hfpipe.plan import describe_stage, warn
 from hfpipe.plan.devices import Devices
 from hfpipe.processes import logs, make_synth, prepare_stages, run_stage_process, start_server
@@ -48,6 +48,7 @@ class Planned:
 
 def open_recipe(name: str | Path, overrides: Sequence[str], out: Path | None) -> tuple[Recipe, Path]:
     """A recipe and its run's folder, after every check that reads no weights; UserError with all that is at fault."""
+    ask_anew()
     recipe = load_recipe(name, stage_types(), overrides, out)
     run = out or Path("runs") / recipe.name
     check_owner(recipe, run)

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
+
+from .warm import Warm, call
 
 # The suite runs in two processes (pytest-xdist): one thread each, or they wait for each other more than they compute.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Slices of public data: other people's, so not shipped; tests that need them skip where the folder is absent.
 REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))
 REPO_NUMBERS = itertools.count(1)
+WARM: dict[frozenset, Warm] = {}  # by their environment
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -40,35 +40,20 @@ def hfpipe(
 ) -> subprocess.CompletedProcess:
     """The command line as a user has it; `check` is the exit code that is expected.
 
-    It runs in a process of its own where a test asks for one or changes the environment, which libraries read when they
-    are imported. Otherwise in this one, where the stack is imported already: half of a small command's time is that.
+    It runs in this process, where the stack is imported already: half of a small command's time is that. Where a test
+    changes the environment, which libraries read when they are imported, or asks for it, it runs in one of its own.
     """
     command = ["hfpipe", *map(str, arguments)]
-    if own_process or env:
+    if env and frozenset(env.items()) in WARM:
+        done = subprocess.CompletedProcess(command, *WARM[frozenset(env.items())].call(command[1:], cwd or ROOT))
+    elif env or own_process:
         line = [sys.executable, "-m", *command]
         done = subprocess.run(line, cwd=cwd or ROOT, env=os.environ | (env or {}), capture_output=True, text=True)
     else:
-        done = _in_this_process(command, cwd or ROOT)
+        done = subprocess.CompletedProcess(command, *call(command[1:], cwd or ROOT))
     if check is not None:
         assert done.returncode == check, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
-
-
-def _in_this_process(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
-    from hfpipe.cli import main
-
-    out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(command[1:])
-        except SystemExit as end:  # argparse
-            code = end.code
-        except Exception:
-            traceback.print_exc()
-            code = 1
-    os.environ.clear()
-    os.environ.update(environment)
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
 
 def stage_json(folder: Path) -> dict:
@@ -134,11 +119,23 @@ def hub(request, hub_server):
     hub.reset()
 
 
+@pytest.fixture(scope="session")
+def hub_homes(tmp_path_factory):
+    """A Hugging Face cache for each of the two Hubs; the processes that use them end with the session."""
+    yield {mode: tmp_path_factory.mktemp(f"home-{mode}") for mode in ("lfs", "xet")}
+    for process in WARM.values():
+        process.close()
+
+
 @pytest.fixture
-def hub_env(hub, tmp_path) -> dict[str, str]:
-    """What makes a process use `hub` as alice, with an empty Hugging Face cache of the test's own."""
-    home = tmp_path / "hf_home"
-    return hub.env() | {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_XET_CACHE": f"{home}/xet"}
+def hub_env(request, hub, hub_homes) -> dict[str, str]:
+    """What makes a process use `hub` as alice, with an empty Hugging Face cache."""
+    home = hub_homes[request.node.callspec.params["hub"]]
+    shutil.rmtree(home, ignore_errors=True)
+    environment = hub.env() | {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_XET_CACHE": f"{home}/xet"}
+    if frozenset(environment.items()) not in WARM:
+        WARM[frozenset(environment.items())] = Warm(environment)
+    return environment
 
 
 @pytest.fixture

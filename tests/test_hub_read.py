@@ -163,6 +163,24 @@ def test_an_adapter_names_its_bases_commit(hub, hub_env, repo_id, own_run, hub_r
 # --- data sets ---
 
 
+def test_a_notebook_sees_that_a_branch_has_moved(hub, hub_env, repo_id, own_run):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    code = (
+        "import pathlib, sys, hfpipe, huggingface_hub as hub\n"
+        "repo_id, revision = sys.argv[1], 'sft'\n"
+        "def closes(): return hfpipe.load_model(f'{repo_id}@{revision}').tokenizer().eos_token\n"
+        "before = closes()\n"
+        "folder = pathlib.Path(hub.snapshot_download(repo_id, revision=revision))\n"
+        "text = (folder / 'tokenizer_config.json').read_text().replace(before, '<|end|>')\n"
+        "hub.upload_file(path_or_fileobj=text.encode(), path_in_repo='tokenizer_config.json', repo_id=repo_id, revision=revision)\n"
+        "print(before, closes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, repo_id], env=os.environ | hub_env, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["<|end_assistant|>", "<|end|>"], done.stderr
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     api = HfApi(hub.endpoint, token=TOKEN)

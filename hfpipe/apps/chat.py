@@ -13,7 +13,7 @@ from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
-from hfpipe.hub_client import locate, tell_notes
+from hfpipe.hub_client import ask_anew, locate, tell_notes
 from hfpipe.progress import printable, quiet_imports
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedMod
     from hfpipe.training.adapters import load_pretrained
 
     try:
+        ask_anew()
         folder = locate(source)
         tell_notes(lambda note: print(note, file=sys.stderr))
         with _no_bars() if is_folder else contextlib.nullcontext():

@@ -15,7 +15,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
-from hfpipe.hub_client import Unreachable, fetch
+from hfpipe.hub_client import Unreachable, ask_anew, fetch
 from hfpipe.progress import duration
 from hfpipe.publishing.hub import ERROR_FILE, note_failure, push_run
 from hfpipe.publishing.lineage import trace
@@ -148,6 +148,7 @@ def restore(source: str, out: Path | None) -> dict[str, Any]:
     Raises:
         UserError: there is no such repo, its files differ from what they should be, or `out` is taken.
     """
+    ask_anew()
     repo_id, commit, record = read_run(source)
     if record is not None:
         run = out or Path("runs") / str(record.get("recipe"))

@@ -8,7 +8,19 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import Refused, Unreachable, ask, fetch, is_commit, list_files, locate, resolve, same, split_id
+from hfpipe.hub_client import (
+    Refused,
+    Unreachable,
+    ask,
+    ask_anew,
+    fetch,
+    is_commit,
+    list_files,
+    locate,
+    resolve,
+    same,
+    split_id,
+)
 from hfpipe.sections import DEFAULT_SPLIT, Source
 from hfpipe.strict import build
 from hfpipe.training.identity import hash_source
@@ -36,6 +48,7 @@ def trace(source: str) -> list[Link]:
     Raises:
         UserError: there is no such model, or it was not made by hfpipe.
     """
+    ask_anew()
     folder, where = _read(source)
     record = _record(folder)
     if record is None:
