@@ -139,9 +139,14 @@ def test_only_the_changed_stage_and_those_after_it_run(run_copy):
 
 
 def test_what_a_fork_server_imports_is_there():
-    """Python says nothing of a module that a fork server does not find."""
-    done = subprocess.run([sys.executable, "-c", "import hfpipe.stages._stack"], capture_output=True, text=True)
+    """Python says nothing of a module that a fork server does not find. The compiler is not among what is there."""
+    code = (
+        "import hfpipe.stages._stack, sys, torch, bitsandbytes, gc\n"
+        "print('torch._inductor.compile_fx' in sys.modules, torch.compile.__module__, gc.isenabled(), gc.get_freeze_count() > 10**5)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "torch", "True", "True"]
 
 
 @pytest.mark.parametrize("name", STAGES)

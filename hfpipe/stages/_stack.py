@@ -4,13 +4,28 @@ Nothing of it is garbage. Looking for some while it is imported takes a sixth of
 for a whole collection at its start and its end, which would go over the million objects of the stack each time.
 """
 
+import functools
 import gc
 import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_compile = torch.compile
+
+
+def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """`torch.compile` that begins at a function's first call."""
+    if function is None:
+        return functools.partial(compile_later, **options)
+    compiled = functools.cache(lambda: _compile(function, **options))
+    return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
 
 gc.disable()
-
+torch.compile = compile_later  # bitsandbytes names four functions as PEFT imports it, and the compiler is a quarter of all
 for _name in (
-    "torch",
     "transformers",
     "datasets",
     "trl.trainer.dpo_trainer",
@@ -25,6 +40,7 @@ for _name in (
     "hfpipe.training.prepare",
 ):
     importlib.import_module(_name)
+torch.compile = _compile
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 

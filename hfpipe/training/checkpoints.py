@@ -48,6 +48,9 @@ def keep_whole(trainer: Trainer) -> None:
         wait()
 
     trainer._save_checkpoint = save
+    trainer.create_model_card = lambda *args, **options: (
+        None
+    )  # TRL's own, with each checkpoint; the stage's comes at its end
     trainer.add_callback(_Resumable())
 
 
