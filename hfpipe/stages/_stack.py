@@ -24,7 +24,9 @@ def compile_later(function: Callable[..., Any] | None = None, **options: Any) ->
 
 
 gc.disable()
-torch.compile = compile_later  # bitsandbytes names four functions as PEFT imports it, and the compiler is a quarter of all
+torch.compile = (
+    compile_later  # bitsandbytes names four functions as PEFT imports it, and the compiler is a quarter of all
+)
 for _name in (
     "transformers",
     "datasets",
