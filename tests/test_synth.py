@@ -356,6 +356,27 @@ def test_passing_faults_are_waited_for_and_the_key_is_written_nowhere(made, faul
     assert (cost["prompt_tokens"], cost["completion_tokens"]) == (49, 21)
 
 
+def test_answers_that_were_paid_for_outlast_a_judge_that_fails(made, faulty, tmp_path):
+    recipe, run, _ = made
+    url, seen = faulty
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("synth"))
+    settings = [
+        f"synth.sums.teacher={{endpoint: '{url}', model: '429-0'}}",
+        "synth.sums.method=judged",
+        "synth.sums.verify=[]",
+    ]
+    judge = f"synth.sums.judge={{endpoint: '{url}', model: '401-%d', threshold: 5, concurrency: 1}}"
+    command = ["data", "synth", recipe, "--out", tmp_path / "run", "--only", "sums"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    done = hfpipe(*command, "--set", judge % 8, check=2)
+    assert "HTTP Error 401" in done.stderr
+    before = len(seen)
+    assert 7 < before < 14  # seven answers, and not all of the grades
+    hfpipe(*command, "--set", judge % 8)
+    assert len(seen) == before + 7  # the grades alone
+    assert sum(map(len, rejected(tmp_path / "run", "sums").values())) == 7  # for want of a grade in what was said
+
+
 def test_prompts_that_are_not_asked_are_told_and_columns_may_hold_anything(made, faulty, tmp_path):
     recipe, run, _ = made
     asked = [{"prompt": "One?", "kind": 3}, {"prompt": "One?", "kind": 3}, {"prompt": ""}, {"prompt": None}]

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def make_rows(recipe: Recipe, name: str, run: Path, tell: Callable[[str], Any]) 
         file = work / f"part-{number:05}.json"
         if artifact.read_json(file) is None:
             tell(f"{name}: answers {number * rows_a_part * synth.samples} of {len(asked) * synth.samples}")
-            artifact.write_json(file, seat.part(part, int(artifact.digest([synth.seed, number])[:7], 16)))
+            artifact.write_json(
+                file, seat.part(part, int(artifact.digest([synth.seed, number])[:7], 16), file.with_suffix(".answers"))
+            )
     made = [artifact.read_json(work / f"part-{number:05}.json") or {} for number in range(len(parts))]
     rows = [row for part in made for row in part["rows"]]
     _decontaminate(recipe, rows)
@@ -98,14 +101,21 @@ class _Seat:
         self._teacher: Teacher | None = None
         self._score: Score | None = None
 
-    def part(self, part: list[tuple[str, Row]], seed: int) -> dict[str, Any]:
-        """What came of some prompts: `rows`, each with its verdict and the reason why it is not kept, and the cost."""
+    def part(self, part: list[tuple[str, Row]], seed: int, paid: Path) -> dict[str, Any]:
+        """What came of some prompts: `rows`, each with its verdict and the reason why it is not kept, and the cost.
+
+        The teacher's answers are written to `paid` before they are judged: a judge that fails does not lose them.
+        """
         began, self.judged = time.monotonic(), []
         if self._teacher is None:
             self._teacher, self._score = self._seated()
         synth = self.synth
         drawn = [(place, row, sample) for place, row in part for sample in range(synth.samples)]
-        answers = self._teacher.answer([_question(synth, row) for _, row, _ in drawn], seed)
+        if (kept := artifact.read_json(paid)) is None:
+            answers = self._teacher.answer([_question(synth, row) for _, row, _ in drawn], seed)
+            artifact.write_json(paid, {"answers": [asdict(answer) for answer in answers]})
+        else:
+            answers = [Answer(**answer) for answer in kept["answers"]]
         asked = [row for _, row, _ in drawn]
         if synth.judge and synth.judge.endpoint:
             with ThreadPoolExecutor(synth.judge.concurrency) as threads:
