@@ -41,7 +41,8 @@ def hfpipe(
     """The command line as a user has it; `check` is the exit code that is expected.
 
     It runs in this process, where the stack is imported already: half of a small command's time is that. Where a test
-    changes the environment, which libraries read when they are imported, or asks for it, it runs in one of its own.
+    changes the environment, which libraries read when they are imported, or asks for it, it runs in one of its own, or
+    in the one of `WARM` with that environment.
     """
     command = ["hfpipe", *map(str, arguments)]
     if env and frozenset(env.items()) in WARM:

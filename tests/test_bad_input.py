@@ -83,7 +83,8 @@ def test_a_row_without_a_prompt_or_an_answer_is_not_trained_on(sft_on):
 
 def test_a_schedule_that_upstream_refuses_is_told_before_anything_trains(recipe, tmp_path):
     setting = "dpo.trainer.lr_scheduler_kwargs={min_lr_rate: 0.1, cycles: 2}"
-    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--set", setting, check=2)
+    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--set", setting, check=2, own_process=True)
+    assert "Traceback" not in done.stderr
     assert "dpo.yaml: trainer's optimizer or schedule is refused upstream" in done.stderr
     assert "cycles" in done.stderr
     assert not (tmp_path / "out" / "pretrain").exists()
