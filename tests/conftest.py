@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 ROOT = Path(__file__).parent.parent
 # Slices of public data: other people's, so not shipped; tests that need them skip where the folder is absent.
 REAL = Path(os.environ.get("HFPIPE_REAL_DATA", ROOT.parent / "shared" / "data" / "real"))
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
 REPO_NUMBERS = itertools.count(1)
 WARM: dict[frozenset, Warm] = {}  # by their environment
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -40,7 +41,7 @@ def hfpipe(
 ) -> subprocess.CompletedProcess:
     """The command line as a user has it; `check` is the exit code that is expected.
 
-    It runs in this process, where the stack is imported already: half of a small command's time is that. Where a test
+    It runs in this process, where the stack is imported already: most of a small command's time is that. Where a test
     changes the environment, which libraries read when they are imported, or asks for it, it runs in one of its own, or
     in the one of `WARM` with that environment.
     """

@@ -25,7 +25,7 @@ from hfpipe.run_folder import damage_at
 from hfpipe.stages import stage_types
 
 MODEL = "{model_type: llama, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
-TRAINER = "{max_steps: 8, save_steps: 2, logging_steps: 5, per_device_train_batch_size: 2, learning_rate: 1.0e-2}"
+TRAINER = "{max_steps: 12, save_steps: 2, logging_steps: 5, per_device_train_batch_size: 2, learning_rate: 1.0e-2}"
 RECIPE = {
     "pipeline": "name: nano\nstages: [tokenizer, pretrain, sft]\nevaluate: {samples: 1, max_new_tokens: 4}\n",
     "tokenizer": "stage: tokenizer\ntokenizer: {vocab_size: 300}\ndata: {train: [{path: DATA/text.jsonl}]}\n",

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hfpipe.cli import main
 
-from .conftest import REAL, hfpipe, stage_json
+from .conftest import REAL, hfpipe, needs_real_data, stage_json
 from .sequences import RECIPE, write_data
 from .test_nothing_lost import checkpoints, start, wait_for
 
@@ -247,8 +247,8 @@ def test_it_needs_no_torch_and_plan_points_to_it():
 # Real data
 
 
-# Other people's data, not shipped with the project; each fault that is looked for is also planted above.
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}")
+# Each fault that is looked for is also planted above.
+@needs_real_data
 def test_real_data():
     found = sources("real-small", "--set", f"data_dir={REAL}")
     by_name = {(s["stage"], s["role"], Path(s["path"]).name): s for s in found}

@@ -19,7 +19,7 @@ from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import Probe
 from hfpipe.training.templates import load_chat_template, set_chat_template
 
-from .conftest import CALL, REAL, ROOT, TALKS, hfpipe
+from .conftest import CALL, REAL, ROOT, TALKS, hfpipe, needs_real_data
 
 # --- intervals ---
 
@@ -107,8 +107,7 @@ def test_a_faulty_probe_is_told_with_its_line(tmp_path, row, said):
     assert said in str(error.value)
 
 
-# Other people's data, not shipped with the project.
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent (HFPIPE_REAL_DATA names the folder)")
+@needs_real_data
 def test_probes_from_rows_in_a_known_form():
     sums = Probe(path=str(REAL / "gsm8k_train.jsonl"), capability="instructions", check="number", limit=20)
     calls = Probe(path=str(REAL / "glaive_toolcall_en_demo.json"), capability="tools", check="tool_call", limit=10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
 import os
 from collections import Counter
@@ -15,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hfpipe.cli import main
 from hfpipe.yaml_files import load_yaml
 
 from .conftest import ROOT
+from .warm import call
 
 TIMES = int(os.environ.get("HFPIPE_FUZZ", 1))  # 1: the same inputs every time; more: as many times others
 COUNTS: Counter[str] = Counter()
@@ -32,15 +31,10 @@ def fuzz(examples: int):
 
 
 def told(arguments: list[str]) -> tuple[int, str]:
-    """Exit code and output of the command line, in this process; an exception is a traceback, and so a failure."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            code = main(arguments)
-        except SystemExit as error:  # argparse
-            code = error.code
+    """Exit code and output of the command line, in this process."""
+    code, out, err = call(arguments, Path.cwd())
     COUNTS[f"{arguments[0]} {code}"] += 1
-    return code, output.getvalue()
+    return code, out + err
 
 
 @pytest.fixture(autouse=True)

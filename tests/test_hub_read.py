@@ -160,9 +160,6 @@ def test_an_adapter_names_its_bases_commit(hub, hub_env, repo_id, own_run, hub_r
     assert done.returncode == 0, done.stderr.decode()
 
 
-# --- data sets ---
-
-
 def test_a_notebook_sees_that_a_branch_has_moved(hub, hub_env, repo_id, own_run):
     push(own_run, hub_env, "--repo-id", repo_id)
     code = (
@@ -179,6 +176,9 @@ def test_a_notebook_sees_that_a_branch_has_moved(hub, hub_env, repo_id, own_run)
         [sys.executable, "-c", code, repo_id], env=os.environ | hub_env, capture_output=True, text=True
     )
     assert done.stdout.split() == ["<|end_assistant|>", "<|end|>"], done.stderr
+
+
+# --- data sets ---
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -14,7 +14,7 @@ from hfpipe.plan.workload import guess_bytes_per_token
 from hfpipe.sections import Source
 from hfpipe.stages import stage_types
 
-from .conftest import REAL, hfpipe, stage_json
+from .conftest import REAL, hfpipe, needs_real_data, stage_json
 
 
 def planned(recipe: str, *arguments) -> dict[str, dict]:
@@ -164,7 +164,7 @@ def test_tinyworld_knows_its_rows(name, split, rows):
     assert estimate_size(Source(f"tinyworld/{name}", limit=120), None, split, 0).rows == 120
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no real data here")
+@needs_real_data
 @pytest.mark.parametrize("file", ["alpaca_en_demo.json", "gsm8k_train.jsonl", "c4_demo.jsonl", "dpo_en_demo.json"])
 def test_rows_of_a_file_are_reckoned_from_its_first(file):
     from hfpipe.data.sources import load_source

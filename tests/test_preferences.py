@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from .conftest import REAL, ROOT, hfpipe, stage_json
+from .conftest import REAL, ROOT, hfpipe, needs_real_data, stage_json
 
 KTO = """stage: kto
 model: {from: sft, attn_implementation: eager}
@@ -87,7 +87,7 @@ def test_kto_unpairs_preferences(after_sft):
     assert stage_json(left)["sources"][0]["used"] == 256
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
+@needs_real_data
 def test_kto_on_public_rows(after_sft):
     source = f"{{path: {REAL / 'kto_en_demo.json'}, split: all, limit: 24}}"
     text = KTO.replace("SOURCE", source).replace("train: [", "max_bad_rows: 1.0, train: [")

@@ -11,11 +11,9 @@ from hfpipe.data.sources import load_source
 from hfpipe.data.splits import split_key
 from hfpipe.sections import Source
 
-from .conftest import REAL, hfpipe, stage_json
+from .conftest import REAL, hfpipe, needs_real_data, stage_json
 
-pytestmark = pytest.mark.skipif(
-    not REAL.is_dir(), reason=f"the public data slices are not in {REAL} (HFPIPE_REAL_DATA)"
-)
+pytestmark = needs_real_data
 
 FORMS = {
     "wikitext2_valid.txt": "plain text, 60 articles",

@@ -12,7 +12,7 @@ import pytest
 from hfpipe.evaluation.reward_functions import build_rewards, by_check
 from hfpipe.sections import RewardFunction
 
-from .conftest import CALL, REAL, hfpipe, stage_json
+from .conftest import CALL, REAL, hfpipe, needs_real_data, stage_json
 from .test_nothing_lost import start
 from .test_rewards import REWARD
 
@@ -180,7 +180,7 @@ def test_checks_as_rewards():
     assert scored("stops", "anything", None) == 1
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data slices are not in {REAL}")
+@needs_real_data
 @pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo"])
 def test_gsm8k_as_it_is(steered, tmp_path, kind):
     folder = steered(

@@ -24,9 +24,8 @@ def compile_later(function: Callable[..., Any] | None = None, **options: Any) ->
 
 
 gc.disable()
-torch.compile = (
-    compile_later  # bitsandbytes names four functions as PEFT imports it, and the compiler is a quarter of all
-)
+# bitsandbytes names four functions to compile when PEFT imports it, and the compiler's import is an eighth of all.
+torch.compile = compile_later
 for _name in (
     "transformers",
     "datasets",

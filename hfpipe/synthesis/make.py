@@ -74,9 +74,8 @@ def make_rows(recipe: Recipe, name: str, run: Path, tell: Callable[[str], Any]) 
         file = work / f"part-{number:05}.json"
         if artifact.read_json(file) is None:
             tell(f"{name}: answers {number * rows_a_part * synth.samples} of {len(asked) * synth.samples}")
-            artifact.write_json(
-                file, seat.part(part, int(artifact.digest([synth.seed, number])[:7], 16), file.with_suffix(".answers"))
-            )
+            seed = int(artifact.digest([synth.seed, number])[:7], 16)
+            artifact.write_json(file, seat.part(part, seed, file.with_suffix(".answers")))
     made = [artifact.read_json(work / f"part-{number:05}.json") or {} for number in range(len(parts))]
     rows = [row for part in made for row in part["rows"]]
     _decontaminate(recipe, rows)
@@ -113,9 +112,10 @@ class _Seat:
         drawn = [(place, row, sample) for place, row in part for sample in range(synth.samples)]
         if (kept := artifact.read_json(paid)) is None:
             answers = self._teacher.answer([_question(synth, row) for _, row, _ in drawn], seed)
-            artifact.write_json(paid, {"answers": [asdict(answer) for answer in answers]})
+            seconds = time.monotonic() - began
+            artifact.write_json(paid, {"answers": [asdict(answer) for answer in answers], "seconds": seconds})
         else:
-            answers = [Answer(**answer) for answer in kept["answers"]]
+            answers, began = [Answer(**answer) for answer in kept["answers"]], began - kept["seconds"]
         asked = [row for _, row, _ in drawn]
         if synth.judge and synth.judge.endpoint:
             with ThreadPoolExecutor(synth.judge.concurrency) as threads:

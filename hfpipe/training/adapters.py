@@ -152,8 +152,7 @@ def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase,
     _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
     try:
         merged = _merge(job, model, tokenizer)
-    # PEFT's answers where a method, or this form of it, has no merge.
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError) as error:  # PEFT: a method, or this form of it, that has no merge
         if "NaN" in str(error):  # the adapter itself is broken, and no result
             raise
         progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")

@@ -104,8 +104,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return hidden
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        # What PEFT's own layers raise, and its callers look for, where nothing can be merged.
-        raise NotImplementedError("A bottleneck has a nonlinearity, so it can't be merged into the layer's weights.")
+        raise NotImplementedError("A bottleneck can't be merged into weights.")  # as PEFT's own layers say it
 
 
 class BottleneckModel(BaseTuner):

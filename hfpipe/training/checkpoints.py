@@ -48,9 +48,8 @@ def keep_whole(trainer: Trainer) -> None:
         wait()
 
     trainer._save_checkpoint = save
-    trainer.create_model_card = lambda *args, **options: (
-        None
-    )  # TRL's own, with each checkpoint; the stage's comes at its end
+    # TRL would make its own card with each checkpoint; the stage's comes at its end.
+    trainer.create_model_card = lambda *args, **options: None
     trainer.add_callback(_Resumable())
 
 

@@ -164,7 +164,7 @@ class PPOTrainer(Steered, GRPOTrainer):
         super().__init__(model, reward_funcs, args or PPOConfig("ppo-output"), **kwargs)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self._is_vlm:
             # For those who use the class by itself: a recipe is refused before, by `contradictions.sharded`.
-            raise NotImplementedError("PPOTrainer takes text models, in one process or under DDP")
+            raise ValueError("PPOTrainer takes text models, in one process or under DDP")
         self.beta = 0.0  # none in the loss: see _generate_and_score_completions
         self._head_values: list[torch.Tensor] = []  # of the last passes through the policy, for `critic: head`
         self.critic = self.accelerator.prepare_model(self._build_critic(value_model).to(self.accelerator.device))
