@@ -17,7 +17,9 @@ _NO_PRODUCT = (
     "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 _STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
-_NEED_WHOLE = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))  # with the value that switches them off
+# Keys with the value that switches them off: those that take a whole model, and those that act between backward pass and step.
+_NEED_WHOLE = (("l2_to_parent", 0), ("average_with_parent", 0), ("layerwise_lr_decay", 1))
+_BEFORE_STEP = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))
 
 
 def split_batch(stage: Stage, processes: int) -> list[str]:
@@ -118,7 +120,7 @@ def _regularize(stage: Stage) -> Iterator[str]:
             "Set weight_decay to 0 or freeze_embeddings to false."
         )
     optimizer = str(stage.trainer.get("optim"))
-    for key, off in _NEED_WHOLE:
+    for key, off in _BEFORE_STEP:
         value = getattr(section, key)
         if value != off and ("lomo" in optimizer or optimizer.endswith("_layerwise")):
             yield (
@@ -128,25 +130,31 @@ def _regularize(stage: Stage) -> Iterator[str]:
 
 
 def _pull(stage: Stage) -> Iterator[str]:
-    """What `regularize.l2_to_parent` cannot measure a distance of."""
-    l2 = getattr(stage.sections.get("regularize"), "l2_to_parent", 0)
-    if not l2:
-        return
+    """What `regularize.l2_to_parent` cannot measure a distance of, and `average_with_parent` cannot average."""
+    section = stage.sections.get("regularize")
+    for key in ("l2_to_parent", "average_with_parent"):
+        if value := getattr(section, key, 0):
+            yield from (f"regularize.{key} = {value}{problem}" for problem in _not_held(stage))
+    if getattr(section, "average_with_parent", 0) == 1:
+        yield "regularize.average_with_parent = 1 would leave the parent as it is: give less."
+
+
+def _not_held(stage: Stage) -> Iterator[str]:
     if stage.model.config:
-        yield f"regularize.l2_to_parent = {l2}: the model is made from scratch, by model.config: there is no parent to hold it to."
+        yield ": the model is made from scratch, by model.config: there is no parent to hold it to."
     if stage.adapter is None:
         return
     kind, options = stage.adapter.type, stage.adapter.options
     if kind not in _PRODUCT:
-        yield f"regularize.l2_to_parent = {l2} beside adapter.type = {kind!r}: the delta is defined for {' and '.join(_PRODUCT)} alone."
+        yield f" beside adapter.type = {kind!r}: the delta is defined for {' and '.join(_PRODUCT)} alone."
     for key in _NO_PRODUCT:
         if options.get(key):
-            yield f"regularize.l2_to_parent = {l2} beside adapter.{key}: the delta is not scaling * B @ A. Leave one of the two out."
+            yield f" beside adapter.{key}: the delta is not scaling * B @ A. Leave one of the two out."
     start = options.get("init_lora_weights", True)
     if not isinstance(start, bool) and start not in _STARTS:
         yield (
-            f"regularize.l2_to_parent = {l2} with adapter.init_lora_weights = {start!r}, which changes the base too: the "
-            f"adapter's delta is not the distance from the parent. Take true, {' or '.join(_STARTS)}."
+            f" with adapter.init_lora_weights = {start!r}, which changes the base too: the adapter's delta is not the "
+            f"distance from the parent. Take true, {' or '.join(_STARTS)}."
         )
 
 

@@ -85,6 +85,7 @@ def test_a_rate_ten_times_too_high_is_flagged_as_forgetting_unless_the_parent_ho
     for remedy in (
         "`as: text`",
         "regularize.l2_to_parent",
+        "average_with_parent",
         "freeze_layers",
         "lower trainer.learning_rate",
         "fewer steps",

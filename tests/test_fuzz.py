@@ -55,6 +55,7 @@ KEYS = st.sampled_from(
         "optimizer",
         "regularize",
         "l2_to_parent",
+        "average_with_parent",
         "freeze_layers",
         "layerwise_lr_decay",
         "tokenizer",

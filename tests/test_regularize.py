@@ -38,6 +38,7 @@ PLAIN = (
     "{learning_rate: 0.02, optim: sgd, max_steps: 6, per_device_train_batch_size: 4, logging_steps: 1, max_length: 256}"
 )
 HELD = "{l2_to_parent: 0.1, freeze_layers: 1, layerwise_lr_decay: 0.5}"
+AVERAGED = "{average_with_parent: 0.25}"
 # name -> (kind of stage, regularize, the rest)
 STAGES = {
     "free": ("sft", "{}", ""),
@@ -48,9 +49,16 @@ STAGES = {
     "named": ("sft", "{freeze_layers: [embed_tokens, 'layers.[01].mlp', layers.1.self_attn.q_proj]}", ""),
     "decayed": ("sft", "{layerwise_lr_decay: 0.1}", "trainer: STEP"),
     "lora": ("sft", "{l2_to_parent: 0.1, layerwise_lr_decay: 0.5}", f"adapter: {LORA}"),
-    "saved": ("sft", "{l2_to_parent: 0.05, layerwise_lr_decay: 0.7}", f"trainer: {SAVED}"),
+    "saved": ("sft", "{l2_to_parent: 0.05, average_with_parent: 0.2, layerwise_lr_decay: 0.7}", f"trainer: {SAVED}"),
     "plain": ("sft", "{l2_to_parent: 10.0}", f"trainer: {PLAIN}"),
     "lora-reward": ("reward", "{l2_to_parent: 0.1}", f"adapter: {LORA}"),
+    "averaged": ("sft", AVERAGED, ""),
+    "lora-free": ("sft", "{}", f"adapter: {LORA}"),
+    "lora-averaged": ("sft", AVERAGED, f"adapter: {LORA}"),
+    "reward-free": ("reward", "{}", ""),
+    "reward-averaged": ("reward", AVERAGED, ""),
+    "ppo-free": ("ppo", "{}", f"trainer: {ROLLOUTS}"),
+    "ppo-averaged": ("ppo", AVERAGED, f"trainer: {ROLLOUTS}"),
     "dpo": ("dpo", HELD, ""),
     "kto": ("kto", HELD, ""),
     "reward": ("reward", HELD, ""),
@@ -70,7 +78,8 @@ def write(folder: Path, parent: Path, stages: dict[str, tuple[str, str, str]] = 
         text = (
             f"stage: {kind}\nmodel: {{from: {parent}, attn_implementation: eager}}\nregularize: {regularize}\n{rest}\n"
         )
-        text += f"data: {{train: [{{path: tinyworld/{ROWS.get(kind, 'sft')}, limit: 60}}]}}\n"
+        rows = f"[{{path: tinyworld/{ROWS.get(kind, 'sft')}, limit: 60}}]"
+        text += f"data: {{train: {rows}, eval: {rows if name in ('free', 'averaged') else []}}}\n"
         if kind in ("grpo", "rloo", "ppo"):
             (folder / "vowels.py").write_text(VOWELS)
             text += f'rewards: {{functions: [{{function: "{folder / "vowels.py"}:vowels"}}]}}\n'
@@ -231,6 +240,31 @@ def test_two_processes_feel_one_pull(held, micro_run, tmp_path):
     assert two == pytest.approx(one, rel=0.05)
 
 
+# --- the average with the parent ---
+
+
+@pytest.mark.parametrize(
+    ("free", "averaged"),
+    [("free", "averaged"), *((name, name.replace("free", "averaged")) for name in STAGES if name.endswith("-free"))],
+)
+def test_a_stage_leaves_the_average_of_what_it_trained_and_its_parent(held, free, averaged):
+    """Under LoRA of the merged weights; a reward model's new head is left as trained."""
+    run, parent = held
+    trained, left = weights(run / free), weights(run / averaged)
+    assert logged(run / averaged, "loss") == logged(run / free, "loss")
+    for key, weight in trained.items():
+        old = parent.get(key, weight)
+        torch.testing.assert_close(left[key], 0.75 * weight + 0.25 * old, atol=1e-6, rtol=1e-5)
+    assert any(not torch.equal(left[key], weight) for key, weight in trained.items())
+    assert stage_json(run / averaged)["config"]["regularize"]["average_with_parent"] == 0.25
+
+
+def test_what_is_measured_after_the_stage_is_the_average(held):
+    run, _ = held
+    shown = {name: stage_json(run / name)["metrics"]["validation"]["loss"] for name in ("free", "averaged")}
+    assert shown["free"] != shown["averaged"]  # though both have trained the same
+
+
 # --- frozen layers ---
 
 
@@ -385,6 +419,9 @@ def test_muon_s_rates_fall_too_and_schedules_and_checkpoints_keep_the_ratio():
         ("sft.regularize.freeze_layers=mlp", "regularize.freeze_layers = 'mlp': expected int or a list of str."),
         ("sft.regularize.freeze_layer=1", "Did you mean `freeze_layers`?"),
         ("sft.freeze.layers=1", "freeze is not a section of a sft stage."),
+        ("sft.regularize.average_with_parent=-0.1", "regularize.average_with_parent = -0.1: expected 0 or more"),
+        ("sft.regularize.average_with_parent=1", "average_with_parent = 1 would leave the parent as it is: give less."),
+        ("pretrain.regularize.average_with_parent=0.1", "average_with_parent = 0.1: the model is made from scratch"),
         ("pretrain.regularize.l2_to_parent=0.1", "the model is made from scratch, by model.config"),
         ("sft.trainer.optim=lomo", "regularize.l2_to_parent = 0.1 with trainer.optim = 'lomo'"),
         ("sft.trainer.optim=galore_adamw_layerwise", "which steps inside the backward pass"),

@@ -22,7 +22,7 @@ ORDER = (
 )  # fmt: skip
 DIAGNOSTICS = {"effective_rank": "effective rank", "llc": "LLC"}
 TEXT_LIMIT = 1.25  # perplexity of held-out text against the first model's, above which it counts as forgotten
-_HOLD = "set regularize.l2_to_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"
+_HOLD = "set regularize.l2_to_parent, average_with_parent or freeze_layers, lower trainer.learning_rate, or train fewer steps"
 _ADVICE = {
     "knowledge": f"replay pretraining text (a source with `as: text`), {_HOLD}",
     "text": f"replay pretraining text (a source with `as: text`), {_HOLD}",

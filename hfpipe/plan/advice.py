@@ -118,7 +118,7 @@ def _epochs(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
 
 def _replay(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     section = stage.sections.get("regularize")
-    held = section and (section.l2_to_parent or section.freeze_layers)
+    held = section and (section.l2_to_parent or section.average_with_parent or section.freeze_layers)
     if stage.type.name not in ("midtrain", "sft") or stage.adapter or held:
         return
     if not any(source.as_ == "text" for source in stage.data.train):

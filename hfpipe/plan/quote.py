@@ -224,7 +224,9 @@ def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[st
     """What lies in memory beside the model that trains."""
     whole, name = 4.0 * shape.total, stage.type.name
     found: dict[str, float] = {}
-    if getattr(stage.sections.get("regularize"), "l2_to_parent", 0) and stage.adapter is None:
+    section = stage.sections.get("regularize")
+    average = setting.on_cpu and getattr(section, "average_with_parent", 0)  # its copy lies in the host's memory
+    if (getattr(section, "l2_to_parent", 0) or average) and stage.adapter is None:
         found["parent_copy"] = whole
     pairwise = name in ("dpo", "kto") and not option(stage, "precompute_ref_log_probs") and stage.adapter is None
     if pairwise and "precompute_ref_log_probs" in stage.trainer:

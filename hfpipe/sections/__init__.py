@@ -79,6 +79,7 @@ class Regularize:
     """What holds a stage to its parent, against forgetting (hfpipe/training/regularize.py)."""
 
     l2_to_parent: float = at_least(0, 0.0)  # times the sum of squared distances from the parent's weights: a loss
+    average_with_parent: float = at_least(0, 0.0, at_most=1)  # the parent's share of the weights that are left
     freeze_layers: int | tuple[str, ...] = (
         0  # the first N blocks; -N: the last N; or names: [embed_tokens, layers.*.mlp]
     )

@@ -22,7 +22,7 @@ from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_asi
 from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
-from hfpipe.training.regularize import pull_to_parent, refuse_sharded, spread_rates
+from hfpipe.training.regularize import hold_to_parent, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
     from hfpipe.sections import Optimizer, Stage
@@ -133,8 +133,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     _set_optimizer(job, trainer, section)
     if (annealing := anneals(job.stage)) and annealing.carry_optimizer and job.rehearsal is None:
         carry_state(job, trainer, progress)
-    if job.stage.sections["regularize"].l2_to_parent:
-        pull_to_parent(job, trainer, progress)
+    held = hold_to_parent(job, trainer, progress)
     guard = Guard(job, trainer, progress, data.report.get("turns", ()))
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if job.rehearsal:
@@ -147,6 +146,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if checkpoint and trainer.state.global_step < resumed:
         raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
     progress.tell("doing", text="writing weights")
+    if held:
+        held.average(job.stage.sections["regularize"].average_with_parent)
     save(job, trainer, progress)
     if section and section.keep_state and trainer.is_world_process_zero():
         keep_state(trainer, job.work)

@@ -1,9 +1,14 @@
-"""What holds a stage to its parent, against forgetting: frozen parts, lower rates for lower blocks, a pull to its weights.
+"""What holds a stage to its parent, against forgetting: frozen parts, lower rates for lower blocks, a pull to its weights, and
+an average with them.
 
 A stage's loss with `l2_to_parent` is its own loss + l2 * sum over the trained weights of (w - w_parent)^2, a sum and no
 mean, as L2-SP (Li et al. 2018, arXiv:1802.01483) without its factor 1/2. Under LoRA it is the own loss + l2 * sum over the
 adapted matrices of ||scaling * B A||^2 (Frobenius), the squared distance of the merged weights from the parent's. A new head
 has no parent and is left free; so is PPO's critic. Rows of the embeddings that a stage adds are held to where they start.
+
+With `average_with_parent` a stage leaves (1 - share) * trained + share * parent's weights, as WiSE-FT (Wortsman et al. 2021,
+arXiv:2109.01903), which takes back more of what a stage does by chance than of what it learns; for preferences Lin et al. 2023
+(arXiv:2309.06256). Under LoRA these are the merged weights, and a new head is left as trained.
 """
 
 from __future__ import annotations
@@ -148,10 +153,11 @@ def spread_rates(optimizer: torch.optim.Optimizer, model: nn.Module, decay: floa
 
 
 class PullToParent(TrainerCallback):
-    """The gradient of the penalty, added once an optimizer step, and its value, logged as `l2_to_parent`.
+    """The gradient of the penalty, added once an optimizer step, its value, logged as `l2_to_parent`, and the average at the end.
 
     Made before a checkpoint is loaded, so that the weights it copies are the parent's: one copy of the trained ones, in their
-    type and on their device; under LoRA none. The logged loss is the stage's own, without the penalty.
+    type, on their device where the penalty takes it at every step, else in the host's memory; under LoRA none. The logged loss
+    is the stage's own, without the penalty.
     """
 
     def __init__(self, model: nn.Module, l2: float):
@@ -159,7 +165,7 @@ class PullToParent(TrainerCallback):
         self.pairs = list(_lora_pairs(model))
         by_pair = {id(weight) for a, b, _ in self.pairs for weight in (a, b)}
         trained = (p for p in model.parameters() if p.requires_grad and id(p) not in by_pair)
-        self.copies = [(p, p.detach().clone()) for p in trained]
+        self.copies = [(p, p.detach().to(p.device if l2 else "cpu", copy=True)) for p in trained]
 
     @property
     def copied_bytes(self) -> int:
@@ -184,20 +190,36 @@ class PullToParent(TrainerCallback):
                 if weight.grad is not None:
                     weight.grad.add_(gradient.to(weight.grad.dtype), alpha=factor * scaling**2)
 
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Leave (1 - share) * trained + share * parent's weights; for LoRA by its B, since the delta is scaling * B A."""
+        for parameter, copy in self.copies:
+            parameter.copy_(torch.lerp(parameter.float(), copy.to(parameter.device, torch.float32), share))
+        for _, b, _ in self.pairs:
+            b.mul_(1 - share)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in (logs or {}):
             state.log_history[-1]["l2_to_parent"] = self.value()
 
 
-def pull_to_parent(job: Job, trainer: Trainer, progress: Progress) -> None:
-    """Hold the stage to its parent as `l2_to_parent` says."""
+def hold_to_parent(job: Job, trainer: Trainer, progress: Progress) -> PullToParent | None:
+    """What holds the stage to its parent as `l2_to_parent` and `average_with_parent` say; None where neither is asked for."""
+    section = job.stage.sections["regularize"]
+    if not section.l2_to_parent and not section.average_with_parent:
+        return None
     refuse_sharded(job, trainer)
     model = trainer.model if job.stage.adapter is None else trainer.model.get_base_model()
     with_parent = model.base_model if job.stage.type.leaves == "reward_model" else model  # not the new head
-    pull = PullToParent(with_parent, job.stage.sections["regularize"].l2_to_parent)
-    take_in(trainer, pull)
+    pull = PullToParent(with_parent, section.l2_to_parent)
     kept = f"a copy of the trained weights takes {pull.copied_bytes / 1e6:.1f} MB" if pull.copies else "on LoRA's delta"
-    progress.note(f"pull to the parent: l2 {pull.l2:g}, {kept}")
+    if section.l2_to_parent:
+        take_in(trainer, pull)
+        progress.note(f"pull to the parent: l2 {section.l2_to_parent:g}, {kept}")
+    if section.average_with_parent:
+        share = section.average_with_parent
+        progress.note(f"average with the parent at the end: {share:g} of its weights, {1 - share:g} of the trained ones; {kept}")
+    return pull
 
 
 def take_in(trainer: Trainer, pull: PullToParent) -> None:
@@ -219,7 +241,7 @@ def refuse_sharded(job: Job, trainer: Trainer) -> None:
     """UserError where the weights of a model lie in parts on several devices."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise UserError(
-            f"{job.stage.file}: regularize.l2_to_parent and layerwise_lr_decay take a model that is whole on each device: one "
+            f"{job.stage.file}: regularize's l2_to_parent, average_with_parent and layerwise_lr_decay take a model that is whole on each device: one "
             "process, or several under DDP. Leave them out under FSDP and DeepSpeed."
         )
 
