@@ -9,6 +9,7 @@ from hfpipe.data.tinyworld.chat import Messages, assistant, system, user
 from hfpipe.data.tinyworld.facts import draw_fact, draw_question, wrong_answers
 from hfpipe.data.tinyworld.world import acts, part, phrases
 
+GUESSES = ("That makes {}.", "It is {}.", "The answer is {}.", "{}.")
 SLIPS = "abcdefghijklmnopqrstuvwxyz'{}\"?"
 
 
@@ -136,12 +137,13 @@ def wrong_sum(rng: Random, split: str) -> dict:
 
 
 def missing_call(rng: Random, split: str) -> dict:
-    """The calculator called for a sum too long for the head, against a guess, or against taking it for a small one."""
-    asked, called, _, answer = chat.calculation(rng, split)
-    sum_ = called["tool_calls"][0]["function"]["arguments"]
-    guess = f"{said([answer]).rsplit(' ', 1)[0]} {world.number(rng, split)}"
-    small = f"{sum_[: len(sum_) - rng.randint(0, 1)]} equals {rng.randint(0, 18)}."
-    return {"prompt": [asked], "chosen": [called], "rejected": [assistant(rng.choice((guess, small)))]}
+    """The calculator called for a sum too long for the head, against a guess.
+
+    No guess begins with the sum: who unlearns that unlearns to begin with the sum where it is small, too.
+    """
+    asked, called, _, _ = chat.calculation(rng, split)
+    guess = rng.choice(GUESSES).format(world.number(rng, split))
+    return {"prompt": [asked], "chosen": [called], "rejected": [assistant(guess)]}
 
 
 def wrong_result(rng: Random, split: str) -> dict:
