@@ -12,7 +12,8 @@ import pytest
 
 from .warm import Warm, call
 
-# The suite runs in two processes (pytest-xdist): one thread each, or they wait for each other more than they compute.
+# The suite runs in three processes (pytest-xdist), for two cores, since many tests wait for a process or a server: one
+# thread each, or they wait for each other more than they compute.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
