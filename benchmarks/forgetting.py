@@ -106,7 +106,9 @@ VARIANTS = {
     "l2-weak": Variant("l2_to_parent 0.001", "pull to the parent", regularize={"l2_to_parent": 1e-3}),
     "l2": Variant("l2_to_parent 0.01", "pull to the parent", regularize={"l2_to_parent": 1e-2}),
     "average": Variant("average_with_parent 0.3", "average with the parent", regularize={"average_with_parent": 0.3}),
-    "half-average": Variant("average_with_parent 0.5", "average with the parent", regularize={"average_with_parent": 0.5}),
+    "half-average": Variant(
+        "average_with_parent 0.5", "average with the parent", regularize={"average_with_parent": 0.5}
+    ),
     "text": Variant("text, 20%", "replay", replay=mixed((TEXT, 0.2))),
     "much-text": Variant("text, 50%", "replay", replay=mixed((TEXT, 0.5))),
     "chat": Variant("chat, 20%", "replay", replay=mixed((CHAT, 0.2))),

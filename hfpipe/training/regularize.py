@@ -218,7 +218,9 @@ def hold_to_parent(job: Job, trainer: Trainer, progress: Progress) -> PullToPare
         progress.note(f"pull to the parent: l2 {section.l2_to_parent:g}, {kept}")
     if section.average_with_parent:
         share = section.average_with_parent
-        progress.note(f"average with the parent at the end: {share:g} of its weights, {1 - share:g} of the trained ones; {kept}")
+        progress.note(
+            f"average with the parent at the end: {share:g} of its weights, {1 - share:g} of the trained; {kept}"
+        )
     return pull
 
 
