@@ -14,7 +14,7 @@ from typing import Any
 
 from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.errors import UserError
-from hfpipe.sections import Anneal, Data, ExtendTokenizer, Guards, Model, Optimizer, Stage
+from hfpipe.sections import Anneal, Data, ExtendTokenizer, Guards, Model, Optimizer, Regularize, Stage
 
 STAGE_FILE = "stage.json"  # written last: its presence means that the stage is complete
 BEGUN_FILE = "begun.json"  # in a working folder: which result it is for
@@ -56,6 +56,7 @@ _LATER: dict[type, tuple[str, ...]] = {
     ExtendTokenizer: ("add_pieces", "min_frequency", "from_"),
     Optimizer: ("keep_state",),
     Anneal: ("share", "carry_optimizer"),
+    Regularize: ("average_with_parent",),
     Guards: ("loss_spike", "lr_factor", "overfit_patience"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hfpipe import artifact
 from hfpipe.config import load_recipe, shipped_recipes
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.stages import stage_types
@@ -202,3 +203,29 @@ def test_the_command_line_says_it_in_one_message(arguments, expected, tmp_path):
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert not out.exists()
+
+
+def test_a_new_key_does_not_undo_what_has_been_trained():
+    """Of every section, what counts where nothing is set: a key that came later belongs into artifact's `_LATER`."""
+    held = {
+        "model": "attn_implementation config dtype from_ trust_remote_code",
+        "regularize": "freeze_embeddings freeze_layers l2_to_parent layerwise_lr_decay",
+        "data": "eval max_bad_rows train",
+    }
+    muon = {"optimizer": "lr momentum nesterov ns_steps type weight_decay"}
+    expected = {
+        "tokenizer": {"tokenizer": "chat_template min_frequency type vocab_size", "data": held["data"]},
+        "pretrain": held
+        | muon
+        | {"data": "batch_tokens eval max_bad_rows max_length streaming train", "tokenizer": "chat_template"},
+        "sft": held | muon | {"tokenizer": "chat_template"},
+        "reward": held | muon,
+        "ppo": held
+        | {"data": "eval max_bad_rows max_prompt_length train", "limits": "max_kl max_length_growth min_entropy"}
+        | {"rewards": "control functions model weight"},
+    }
+    recipe = load_recipe(ROOT / "stage_configs" / "tiny", stage_types())
+    for name, sections in expected.items():
+        counted = artifact.hashed_config(recipe.stages[name], seed=0, processes=1)
+        found = {key: " ".join(sorted(v)) for key, v in counted.items() if isinstance(v, dict) and key != "trainer"}
+        assert found == sections, name

@@ -148,12 +148,15 @@ def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_one_tiny_run(tmp_path):
+def test_twenty_kills_in_one_tiny_run(recipe, tmp_path):
+    tiny = recipe(base="tiny")
+    pipeline = tiny / "pipeline.yaml"
+    pipeline.write_text(pipeline.read_text().replace("reward, ppo, dpo", "dpo"))
     settings = [a for name in MODELS for a in ("--set", f"{name}.trainer.save_steps=25")]
-    hfpipe("run", "tiny", "--out", tmp_path / "whole", *settings)
+    hfpipe("run", tiny, "--out", tmp_path / "whole", *settings)
     moments = ["training", "writing a checkpoint", "training", "writing a checkpoint", "trained", "evaluating"]
     plan = [("pretrain", "preparing")] + [(stage, moment) for stage in MODELS for moment in moments]
-    told = kill_through(tmp_path / "run", "tiny", plan, random.Random(0), settings)
+    told = kill_through(tmp_path / "run", str(tiny), plan, random.Random(0), settings)
     print(told["kills"], told["at"])
     assert told["kills"] >= 20, told
     same_result(tmp_path / "run", tmp_path / "whole")
