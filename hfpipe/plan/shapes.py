@@ -22,7 +22,6 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")
 _NORMS_ON_HEADS = ("qwen3", "gemma3_text")  # queries and keys, each with a norm of head_dim
 _SAME = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
          "max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}  # fmt: skip
-_BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
 EMBEDDING, HEAD, ATTENTION, MLP, NORM = "embedding", "head", "attention", "mlp", "norm"
 
 
@@ -152,11 +151,6 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a mapping with model_type, found {type(found).__name__}.")
     return found
-
-
-def block_prefix(model_type: str) -> str:
-    """What the name of a weight in block 0 begins with, without the number: `model.layers`."""
-    return _BLOCKS.get(model_type, "model.layers")
 
 
 def _windows(full: dict[str, Any]) -> tuple[int | None, ...]:
