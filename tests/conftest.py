@@ -24,6 +24,15 @@ needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data
 REPO_NUMBERS = itertools.count(1)
 WARM: dict[frozenset, Warm] = {}  # by their environment
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# A file is one worker's, so the longest begin first: none is then waited for at the end.
+LONGEST = (
+    "sequences", "nothing_lost", "hub", "notebooks", "hub_read", "pipeline", "training", "fuzz", "ppo", "adapters",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)
