@@ -21,7 +21,16 @@ from hfpipe.processes import logs, make_synth, prepare_stages, run_stage_process
 from hfpipe.progress import Display, duration, printable
 from hfpipe.publishing.publisher import Publisher
 from hfpipe.publishing.report import REPORT_FILE, write_report
-from hfpipe.run_folder import check_is_run, check_owner, claim, complete_at, damage_at, lock, unfinished_step
+from hfpipe.run_folder import (
+    check_is_run,
+    check_owner,
+    claim,
+    clear_unnamed,
+    complete_at,
+    damage_at,
+    lock,
+    unfinished_step,
+)
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages import stage_types
 from hfpipe.stages._run import check_recipe
@@ -226,6 +235,7 @@ def _run_stages(recipe: Recipe, run: Path, display: Display, chosen: list[Planne
     waiting = [p for p in chosen if p.runs]
     for item in chosen:
         if not item.runs:
+            clear_unnamed(run / f"{item.stage.name}.partial")
             display.line(item.stage.name, f"done already ({_summary(run / item.stage.name)})")
     if waiting:
         start_server(logs(run, "data")[1])

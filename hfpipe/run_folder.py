@@ -102,6 +102,12 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def clear_unnamed(work: Path) -> None:
+    """Remove what is left of an attempt that ended before it was written down which result it was for."""
+    if not any(artifact.read_record(work / name) for name in (artifact.BEGUN_FILE, artifact.STAGE_FILE)):
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def complete_at(folder: Path, fingerprint: str) -> bool:
     """Whether a folder holds a finished stage with this fingerprint; `damage_at` says whether it is still sound."""
     record = artifact.read_record(folder / artifact.STAGE_FILE)

@@ -159,7 +159,7 @@ class Sequences:
 
     def is_of_other_settings(self, work: Path) -> bool:
         """Whether an unfinished attempt is not for the result that stands beside it; such a one may be kept."""
-        begun = read_record(work / BEGUN_FILE)
+        begun = read_record(work / BEGUN_FILE) or read_record(work / STAGE_FILE)
         done = read_record(self.run / work.stem / STAGE_FILE)
         return begun is not None and begun["fingerprint"] != done["fingerprint"]
 

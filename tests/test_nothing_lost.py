@@ -187,6 +187,15 @@ def test_an_attempt_under_other_settings_is_kept_beside_a_result(micro_run, tmp_
     assert planned(run)["pretrain"] == ("done", [kept])
 
 
+def test_an_attempt_that_ended_before_it_had_a_name_is_cleared_away(micro_run, tmp_path):
+    run = begun(micro_run, tmp_path / "run", until="midtrain")
+    work = run / "pretrain.partial"
+    work.mkdir()
+    (work / "begun.json.tmp").write_text('{"finger')
+    hfpipe("run", "micro", "--out", run, "--to", "pretrain")
+    assert not work.exists()
+
+
 def test_a_stream_goes_on_at_the_same_row(micro_run, tmp_path):
     stream = ["--set", "pretrain.data.streaming=true", "--set", "pretrain.trainer.max_steps=60"]
     stream += [
