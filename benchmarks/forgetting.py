@@ -232,9 +232,8 @@ def draw(found: dict[str, Values], file: Path) -> None:
     """A row a variant, a panel a measure: the median seed as a dot, lowest to highest as a line, before as a dashed one."""
     shown = {name: VARIANTS[name] for name in found}
     groups = list(dict.fromkeys(variant.group for variant in VARIANTS.values()))
-    colours = dict(
-        zip(groups, ("#444444", "#1f77b4", "#17a2a2", "#8c564b", "#9467bd", "#2ca02c", "#999999"), strict=True)
-    )
+    hues = ("#444444", "#1f77b4", "#17a2a2", "#8c564b", "#9467bd", "#e08214", "#2ca02c", "#999999")
+    colours = dict(zip(groups, hues, strict=True))
     colour = {name: "#d62728" if name == "aggressive" else colours[variant.group] for name, variant in shown.items()}
     places, place, group = {}, 0.0, None
     for name, variant in shown.items():
