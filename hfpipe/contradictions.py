@@ -17,9 +17,9 @@ _NO_PRODUCT = (
     "target_parameters", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 _STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
-# Keys with the value that switches them off: those that take a whole model, and those that act between backward pass and step.
-_NEED_WHOLE = (("l2_to_parent", 0), ("average_with_parent", 0), ("layerwise_lr_decay", 1))
+# Keys with the value that switches them off: those that act between backward pass and step, those that take a whole model.
 _BEFORE_STEP = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))
+_NEED_WHOLE = (*_BEFORE_STEP, ("average_with_parent", 0))
 
 
 def split_batch(stage: Stage, processes: int) -> list[str]:

@@ -401,7 +401,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk")  # which no test can give itself
+        pytest.skip("no right to mount a small disk")  # only root can, and no quota that a user may set stands for it
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
 

@@ -65,15 +65,18 @@ def kept(config: dict, setting: Setting, lora: dict | None) -> int:
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("attention", "masked"), [("sdpa", False), ("sdpa", True), ("eager", False)])
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox"]
-)
+    ("model_type", "attention", "masked"),
+    [
+        (model_type, *how)
+        for model_type in (
+            "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox",
+        )
+        for how in (("sdpa", False), ("sdpa", True), ("eager", False))
+        if (model_type, how[0]) != ("gemma2", "sdpa")  # it caps its scores, which sdpa can't: transformers refuses it
+    ],
+)  # fmt: skip
 def test_what_a_block_keeps_is_what_torch_keeps(model_type, attention, masked, dtype, lora):
-    if model_type == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers has no sdpa for it")
-    if lora and model_type in ("gemma2", "phi3", "mistral", "qwen2"):
-        pytest.skip("as the others")
     setting = Setting(ROWS, LENGTH, dtype, attention=attention, masked=masked, on_cpu=True)
     shape = read_shape(configured(model_type, 3))
     trained = read_trained(shape, None, Adapter("lora", options=lora) if lora else None)

@@ -104,7 +104,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return hidden
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError("A bottleneck can't be merged into weights.")  # as PEFT's own layers say it
+        # What PEFT's own layers raise, and its callers catch, where there is no merge: here a nonlinearity is between.
+        raise NotImplementedError("A bottleneck can't be merged into weights.")
 
 
 class BottleneckModel(BaseTuner):

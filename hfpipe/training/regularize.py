@@ -8,7 +8,8 @@ has no parent and is left free; so is PPO's critic. Rows of the embeddings that 
 
 With `average_with_parent` a stage leaves (1 - share) * trained + share * parent's weights, as WiSE-FT (Wortsman et al. 2021,
 arXiv:2109.01903), which takes back more of what a stage does by chance than of what it learns; for preferences Lin et al. 2023
-(arXiv:2309.06256). Under LoRA these are the merged weights, and a new head is left as trained.
+(arXiv:2309.06256). Under LoRA these are the merged weights, and a new head is left as trained. TRL's MergeModelCallback averages
+folders on the disk, through mergekit, and knows no adapters.
 """
 
 from __future__ import annotations
