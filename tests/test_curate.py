@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from hfpipe import artifact
 from hfpipe.cli import main
@@ -62,12 +64,12 @@ def test_repetition_is_judged_as_upstream_judges_it():
     from datatrove.data import Document
     from datatrove.pipeline.filters import GopherRepetitionFilter
 
-    from hfpipe.training import curate, repetition
+    from hfpipe.training import curate, gopher
 
     rng, found = random.Random(1), {True: 0}
     words = [*ENGLISH.split(), *GERMAN.split(), "don't", "...", "a", "aa", "3.14", "日本", "🙂", "x" * 40]
     options = {"language": curate.Words(), "dup_line_char_frac": 0.9, "dup_line_frac": 0.9}
-    ours, theirs = repetition.GopherRepetitionFilter(**options), GopherRepetitionFilter(**options)
+    ours, theirs = gopher.GopherRepetitionFilter(**options), GopherRepetitionFilter(**options)
     for _ in range(1500):
         text = rng.choices(words, k=rng.randint(0, 200))
         for _ in range(rng.randint(0, 6) if text else 0):
@@ -81,6 +83,55 @@ def test_repetition_is_judged_as_upstream_judges_it():
         found[reason] = found.get(reason, 0) + 1
     assert found[True] > 200, found
     assert found.keys() >= {f"top_{n}_gram" for n in (2, 3, 4)} | {f"duplicated_{n}_n_grams" for n in range(5, 11)}
+
+
+def test_quality_is_judged_as_upstream_judges_it():
+    """Texts of words, numbers, signs, bullets and ellipses in all shares, under limits that each may be turned off."""
+    from datatrove.data import Document
+    from datatrove.pipeline.filters import GopherQualityFilter
+
+    from hfpipe.training import curate, gopher
+
+    rng, found = random.Random(2), {}
+    limits = {
+        "min_doc_words": 20, "max_doc_words": 150, "min_avg_word_length": 3, "max_avg_word_length": 7,
+        "max_symbol_word_ratio": 0.1, "max_bullet_lines_ratio": 0.9, "max_ellipsis_lines_ratio": 0.3,
+        "max_non_alpha_words_ratio": 0.8, "min_stop_words": 2,
+    }  # fmt: skip
+    kinds = [
+        ENGLISH.split(),
+        GERMAN.split(),
+        ["3.14", "7"],
+        ["#", "…", "..."],
+        ["日本", "🙂", "²", "-", "—"],
+        ["a", "I"],
+    ]
+    kinds.append(["incomprehensibilities", "x" * 40])
+    for _ in range(3000):
+        options = {key: rng.choice([value, value, value, None]) for key, value in limits.items()}
+        shares = [rng.random() ** rng.choice([1, 4]) for _ in kinds]
+        words = [rng.choice(kind) for kind in rng.choices(kinds, weights=shares, k=rng.randint(1, 170))]
+        for _ in range(rng.choice([0, 0, 1, 5])):
+            words.insert(rng.randrange(len(words)), rng.choice(["\n• ", "\n- ", "...\n", "…\n", "\n"]))
+        doc = Document(text=" ".join(words), id="")
+        theirs = GopherQualityFilter(**options, language=curate.Words())
+        verdict = theirs.filter(doc) if doc.text.strip() else (False, "gopher_short_doc")  # upstream divides by zero
+        assert gopher.GopherQualityFilter(**options, language=curate.Words()).filter(doc) == verdict, doc.text
+        reason = verdict if verdict is True else verdict[1]
+        found[reason] = found.get(reason, 0) + 1
+    assert found[True] > 100, found
+    assert len(found) == 11, found
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from('abÀÉZ.!?。"” \n,1 日…')))
+@example("A.B. C. d")
+def test_sentences_are_those_of_upstream(text):
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+
+    from hfpipe.training.curate import Words
+
+    assert Words().sent_tokenize(text) == WhitespaceTokenizer().sent_tokenize(text)
 
 
 class Corpus:

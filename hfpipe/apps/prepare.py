@@ -32,6 +32,7 @@ _MANAGED = (
     "exclusion_writer", "language", "pipeline", "logging_dir", "depends", "skip_completed", "local_tasks",
     "local_rank_offset", "norm_config", "hash_config",
 )  # fmt: skip
+_IMPORTED = ("hfpipe.training.curate", "hfpipe.training.gopher", "tokenizers", "py3langid.langid")  # by all workers
 _TASKS = 8
 _VERSION = 2  # raise when the same inputs come to give other shards
 
@@ -126,11 +127,11 @@ def _steps(
     import datatrove.pipeline.filters as filters
 
     from hfpipe.training import curate
-    from hfpipe.training.repetition import GopherRepetitionFilter
+    from hfpipe.training.gopher import GopherQualityFilter, GopherRepetitionFilter
 
     excluded = root / MADE / EXCLUDED
     known = {name: getattr(filters, name) for name in _FILTERS}
-    known |= {cls.__name__: cls for cls in (GopherRepetitionFilter, curate.LanguageFilter)}
+    known |= {cls.__name__: cls for cls in (GopherQualityFilter, GopherRepetitionFilter, curate.LanguageFilter)}
     steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
     for number, given in enumerate(section.filters):
         where, name = f"{file}: filters[{number}]", str(given.get("type"))
@@ -200,9 +201,12 @@ def _executor(section: Curation, file: str, problems: list[str]) -> Any:
     problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in missing]
     if kind == "local":
         given.setdefault("workers", os.cpu_count())
-    return lambda pipeline, tasks, logs, before: cls(
-        pipeline, tasks=tasks, logging_dir=str(logs), depends=before, **given
-    )
+
+    def make(pipeline: list[Any], tasks: int, logs: Path, before: Any) -> Any:
+        alone = {"workers": 1} if kind == "local" and tasks == 1 else {}  # in this process: none is started for it
+        return cls(pipeline, tasks=tasks, logging_dir=str(logs), depends=before, **given | alone)
+
+    return make
 
 
 def _tokenizer(section: Curation, recipe: Recipe | None, given: Path | None, file: str) -> Path:
@@ -268,8 +272,11 @@ def _chain(
 
 
 def _run(chain: list[tuple[str, Any]], section: Curation, root: Path, quiet: bool) -> None:
+    import multiprocess  # what datatrove starts its workers by
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a worker a core already
     local = section.executor.get("type", "local") == "local"
+    multiprocess.set_forkserver_preload(["__main__", *_IMPORTED])
     try:
         with _stderr_to(root / "log.txt"):
             for name, executor in chain if local else chain[-1:]:  # others start those that they depend on themselves
