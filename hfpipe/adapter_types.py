@@ -51,6 +51,7 @@ _MANAGED = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 # They change the base's own weights, so that the model without its adapter is no longer the reference (PEFT 0.21).
 _REWRITES_BASE = ("pissa", "olora", "corda", "eva", "lora_ga")
 _FROM_DATA = ("corda", "eva", "lora_ga")
+_CALLED_IN_LOOP = frozenset(["adalora", "adamss"])  # by a training loop of one's own: no trainer of upstream's does
 _SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 _BY_REWARDS = "prompt"  # the rows of stages that learn from rewards
 
@@ -162,8 +163,16 @@ def contradictions(stage: Stage) -> Iterator[str]:
     """What the stage's adapter cannot be combined with, a line each."""
     if stage.adapter is None:
         return
-    for check in (_merge, _prompts, _projection, _llama_adapter, _targets, _start, _bits):
+    for check in (_loop, _merge, _prompts, _projection, _llama_adapter, _targets, _start, _bits):
         yield from check(stage, stage.adapter, find_kind(stage.adapter.type))
+
+
+def _loop(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:
+    if kind.method in _CALLED_IN_LOOP:
+        yield (
+            f"adapter.type = '{adapter.type}' shares out its ranks when it is called after each step, which no trainer of upstream's "
+            "does: it would stay as it began. Take lora, with rank_pattern where ranks should differ, or dora."
+        )
 
 
 def _merge(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:

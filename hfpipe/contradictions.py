@@ -19,7 +19,7 @@ _NO_PRODUCT = (
 _STARTS = ("gaussian", "orthogonal")  # inits, beside true and false, that leave the base as it is
 # Keys with the value that switches them off: those that act between backward pass and step, those that take a whole model.
 _BEFORE_STEP = (("l2_to_parent", 0), ("layerwise_lr_decay", 1))
-_NEED_WHOLE = (*_BEFORE_STEP, ("average_with_parent", 0))
+_NEED_WHOLE = (*_BEFORE_STEP, ("average_with_parent", 0), ("freeze_embeddings", False))
 
 
 def split_batch(stage: Stage, processes: int) -> list[str]:
@@ -44,6 +44,8 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         for key, off in _NEED_WHOLE
         if section and getattr(section, key) != off
     ]
+    if getattr(stage.sections.get("optimizer"), "type", None) == "muon":
+        keys.append("optimizer.type = 'muon'")  # its state, two optimizers', is no form that accelerate gathers
     if getattr(stage.sections.get("optimizer"), "keep_state", False):
         keys.append("optimizer.keep_state")
     if getattr(stage.sections.get("anneal"), "carry_optimizer", False):

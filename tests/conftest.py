@@ -177,11 +177,15 @@ TALKS = (
 @pytest.fixture(scope="session")
 def learned(micro_run, tmp_path_factory):
     """A small model that has learnt the two conversations above by heart: (folder, model, tokenizer)."""
+    return learn_by_heart(micro_run, [{"messages": talk} for talk in TALKS], tmp_path_factory.mktemp("learned"))
+
+
+def learn_by_heart(micro_run: Path, rows: list[dict], folder: Path):
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from hfpipe.training.models import set_generation_config
-    from hfpipe.training.templates import encode_messages
+    from hfpipe.training.templates import encode_batch
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(micro_run / "sft")
@@ -190,15 +194,13 @@ def learned(micro_run, tmp_path_factory):
     set_generation_config(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
-        for talk in TALKS:
-            ids, mask = encode_messages(tokenizer, talk)
+        for ids, mask in encode_batch(tokenizer, rows):
             labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     assert loss < 0.05
-    folder = tmp_path_factory.mktemp("learned")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, model.eval(), tokenizer

@@ -8,11 +8,13 @@ import signal
 import time
 
 import pytest
+from transformers import AutoTokenizer
 
 from hfpipe.evaluation.reward_functions import build_rewards, by_check
 from hfpipe.sections import RewardFunction
+from hfpipe.training.templates import encode_batch
 
-from .conftest import CALL, REAL, hfpipe, needs_real_data, stage_json
+from .conftest import CALL, REAL, hfpipe, learn_by_heart, needs_real_data, stage_json
 from .test_nothing_lost import start
 from .test_rewards import REWARD
 
@@ -22,6 +24,14 @@ data: {train: [{path: tinyworld/sft, limit: 400}], eval: [{path: tinyworld/sft, 
 rewards: {functions: [{function: "FILE:vowels"}]}
 trainer: {learning_rate: 5.0e-3, per_device_train_batch_size: 32, num_generations: 4, max_completion_length: 16, max_steps: 16, save_steps: 4, beta: 0.0, activation_checkpointing: false, logging_steps: 4}
 """
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Works out a sum.",
+        "parameters": {"type": "object", "properties": {"arguments": {"type": "string"}}},
+    },
+}
 VOWELS = '''def vowels(completions, **columns):
     """The share of e among the letters."""
     texts = [messages[0]["content"] for messages in completions]
@@ -178,6 +188,70 @@ def test_checks_as_rewards():
     assert scored("length", "one two three", None, value={"max_words": 2}) == 0
     assert scored("length", "one two", None, value={"max_words": 2}) == 1
     assert scored("stops", "anything", None) == 1
+
+
+@pytest.fixture(scope="module")
+def calls_what_it_is_shown(micro_run, tmp_path_factory):
+    """A model that calls the calculator where its prompt shows one; rows with and without."""
+    rows = []
+    for name in ("Ann", "Ben", "Eva", "Tom"):
+        asked, called = {"role": "user", "content": f"{name}, what is 12 * 34?"}, {"role": "assistant", "content": ""}
+        called["tool_calls"] = [CALL]
+        rows.append({"messages": [asked, called], "tools": [TOOL]})
+        rows.append({"messages": [asked, {"role": "assistant", "content": "I can't."}], "tools": None})
+    folder = tmp_path_factory.mktemp("shown")
+    learn_by_heart(micro_run, rows, folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "ppo", "distill"])
+def test_a_prompt_shows_its_row_s_tools_and_calls_are_parsed(steered, calls_what_it_is_shown, tmp_path, kind):
+    folder, rows = calls_what_it_is_shown, calls_what_it_is_shown / "rows.jsonl"
+    data = f"[{{path: {rows}, split: all}}]"
+    recipe = steered(
+        kind,
+        model=f"{{from: {folder / 'model'}}}",
+        data=f"{{train: {data}, eval: {data}}}",
+        rewards="{functions: [{check: tool_call}, {check: contains, value: can't}]}",
+        trainer="{learning_rate: 1.0e-6, per_device_train_batch_size: 8, max_completion_length: 16, max_steps: 1, "
+        "save_steps: 4, activation_checkpointing: false}",
+        limits="{min_entropy: null}",
+    )
+    if kind == "distill":
+        stage = recipe / "rl.yaml"
+        text = stage.read_text().replace("rewards: ", "# rewards: ").replace("limits: ", "# limits: ")
+        stage.write_text(text.replace("{learning", f"{{teacher_model_name_or_path: {folder / 'model'}, learning"))
+    hfpipe("run", recipe, "--out", tmp_path / "run")
+    metrics = stage_json(tmp_path / "run" / "rl")["metrics"]
+    if kind == "distill":
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        told = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+        lengths = [sum(mask) for _, mask in encode_batch(tokenizer, [{"messages": talk} for talk in told])]
+        logged = lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]
+        longest, shortest = logged["completions/max_length"], logged["completions/min_length"]
+        assert longest - shortest == max(lengths) - min(lengths) > 5
+        assert logged["completions/mean_length"] == (longest + shortest) / 2
+    else:
+        assert metrics["held_out_before"]["reward"] == 1.0
+
+
+@pytest.mark.parametrize("column", ["answer", "solution", "reference", "remark"])
+def test_what_prompts_are_compared_with_is_in_a_column(steered, tmp_path, column):
+    rows = [{"prompt": f"What is {n} plus 2?", column: str(n + 2)} for n in range(32)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = steered(
+        "grpo",
+        data=f"{{train: [{{path: {tmp_path / 'rows.jsonl'}, split: all}}]}}",
+        rewards="{functions: [{check: number}]}",
+    )
+    steps = ["--set", "rl.trainer.max_steps=2", "--set", "rl.trainer.save_steps=2"]
+    done = hfpipe("run", folder, "--out", tmp_path / "run", *steps, check=2 if column == "remark" else 0)
+    if column == "remark":
+        assert "no completion has had a reward: number gave None or NaN for all" in done.stderr
+        assert not (tmp_path / "run" / "rl").exists()
+    else:
+        assert lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]["reward"] >= 0
 
 
 @needs_real_data

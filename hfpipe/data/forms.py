@@ -16,6 +16,7 @@ _TURNS = "messages|conversations|conversation"
 _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools", "system", *_TURNS.split("|")}
 _READ |= {"instruction", "input", "output", "history", "question"}
 _CALCULATION = re.compile(r"<<[^<>]*>>")
+_REFERENCES = ("reference", "answer", "solution", "ground_truth")
 _LABELS = {"true": True, "false": False}
 
 
@@ -40,7 +41,7 @@ class Form:
         canonical = self.build(row)
         if self.gives != "text" and (tools := tools_of(row.get("tools"))):
             canonical["tools"] = tools
-        return canonical | {key: value for key, value in row.items() if key not in _READ}
+        return canonical | {key: value for key, value in row.items() if key not in _READ and key not in canonical}
 
 
 def recognise(row: Row) -> Form | None:
@@ -138,7 +139,12 @@ def _text(row: Row) -> Row:
 
 
 def _asked(row: Row) -> Row:
-    return {"prompt": _prompt(row)}
+    """A prompt, with what an answer is compared with where a column has it."""
+    found = next((row[key] for key in _REFERENCES if row.get(key) not in (None, "", [])), None)
+    if found is None:
+        return {"prompt": _prompt(row)}
+    answer = found if isinstance(found, list) else str(found)
+    return {"prompt": _prompt(row), "reference": messages_of(answer, "assistant")}
 
 
 def _conversation(row: Row) -> Row:

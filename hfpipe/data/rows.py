@@ -61,7 +61,8 @@ def as_form(row: Row, wanted: str) -> Row:
         return {"messages": row["prompt"] + row["chosen"], **rest}
     prompt = up_to_last_user(row["messages"]) if kind == "messages" else row["prompt"]
     answers = row["messages"][len(prompt) :] if kind == "messages" else row.get("chosen") or []
-    return {"prompt": prompt, **({"reference": answers} if answers else {}), **rest}
+    told = {"reference": answers} if answers else {}  # before a column of that name
+    return {"prompt": prompt, **told, **{key: value for key, value in rest.items() if key not in told}}
 
 
 def as_forms(row: Row, wanted: str) -> list[Row]:

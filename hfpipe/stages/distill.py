@@ -43,7 +43,10 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.adapters import build_trainer, load_pretrained
     from hfpipe.training.fit import build_args, fit
     from hfpipe.training.models import load_model, load_tokenizer
-    from hfpipe.training.reinforce import as_prompts
+    from hfpipe.training.reinforce import WithTools, as_prompts
+
+    class Distillation(WithTools, DistillationTrainer):
+        """Upstream's; a prompt shows its row's tools."""
 
     where = f"{job.stage.file}: trainer.teacher_model_name_or_path"
     tokenizer, folder = load_tokenizer(job), job.guide_path()
@@ -64,7 +67,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     trainer = build_trainer(
         job,
         progress,
-        DistillationTrainer,
+        Distillation,
         load_model(job, tokenizer, progress),
         args=args,
         teacher_model=teacher,

@@ -20,6 +20,7 @@ from hfpipe.hub_client import locate
 from hfpipe.training import bottleneck  # noqa: F401  makes the method known to PEFT
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,8 +72,9 @@ def build_trainer(
     except (ValueError, NotImplementedError) as error:  # PEFT: no such module, or none of its kind; TRL: no such pair
         raise UserError(f"{stage.file}: adapter is refused upstream for this model: {error}") from error
     _mend(trainer.model)
-    if find_kind(stage.adapter.type).four_bit:
-        # TRL rounds the adapter to bfloat16, in which small updates are lost, and from a checkpoint it comes as float32.
+    if find_kind(stage.adapter.type).four_bit or trainer.args.bf16 or trainer.args.fp16:
+        # In bfloat16 small updates are lost. TRL rounds an adapter on four bits to it, and PEFT leaves what trains whole
+        # (a new head, modules_to_save) as its parent is; from a checkpoint all comes as float32.
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -142,51 +144,67 @@ def _mend(model: PeftModel) -> None:
 # --- what a stage leaves ---
 
 
-def save_adapted(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-    """Write the adapter, and the merged model where the kind allows one, into the job's working folder."""
+def save_adapted(
+    job: Job,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the adapter, and the merged model where the kind allows one, into the job's working folder.
+
+    `state`: the model's, gathered, where it is divided among devices.
+    """
     for config in model.peft_config.values():
         config.base_model_name_or_path, config.revision = job.parent_id, job.parent_revision
     if not is_merged(job.stage.adapter):
-        _save_adapter(job, model, tokenizer, job.work)
+        _save_adapter(job, model, tokenizer, job.work, state)
         return
-    _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER)
+    _save_adapter(job, model, tokenizer, job.work / ADAPTER_FOLDER, state)
     try:
-        merged = _merge(job, model, tokenizer)
+        merged = merge(job, model, tokenizer, apart=state is not None or model.device.type != "cpu")
     except (ValueError, NotImplementedError) as error:  # PEFT: a method, or this form of it, that has no merge
         if "NaN" in str(error):  # the adapter itself is broken, and no result
             raise
         progress.note(f"adapter: PEFT can't merge it ({error}), so the stage leaves it alone, on its base")
         shutil.rmtree(job.work / ADAPTER_FOLDER)
-        _save_adapter(job, model, tokenizer, job.work)
+        _save_adapter(job, model, tokenizer, job.work, state)
         return
     merged.config.use_cache = True
     merged.save_pretrained(str(job.work))
 
 
-def _save_adapter(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save_adapter(
+    job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: dict[str, torch.Tensor] | None
+) -> None:
     """The adapter with what a folder needs to be loaded by itself; its base stays where it is."""
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), **({} if state is None else {"state_dict": state}))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's form, not filled in
     tokenizer.save_pretrained(str(folder))
     if job.stage.type.leaves == "model":
         model.generation_config.save_pretrained(str(folder))
 
 
-def _merge(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def merge(job: Job, model: PeftModel, tokenizer: PreTrainedTokenizerBase, apart: bool) -> PreTrainedModel:
     """The model with the adapter written into its weights; the trainer's own stays as it was trained.
 
-    Four-bit weights would be rounded again, so for those the base is loaded anew and whole, and merged in float32.
+    `apart`: on the base loaded anew, in this machine's memory, since a device need not hold the model twice and may hold only
+    a part of it. Four-bit weights would be rounded again, so for those the base is whole, and merged in float32.
     """
-    if not find_kind(job.stage.adapter.type).four_bit:
-        return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    four_bit = find_kind(job.stage.adapter.type).four_bit
+    if not apart and not four_bit:
+        stored = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+        return copy.deepcopy(model).merge_and_unload(safe_merge=True).to(stored)
     from peft import PeftModel
 
     from hfpipe.training.models import load_whole
 
     base = load_whole(job, tokenizer)
     dtype = base.dtype
-    merged = PeftModel.from_pretrained(base.float(), str(job.work / ADAPTER_FOLDER)).merge_and_unload(safe_merge=True)
-    return merged.to(dtype)
+    if four_bit:
+        base = base.float()
+    adapted = PeftModel.from_pretrained(base, str(job.work / ADAPTER_FOLDER), torch_device="cpu")
+    return adapted.merge_and_unload(safe_merge=True).to(dtype)
 
 
 # --- and how it is loaded again ---

@@ -177,15 +177,23 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
 def save(job: Job, trainer: Trainer, progress: Progress) -> None:
     """Weights, configuration and tokenizer as an ordinary model folder, an adapter as `hfpipe.training.adapters` has it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:  # whatever form its checkpoints have
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if job.stage.adapter is not None:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_sharded(trainer) else None
         if trainer.is_world_process_zero():
-            save_adapted(job, model, trainer.processing_class, progress)
+            save_adapted(job, model, trainer.processing_class, progress, state)
     else:
         model.config.use_cache = True
         trainer.save_model(str(job.work))
     if trainer.is_world_process_zero():
         trainer.processing_class.save_pretrained(str(job.work))
         (job.work / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing of it is needed again
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each process holds a part of the model alone."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float | None:

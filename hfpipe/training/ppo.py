@@ -180,7 +180,8 @@ class PPOTrainer(Steered, GRPOTrainer):
         if isinstance(source, str):
             backbone, head = AutoModel.from_pretrained(source, dtype=torch.float32), None
         else:
-            backbone, head = copy.deepcopy(source.base_model), getattr(source, "score", None)
+            # in float32 whatever the source is stored in: the optimizer's steps are lost in bf16
+            backbone, head = copy.deepcopy(source.base_model).float(), getattr(source, "score", None)
         backbone.requires_grad_(True)
         disable_dropout_in_model(backbone)
         if self.args.gradient_checkpointing:
@@ -304,7 +305,8 @@ class PPOTrainer(Steered, GRPOTrainer):
         optimizer = super().create_optimizer(model)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         params = [p for p in self.critic.parameters() if p.requires_grad and id(p) not in known]
-        rate = self.args.critic_learning_rate or self.args.learning_rate
+        rate = self.args.critic_learning_rate
+        rate = self.args.learning_rate if rate is None else rate
         for decay, matrices in ((self.args.weight_decay, True), (0.0, False)):
             if group := [p for p in params if (p.ndim > 1) == matrices]:
                 optimizer.add_param_group({"params": group, "lr": rate, "weight_decay": decay})

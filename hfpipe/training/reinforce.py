@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from hfpipe.errors import UserError
+from hfpipe.evaluation.answers import Question, parse
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,13 +61,40 @@ def check_rollouts(job: Job, args: Any, prompts: int) -> None:
         )
 
 
-class Steered:
-    """Mixed into a trainer of TRL's: a control, and log-probabilities without detours on a processor.
+class WithTools:
+    """Mixed into a trainer of TRL's that samples: a prompt shows the tools of its own row, where upstream knows of one list."""
+
+    _rows: list[dict[str, Any]] | None = None
+    _prompt_ids: list[list[int]] | None = None  # of the rows
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = [one["row"] for one in inputs] if "row" in inputs[0] else None
+        return super()._generate_and_score_completions(inputs)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
+        if self._rows is None:  # not a recipe's: whoever uses a trainer by itself
+            return super()._tokenize_prompts(prompts)
+        self._prompt_ids = [
+            self.processing_class.apply_chat_template(
+                prompt,
+                tools=row.get("tools") or None,
+                add_generation_prompt=True,
+                return_dict=True,
+                **self.chat_template_kwargs,
+            )["input_ids"]
+            for prompt, row in zip(prompts, self._rows, strict=True)
+        ]
+        return self._prompt_ids, None, {}
+
+
+class Steered(WithTools):
+    """A control besides, completions parsed whatever the trainer, and log-probabilities without detours on a processor.
 
     `random_reward`: the rewards of a rollout are dealt out at random among its rows.
     """
 
     random_reward = False
+    rewarded: bool | None = None  # whether any completion was, of those that were sampled in training
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -102,10 +130,20 @@ class Steered:
                 entropies.append(-(every.exp() * every).sum(dim=-1))
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(*args, **kwargs)  # (rows of all processes, functions)
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        if self._rows is not None:  # RLOO's are text alone, and GRPO's are parsed without the row's tools
+            said = zip(prompts, self._prompt_ids, completion_ids_list, self._rows, strict=True)
+            completions = [
+                [parse(self.processing_class, asked, ids, Question(prompt, row.get("tools") or None))]
+                for prompt, asked, ids, row in said
+            ]
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.model.training:
+            self.rewarded = self.rewarded or not bool(rewards.isnan().all())
         if not self.random_reward or not self.model.training:
-            return rewards
+            return rewards  # (rows of all processes, functions)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         return rewards[torch.randperm(len(rewards), generator=generator).to(rewards.device)]
 
@@ -131,7 +169,21 @@ class Watched(TrainerCallback):
             return
         if state.is_world_process_zero:
             self._keep(state.global_step)
+        if state.global_step > 1:  # the first rollout may lack them by chance
+            self._ask_whether_rewarded(state.global_step)
         self._hold(logs, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._ask_whether_rewarded(state.global_step)
+
+    def _ask_whether_rewarded(self, step: int) -> None:
+        if self.trainer.rewarded is False:
+            names = ", ".join(self.trainer.reward_func_names)
+            raise UserError(
+                f"{self.file}: rewards: after {step} steps no completion has had a reward: {names} gave None or NaN for all, "
+                "so nothing is learnt. A check reads its value from the row's answer (`reference`, `answer` or `solution` of a "
+                f"prompt) or from `value`; the completions are in {self.path}."
+            )
 
     def _keep(self, step: int) -> None:
         told = self.trainer._logs
