@@ -279,8 +279,15 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+# Of a model that comes from elsewhere: what its numbers, its tokens and its answers depend on, beside its weights.
+_DECIDING = (
+    "config.json", ADAPTER_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+
+
 def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
-    """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of its weights and configuration.
+    """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of weights, configuration and tokenizer.
 
     `leaves` is what the parent may hold: `model`, `tokenizer` or both.
     """
@@ -289,7 +296,7 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
         if reason := damage(folder, record["files"], trust_times=True):
             raise UserError(f"{folder} is damaged: {reason}. Make that stage again, or give another model.")
         return record["fingerprint"]
-    names = [folder / "config.json", folder / ADAPTER_FILE, folder / "tokenizer.json", *weight_files(folder)]
+    names = [folder / name for name in _DECIDING] + weight_files(folder) + sorted(folder.glob("pytorch_model*.bin"))
     found = {p.name: file_sha256(p) for p in names if p.is_file()}
     if not {"config.json", ADAPTER_FILE} & found.keys() and (
         "tokenizer" not in leaves or "tokenizer.json" not in found

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
-from hfpipe import adapter_types, annealing
+from hfpipe import adapter_types, annealing, upstream
 from hfpipe.errors import nearest
+from hfpipe.rope import scales
 from hfpipe.sections import Evaluate, ExtendTokenizer, Stage, text_sources
 
 _PRODUCT = ("lora", "qlora")  # kinds of adapter whose change to a weight is scaling * B @ A
@@ -76,9 +77,26 @@ def needle(evaluate: Evaluate) -> Iterator[str]:
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     of_data = (_length, _weights, _selection, _order, _rewards, _teacher, _pieces)
-    of_training = (_optimizer, _batch, _regularize, _pull, _checkpoints, _guards)
+    of_training = (_reference, _optimizer, _batch, _regularize, _pull, _checkpoints, _guards)
     checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
+
+
+def _reference(stage: Stage) -> Iterator[str]:
+    """A second model that upstream loads from the parent's folder, as that is."""
+    if stage.adapter is not None or not scales(stage.model):
+        return
+    fields = upstream.fields(str(stage.type.trainer).rpartition(".")[2])
+    if stage.type.name in ("grpo", "rloo"):
+        beta = stage.trainer.get("beta", fields["beta"].default)
+    else:  # ppo's beta is another class's field
+        beta = stage.trainer.get("beta", 1) if stage.type.name == "ppo" else 0
+    loaded = beta or (stage.type.name in ("dpo", "kto") and stage.trainer.get("precompute_ref_log_probs") is False)
+    if loaded:
+        yield (
+            f"model.rope_parameters in a {stage.type.name} stage whose reference is loaded from the parent, without them: the two would "
+            "not be the same model at the start. Give the longer context in a stage of training on text or conversations before."
+        )
 
 
 def _optimizer(stage: Stage) -> Iterator[str]:

@@ -336,6 +336,35 @@ def test_added_tokens_train_and_are_merged(plain_model, tmp_path, tied, adapter)
     torch.testing.assert_close(logits(adapted), logits(model), atol=1e-4, rtol=1e-4)
 
 
+def test_what_trains_whole_on_a_parent_in_bf16_is_float32_and_merging_apart_gives_the_same(plain_model, tmp_path):  # noqa: F811
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfpipe.training.adapters import merge
+    from hfpipe.training.job import make_job
+
+    size = len(AutoTokenizer.from_pretrained(plain_model))
+    tiny_llama(size, max_position_embeddings=512, tie_word_embeddings=False).bfloat16().save_pretrained(plain_model)
+    text = SFT.replace("from: midtrain, attn_implementation: eager", f"from: {plain_model}").replace("256", "512")
+    lora = KINDS["lora"].replace("type: lora", "type: lora, modules_to_save: [lm_head, embed_tokens]")
+    text = f"{text}tokenizer: {{chat_template: hfpipe}}\nadapter: {lora}\n".replace("stage: sft", "stage: midtrain")
+    recipe = write_recipe(tmp_path / "recipe", {"structure": text}, ())
+    rate = "structure.trainer.learning_rate=1e-6"
+    hfpipe("run", recipe, "--out", tmp_path / "run", "--set", rate, "--set", "structure.trainer.bf16=true")
+    left = tmp_path / "run" / "structure"
+    head = next(t for name, t in load_file(left / "adapter" / "adapter_model.safetensors").items() if "lm_head" in name)
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())  # such small steps would be lost in bf16
+    merged = AutoModelForCausalLM.from_pretrained(left)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    loaded = load_recipe(recipe, stage_types(), [rate, "structure.trainer.bf16=true"])
+    job = make_job(loaded, loaded.stages["structure"], tmp_path / "run")
+    shutil.copytree(left / "adapter", job.work / "adapter")
+    apart = merge(job, merged, AutoTokenizer.from_pretrained(left), apart=True)
+    for name, weight in apart.state_dict().items():
+        assert torch.equal(weight, merged.state_dict()[name]), name
+
+
 @pytest.mark.parametrize(
     ("adapter", "expected"),
     [
@@ -458,6 +487,7 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
         (["dpo.adapter={type: dora, use_dora: false}"], "beside type: dora, which means use_dora: True"),
         (["dpo.adapter={type: bottleneck, non_linearity: gelo}"], "Did you mean `gelu`?"),
         (["dpo.adapter={type: adalorra}"], "Did you mean `adalora`?"),
+        (["dpo.adapter={type: adalora, total_step: 10}"], "shares out its ranks when it is called after each step"),
         (["dpo.adapter=lora"], "adapter = 'lora': expected a mapping"),
         (["pretrain.adapter={type: lora}"], "adapter has no place in a pretrain stage"),
         (["tokenizer.adapter={type: lora}"], "adapter has no place in a tokenizer stage: it trains no model"),

@@ -229,3 +229,12 @@ def test_a_new_key_does_not_undo_what_has_been_trained():
         counted = artifact.hashed_config(recipe.stages[name], seed=0, processes=1)
         found = {key: " ".join(sorted(v)) for key, v in counted.items() if isinstance(v, dict) and key != "trainer"}
         assert found == sections, name
+
+
+def test_a_reference_that_upstream_loads_has_the_parents_context(recipe):
+    longer = "dpo.model.rope_parameters={rope_type: linear, factor: 2.0}"
+    told = problems(recipe(), [longer, "dpo.trainer.precompute_ref_log_probs=false"])
+    assert (
+        "dpo.yaml: model.rope_parameters in a dpo stage whose reference is loaded from the parent, without them" in told
+    )
+    assert not load_recipe(recipe(), stage_types(), [longer]).stages["dpo"].adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 
@@ -146,7 +147,7 @@ def test_the_calculator_is_carried_out_and_its_result_answered(learned):
 # --- the scorecard ---
 
 
-def write_stage(run, stage, parent, scores, perplexity):
+def write_stage(run, stage, parent, scores, perplexity, bytes_per_token=1):
     folder = run / stage
     folder.mkdir(parents=True)
     (folder / "stage.json").write_text(json.dumps({"parent": {"from": parent}}))
@@ -154,7 +155,8 @@ def write_stage(run, stage, parent, scores, perplexity):
     for name, (right, n) in scores.items():
         low, high = wilson(right, n)
         told[name] = {"score": right / n, "n": n, "low": low, "high": high}
-    text = {"perplexity": perplexity, "bits_per_byte": 1.0}
+    loss = math.log(perplexity)
+    text = {"loss": loss, "perplexity": perplexity, "bits_per_byte": round(loss / math.log(2) / bytes_per_token, 4)}
     (folder / "eval.json").write_text(json.dumps({"capabilities": told, "held_out_text": text}))
 
 
@@ -174,6 +176,14 @@ def test_what_was_learnt_and_what_was_forgotten(tmp_path):
     shown = "\n".join(table(card))
     assert shown.index("stopping") < shown.index("knowledge")
     assert "0.61 ↓" in shown
+
+
+def test_text_in_other_tokens_is_compared_byte_by_byte(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "x", "stages": ["pretrain", "longer", "worse"]}))
+    write_stage(tmp_path, "pretrain", None, {}, 20.0, bytes_per_token=4)
+    write_stage(tmp_path, "longer", "pretrain", {}, 30.0, bytes_per_token=5)
+    write_stage(tmp_path, "worse", "longer", {}, 30.0, bytes_per_token=4)
+    assert [line.partition(" ")[0] for line in read_scorecard(tmp_path).forgotten] == ["worse:"]
 
 
 def test_what_a_reward_taught_beyond_its_control(tmp_path):

@@ -339,3 +339,13 @@ def test_several_processes_fetch_once(hub, hub_env, repo_id, own_run):
     several = [subprocess.Popen(command, env=os.environ | hub_env, stdout=subprocess.PIPE) for _ in range(4)]
     assert len({process.communicate()[0] for process in several}) == 1
     assert [process.returncode for process in several] == [0] * 4
+
+
+def test_a_folders_name_is_no_part_of_another_name():
+    from hfpipe.publishing.package import _without_folders
+
+    record = {"data": {"train[0] /data": "h", "train[1] /data/rows.jsonl": "h"}, "parent": {"from": "org/dataset@main"}}
+    told = _without_folders({**record, "note": "read /data: 3 rows of /data/rows.jsonl"})
+    assert told["parent"] == record["parent"]
+    assert list(told["data"]) == ["train[0] data", "train[1] rows.jsonl"]
+    assert told["note"] == "read data: 3 rows of rows.jsonl"

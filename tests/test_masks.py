@@ -402,3 +402,32 @@ def test_the_built_in_conversations_token_by_token(tokenizer):
         row["messages"] = [{"tool_calls": [], **message} for message in row["messages"]]
     for row, encoded in zip(rows, encode_batch(tokenizer, rows), strict=True):
         assert encoded == tokens_of(tokenizer, expected(row["messages"], row.get("tools")))
+
+
+def test_an_answer_that_begins_with_a_space_is_trained_whole():
+    """Of tokenizers that leave spaces out of a token's place, with a template that marks the words alone."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "special_tokens": special}
+    backend.train_from_iterator(["hello there my friend"] * 5, trainers.BpeTrainer(vocab_size=320, **options))
+    bos = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 0)])
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    )
+    before = backend.to_str()
+    for said in ("hello", " hello", "\n\nhello", "  "):
+        talk = [
+            {"role": role, "content": text}
+            for role, text in zip(["user", "assistant"] * 2, ["my", said, "friend", "there"], strict=True)
+        ]
+        ids, mask = encode_messages(tokenizer, talk)
+        trained = tokenizer.decode([token for token, on in zip(ids, mask, strict=True) if on])
+        assert trained == f"{said}<|im_end|>there<|im_end|>"
+    assert backend.to_str() == before

@@ -131,7 +131,9 @@ def test_ranks_divide_what_is_sharded():
     assert (zero2.weights, zero2.gradients) == (alone.weights, alone.gradients / 4)
     assert zero2.optimizer == full.optimizer == alone.optimizer / 4
     assert alone.weights / 4 < full.weights < alone.weights
-    assert full.peak < zero2.peak < ddp.peak
+    zero1 = plan_memory(shape, whole, Setting(1, 8, "fp32", ranks=4, sharding="zero1"))
+    assert (zero1.gradients, zero1.optimizer) == (alone.gradients, alone.optimizer / 4)
+    assert full.peak < zero2.peak < zero1.peak < ddp.peak
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():

@@ -74,6 +74,15 @@ def test_a_critic_takes_over_the_reward_model_s_head():
     assert torch.equal(Critic(16, judge.base_model)(**tokens), torch.zeros(3, 6))
 
 
+def test_a_critic_is_float32_whatever_it_starts_from(make, micro_run):
+    from transformers import AutoModelForSequenceClassification
+
+    source = AutoModelForSequenceClassification.from_pretrained(micro_run / "sft", num_labels=1, dtype=torch.bfloat16)
+    critic = make("separate")._build_critic(source)
+    assert {p.dtype for p in critic.parameters()} == {torch.float32}
+    assert source.dtype == torch.bfloat16
+
+
 # --- a trainer on a very small model, through the Python API ---
 
 

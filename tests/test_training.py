@@ -253,8 +253,13 @@ def test_midtraining_gives_a_plain_model_the_chat_format(plain_model, recipe, tm
         "sft.trainer.max_length=512",
     ]
     run = tmp_path / "run"
+    generation = plain_model / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [0, 2]}))  # 2 is a letter
     done = hfpipe("run", folder, "--out", run, *(a for s in settings for a in ("--set", s)))
     assert "13 tokens added" in done.stdout
+    stops = json.loads((run / "sft" / "generation_config.json").read_text())["eos_token_id"]
+    assert 0 in stops
+    assert 2 not in stops
     tokenizer = AutoTokenizer.from_pretrained(run / "sft")
     assert json.loads((run / "sft" / "generation_config.json").read_text())["pad_token_id"] == tokenizer.pad_token_id
     old, new = weights(plain_model)["model.embed_tokens.weight"], weights(run / "sft")["model.embed_tokens.weight"]

@@ -191,14 +191,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: A
 
 
 def parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], question: Question) -> dict[str, Any]:
-    """The message that token ids say, tool calls parsed by upstream where the tokenizer knows how."""
-    said = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
-    if isinstance(question.prompt, str) or question.opens_turn or getattr(tokenizer, "response_template", None) is None:
-        return said
-    try:
-        return tokenizer.parse_response(ids, prefix=prompt, tools=question.tools)
-    except (ValueError, KeyError, TypeError):
-        return said  # not a message of this format
+    """The message that token ids say; text that goes on from text is no message of a format."""
+    from hfpipe.training.templates import parse_message
+
+    if isinstance(question.prompt, str) or question.opens_turn:
+        return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+    return parse_message(tokenizer, prompt, ids, question.tools)
 
 
 def turn_opening(tokenizer: PreTrainedTokenizerBase) -> str:

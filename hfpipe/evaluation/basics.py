@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -89,21 +88,18 @@ def evaluate_model(
     Losses are mean negative log-likelihoods in nats per trained token; `perplexity` is their exponential.
     `capabilities` are described in `hfpipe.evaluation.probes`.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hfpipe.training.adapters import load_pretrained
+    from hfpipe.training.hardware import free_memory, own_device, scoring_options
 
-    gc.collect()  # the trainer and its optimizer are done with
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     section = job.stage.model
     options: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     if section.attn_implementation:
         options["attn_implementation"] = section.attn_implementation
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = load_pretrained(AutoModelForCausalLM, str(folder), **options).to(device).eval()
+    model = load_pretrained(AutoModelForCausalLM, str(folder), **options, **scoring_options()).to(own_device()).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     if prepared.eval is not None and job.stage.type.rows != "prompt":  # prompts have no answers to lose on

@@ -94,6 +94,7 @@ def by_model(path: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Rewar
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hfpipe.training.adapters import load_pretrained
+    from hfpipe.training.hardware import own_device
     from hfpipe.training.templates import closing_ids, encode_prompts
 
     try:
@@ -104,8 +105,7 @@ def by_model(path: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Rewar
     if model.config.num_labels != 1:
         raise UserError(f"{where}: {path} has {model.config.num_labels} labels; a reward model has one.")
     model.requires_grad_(False)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model.to(own_device())
     same = own.get_vocab() == tokenizer.get_vocab()
     closing = closing_ids(tokenizer)
 

@@ -27,15 +27,16 @@ def evaluate_reward_model(
 
     Returns `{"pairs": ...}` as `pair_scores` gives it, and what became of the rows of each of the stage's sources.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from hfpipe.training.adapters import load_pretrained
+    from hfpipe.training.hardware import free_memory, own_device, scoring_options
 
     options = {"trust_remote_code": job.stage.model.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = load_pretrained(AutoModelForSequenceClassification, str(folder), **options).to(device).eval()
+    free_memory()
+    loaded = load_pretrained(AutoModelForSequenceClassification, str(folder), **options, **scoring_options())
+    model = loaded.to(own_device()).eval()
     prepared = prepare(job, tokenizer)
     scores: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []

@@ -166,13 +166,21 @@ def _forgotten(card: Scorecard) -> list[str]:
     lines += _forgotten_domains(card)
     first = None if card.domains else next(iter(card.text.values()), None)
     for stage, scores in card.text.items():
-        held = first is not None and scores["perplexity"] <= TEXT_LIMIT * first["perplexity"]  # False for a NaN
+        perplexity = first and _perplexity(scores, first)
+        held = first is not None and perplexity <= TEXT_LIMIT * first["perplexity"]  # False for a NaN
         if first and not held and stage in card.parents:
             lines.append(
-                f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {scores['perplexity']:.2f}, "
+                f"{stage}: perplexity of held-out text {first['perplexity']:.2f} -> {perplexity:.2f}, "
                 f"more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
             )
     return lines
+
+
+def _perplexity(now: dict[str, float], first: dict[str, float]) -> float:
+    """Of as many bytes as one of the first model's tokens has: tokens may have changed meanwhile."""
+    if not first["bits_per_byte"]:
+        return now["perplexity"]
+    return math.exp(min(first["loss"] * now["bits_per_byte"] / first["bits_per_byte"], 50))
 
 
 def _forgotten_domains(card: Scorecard) -> list[str]:
@@ -181,9 +189,7 @@ def _forgotten_domains(card: Scorecard) -> list[str]:
     for stage, scores in card.domains.items():
         for name in scores.keys() & firsts.keys() if stage in card.parents else ():
             first, now = firsts[name], scores[name]
-            # The same for as many bytes as one of the first model's tokens has.
-            perplexity = math.exp(min(first["loss"] * now["bits_per_byte"] / first["bits_per_byte"], 50))
-            if not perplexity <= TEXT_LIMIT * first["perplexity"]:
+            if not _perplexity(now, first) <= TEXT_LIMIT * first["perplexity"]:
                 lines.append(
                     f"{stage}: bits per byte of {name} {first['bits_per_byte']:.2f} -> {now['bits_per_byte']:.2f}, as a "
                     f"perplexity more than {TEXT_LIMIT:g} times the first: {_ADVICE['text']}"
@@ -278,13 +284,13 @@ def result(metrics: dict[str, Any]) -> str:
             worst = sorted(kinds, key=lambda kind: kinds[kind]["accuracy"])[:3]
             parts.append("weakest: " + ", ".join(f"{kind} {kinds[kind]['accuracy']:.0%}" for kind in worst))
     if after := metrics.get("held_out"):
-        before = metrics["held_out_before"]["reward"]
-        parts.append(f"reward of {after['n']} held-out prompts {before:.2f} -> {after['reward']:.2f}")
+        before = metrics["held_out_before"]  # None where the model was divided among devices
+        was = f"{before['reward']:.2f} -> " if before else ""
+        parts.append(f"reward of {after['n']} held-out prompts {was}{after['reward']:.2f}")
     if after := metrics.get("teacher"):
-        before = metrics["teacher_before"]["divergence"]
-        parts.append(
-            f"from the teacher on {after['n']} held-out prompts {before:.3f} -> {after['divergence']:.3f} nats a token"
-        )
+        before = metrics["teacher_before"]
+        was = f"{before['divergence']:.3f} -> " if before else ""
+        parts.append(f"from the teacher on {after['n']} held-out prompts {was}{after['divergence']:.3f} nats a token")
     if "vocab_size" in metrics:
         parts.append(f"{metrics['vocab_size']} entries")
     if "bytes_per_token" in metrics:

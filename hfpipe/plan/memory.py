@@ -36,7 +36,7 @@ class Setting:
     optimizer: str = "adamw"
     on_cpu: bool = False
     ranks: int = 1
-    sharding: Literal["ddp", "zero2", "full"] = "ddp"  # full: FSDP and ZeRO-3
+    sharding: Literal["ddp", "zero1", "zero2", "full"] = "ddp"  # full: FSDP and ZeRO-3
 
     @property
     def tokens(self) -> int:
@@ -96,7 +96,7 @@ def plan_memory(shape: Shape, trained: Trained, setting: Setting, others: dict[s
         if setting.sharding == "ddp":
             gradients *= 2  # the buckets hold them once more
         else:
-            gradients, optimizer, step = gradients / n, optimizer / n, step / n
+            gradients, optimizer, step = gradients / (1 if setting.sharding == "zero1" else n), optimizer / n, step / n
         if setting.sharding == "full":
             weights = weights / n + 2 * _largest_unit(shape) * (setting.width if setting.casts else setting.stored)
             copies = 0  # what is gathered is in the products' type: the block at work, and the next one

@@ -174,7 +174,7 @@ def _sharding(recipe: Recipe) -> str:
     text = file.read_text(encoding="utf-8") if name and file.is_file() else ""
     if "distributed_type: FSDP" in text or "zero_stage: 3" in text:
         return "full"
-    return "zero2" if "zero_stage: 2" in text or "zero_stage: 1" in text else "ddp"
+    return "zero2" if "zero_stage: 2" in text else "zero1" if "zero_stage: 1" in text else "ddp"
 
 
 def _stored(stage: Stage, origin: Stage) -> int:

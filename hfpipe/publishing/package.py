@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -147,11 +147,19 @@ def _public(run: Path, hub: Hub, record: dict[str, Any]) -> dict[str, Any]:
 
 def _without_folders(record: dict[str, Any]) -> dict[str, Any]:
     """Names of files instead of their paths on this machine: `/home/me/rows.jsonl` as `rows.jsonl`."""
-    text = json.dumps(record, ensure_ascii=False)
-    for path in sorted(set(_paths(record)), key=len, reverse=True):
-        inside, name = (json.dumps(part, ensure_ascii=False)[1:-1] for part in (path, Path(path).name))
-        text = text.replace(inside, name)
-    return json.loads(text)
+    paths = sorted(set(_paths(record)), key=len, reverse=True)
+    # Whole paths alone: `/data` is in `org/dataset`, too. A file within is told by its own name.
+    known = re.compile("|".join(rf"(?<![\w.-]){re.escape(path)}(?![\w-])" for path in paths)) if paths else None
+    return _renamed(record, lambda text: known.sub(lambda found: Path(found[0]).name, text) if known else text)
+
+
+def _renamed(value: Any, rename: Callable[[str], str]) -> Any:
+    """`rename` over every string of a JSON value, keys included."""
+    if isinstance(value, dict):
+        return {rename(key): _renamed(item, rename) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, rename) for item in value]
+    return rename(value) if isinstance(value, str) else value
 
 
 def _paths(value: Any) -> Iterator[str]:

@@ -41,7 +41,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import DistillationConfig, DistillationTrainer
 
     from hfpipe.training.adapters import build_trainer, load_pretrained
-    from hfpipe.training.fit import build_args, fit
+    from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.reinforce import WithTools, as_prompts
 
@@ -81,9 +81,9 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         set_seed(args.seed)
         return data.eval and {"n": len(data.eval), "divergence": round(trainer.evaluate()["eval_loss"], 4)}
 
-    before = divergence()
+    before = divergence() if scores_before(trainer, progress) else None
     metrics = fit(job, trainer, data, progress)
-    return {**metrics, "teacher_before": before, "teacher": divergence()} if before else metrics
+    return {**metrics, "teacher_before": before, "teacher": divergence()}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import DPOConfig, DPOTrainer
 
     from hfpipe.training.adapters import build_trainer
-    from hfpipe.training.fit import build_args, fit
+    from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
 
@@ -81,16 +81,20 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         eval_dataset=data.eval,
         processing_class=tokenizer,
     )
-    before = _scores(trainer, data)
-    if job.stage.adapter is None or starts_as_no_change(job.stage.adapter):
+    before = _scores(trainer, data) if scores_before(trainer, progress) else None
+    if before is None:
+        pass  # its margin is in the first line of the log
+    elif job.stage.adapter is None or starts_as_no_change(job.stage.adapter):
         _check_reference(job, before["margin"], args.beta)
     else:
         progress.note(f"before training the margin is {before['margin']}: untrained virtual tokens change the model")
     metrics = fit(job, trainer, data, progress)
     if data.eval is None:
         return metrics
-    del before["accuracy"]  # every pair is a tie
-    return {**metrics, "pairs_before": before, "pairs": _scores(trainer, data)}
+    if before is not None:
+        del before["accuracy"]  # every pair is a tie
+        metrics["pairs_before"] = before
+    return {**metrics, "pairs": _scores(trainer, data)}
 
 
 def _scores(trainer: Any, data: Prepared) -> dict[str, float]:

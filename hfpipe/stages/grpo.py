@@ -71,7 +71,7 @@ def train_by_rewards(
     from hfpipe.evaluation.answers import stop_ids
     from hfpipe.evaluation.reward_functions import build_rewards
     from hfpipe.training.adapters import build_trainer
-    from hfpipe.training.fit import build_args, fit
+    from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
     from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts, held_out_reward
@@ -98,7 +98,7 @@ def train_by_rewards(
     )
     trainer.random_reward = job.stage.sections["rewards"].control == "random_reward"
     trainer.add_callback(Watched(job, trainer, job.stage.sections["limits"], kl_per_token))
-    before = held_out_reward(trainer, data.eval)
+    before = held_out_reward(trainer, data.eval) if scores_before(trainer, progress) else None
     metrics = fit(job, trainer, data, progress)
     metrics["tokens"] = trainer.state.num_input_tokens_seen
     return {**metrics, "held_out_before": before, "held_out": held_out_reward(trainer, data.eval)}

@@ -45,7 +45,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from trl import KTOConfig, KTOTrainer
 
     from hfpipe.training.adapters import build_trainer
-    from hfpipe.training.fit import build_args, fit
+    from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
 
@@ -76,7 +76,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         eval_dataset=data.eval,
         processing_class=tokenizer,
     )
-    before = _held_out(trainer, data)
+    before = _held_out(trainer, data) if scores_before(trainer, progress) else None
     metrics = fit(job, trainer, data, progress)
     return {**metrics, "answers_before": before, "answers": _held_out(trainer, data)}
 

@@ -191,6 +191,13 @@ def save(job: Job, trainer: Trainer, progress: Progress) -> None:
         (job.work / "training_args.bin").unlink(missing_ok=True)  # a pickle: nothing of it is needed again
 
 
+def scores_before(trainer: Trainer, progress: Progress) -> bool:
+    """Whether the trainer can evaluate already: what is divided among devices is made ready by the training's beginning."""
+    if is_sharded(trainer):
+        progress.note("held-out rows are not scored before training: the model is divided among devices when it begins")
+    return not is_sharded(trainer)
+
+
 def is_sharded(trainer: Trainer) -> bool:
     """Whether each process holds a part of the model alone."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -24,6 +25,35 @@ def has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
+
+
+def free_memory() -> None:
+    """Of a trainer and its optimizer that are done with."""
+    import torch
+
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+def own_device() -> Any:
+    """This process's device: of several processes each has its own."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+
+
+def scoring_options() -> dict[str, Any]:
+    """How a model is loaded that only answers: on a device in bf16, in which it was trained, in half of float32's memory.
+
+    What was trained whole is stored in float32, which may be more than one device holds, and which flash attention refuses.
+    """
+    import torch
+
+    return {"dtype": torch.bfloat16} if has_accelerator() and choose_bf16()[0] else {}
 
 
 def use_all_cores_alone() -> None:

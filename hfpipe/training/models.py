@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def load_model(job: Job, tokenizer: PreTrainedTokenizerBase, progress: Progress)
     else:
         model = _load_parent(job, tokenizer, progress, AutoModelForCausalLM)
     model.config.pad_token_id = tokenizer.pad_token_id
-    set_generation_config(model, tokenizer)
+    set_generation_config(model, tokenizer, () if section.config else _own_stops(model, tokenizer))
     freeze(job, model, tokenizer, progress)
     return model
 
@@ -129,7 +129,7 @@ def load_whole(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     if job.stage.type.leaves == "reward_model":
         return _load_and_resize(job, tokenizer, AutoModelForSequenceClassification, num_labels=1)
     model = _load_and_resize(job, tokenizer, AutoModelForCausalLM)
-    set_generation_config(model, tokenizer)
+    set_generation_config(model, tokenizer, _own_stops(model, tokenizer))
     return model
 
 
@@ -242,9 +242,16 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
         blocks_of(model, where)
 
 
-def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Generation stops at every token that ends the assistant's turn; pad is never one of them."""
-    stops = stop_token_ids(tokenizer)
+def _own_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens at which a parent stops: they may be more than its template tells, such as the end of a tool call."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return [i for i in own if i in tokenizer.added_tokens_decoder and i != tokenizer.pad_token_id]
+
+
+def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, more: Sequence[int] = ()) -> None:
+    """Generation stops at every token that ends the assistant's turn, and at `more`; pad is never one of them."""
+    stops = list(dict.fromkeys([*stop_token_ids(tokenizer), *more]))
     model.generation_config.eos_token_id = stops
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

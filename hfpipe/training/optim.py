@@ -15,10 +15,13 @@ _TOGETHER = 1 << 24  # elements of the matrices that are orthogonalised at once
 def split_parameters(model: torch.nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
     """Trainable parameters as (hidden matrices, other matrices, vectors).
 
-    Hidden matrices are the two-dimensional weights inside the blocks: neither embeddings nor the output head
-    (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    Hidden matrices are the two-dimensional weights but embeddings, of tokens or positions, and the output head (Jordan et al.
+    2024, "Muon: an optimizer for hidden layers in neural networks"). A reward model's new head, one row, is among them: its
+    update is its gradient at unit length. Experts that are fused into one tensor of three dimensions are not.
     """
-    outer = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    outer = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    if (head := model.get_output_embeddings()) is not None:
+        outer.add(id(head.weight))
     hidden, matrices, vectors = [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:

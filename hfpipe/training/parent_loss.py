@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from hfpipe.training.collate import PaddedCollator
+from hfpipe.training.hardware import own_device, scoring_options
 from hfpipe.training.models import load_parent
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def parent_losses(job: Job, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -
     """Mean loss of a row's trained tokens under the stage's parent, in nats; of a preference those of `chosen`."""
     model = load_parent(job, tokenizer).eval()
     if torch.accelerator.is_available() and not getattr(model, "is_quantized", False):
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
-        model.to(torch.accelerator.current_accelerator())
+        model.to(own_device(), **scoring_options())
     collate = PaddedCollator(tokenizer.pad_token_id)
     losses = [0.0] * len(rows)
     for numbers in _batches(list(rows["tokens"])):

@@ -167,6 +167,7 @@ def _stored(
 
     identity = [_VERSION, dataclasses.asdict(data), hashes, rows, max_length, packing, job.recipe.pipeline.seed]
     identity += [job.recipe.pipeline.evaluate.max_rows, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    identity += [tokenizer.bos_token, tokenizer.eos_token]  # templates write them
     folder = paths.cache_dir() / "prepared" / artifact.digest(identity)[:32]
     if job.rehearsal and not folder.is_dir():
         return job.rehearsal.prepared(rows)

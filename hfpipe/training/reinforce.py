@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from hfpipe.errors import UserError
-from hfpipe.evaluation.answers import Question, parse
+from hfpipe.training.templates import parse_message
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,10 +134,9 @@ class Steered(WithTools):
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
     ) -> torch.Tensor:
         if self._rows is not None:  # RLOO's are text alone, and GRPO's are parsed without the row's tools
-            said = zip(prompts, self._prompt_ids, completion_ids_list, self._rows, strict=True)
+            said = zip(self._prompt_ids, completion_ids_list, self._rows, strict=True)
             completions = [
-                [parse(self.processing_class, asked, ids, Question(prompt, row.get("tools") or None))]
-                for prompt, asked, ids, row in said
+                [parse_message(self.processing_class, asked, ids, row.get("tools") or None)] for asked, ids, row in said
             ]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.model.training:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfpipe.errors import UserError, nearest
 from hfpipe.paths import chat_templates_dir
 from hfpipe.training import responses
+from hfpipe.training.offsets import whole_offsets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -217,6 +218,18 @@ def encode_prompts(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]
     return [row["input_ids"] for row in _apply_template(tokenizer, rows, "prompt", add_generation_prompt=True)]
 
 
+def parse_message(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], tools: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """The assistant's message that token ids say after `prompt`, tool calls parsed by upstream where the tokenizer knows how."""
+    try:
+        if getattr(tokenizer, "response_template", None) is not None:
+            return tokenizer.parse_response(ids, prefix=prompt, tools=tools)
+    except (ValueError, KeyError, TypeError):
+        pass  # not a message of this format
+    return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
+
+
 def encode_preference(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> EncodedPreference:
     """Encode one preference; see `encode_preferences`."""
     return encode_preferences(tokenizer, [row])[0]
@@ -300,18 +313,17 @@ def _encode_conversations(
 ) -> dict[str, list[list[int]]]:
     from jinja2 import TemplateError
 
+    fewer = {"verbose": False, "return_attention_mask": False, "return_token_type_ids": False}
+    tools = rows[numbers[0]].get("tools") or None
     try:
-        return tokenizer.apply_chat_template(
-            [rows[number][column] for number in numbers],
-            tools=rows[numbers[0]].get("tools") or None,
-            return_dict=True,
-            tokenizer_kwargs={
-                "verbose": False,
-                "return_attention_mask": False,
-                "return_token_type_ids": False,
-            },
-            **options,
-        )
+        with whole_offsets(tokenizer):
+            return tokenizer.apply_chat_template(
+                [rows[number][column] for number in numbers],
+                tools=tools,
+                return_dict=True,
+                tokenizer_kwargs=fewer,
+                **options,
+            )
     except (TemplateError, TypeError, ValueError) as error:
         if len(numbers) == 1:
             raise UserError(f"Row {numbers[0]}: the chat template refuses it: {error}") from error
