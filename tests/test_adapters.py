@@ -365,6 +365,49 @@ def test_what_trains_whole_on_a_parent_in_bf16_is_float32_and_merging_apart_give
         assert torch.equal(weight, merged.state_dict()[name]), name
 
 
+DIVIDED = """
+import os, sys, types
+os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+from pathlib import Path
+from peft import LoraConfig, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hfpipe.sections import Adapter
+from hfpipe.training import models
+from hfpipe.training.adapters import save_adapted
+parent, work = sys.argv[1:]
+config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(parent), config)
+mesh = init_device_mesh("cpu", (1,))
+for block in model.base_model.model.model.layers:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # as accelerate has it
+models.load_whole = lambda job, tokenizer: AutoModelForCausalLM.from_pretrained(parent)
+stage = types.SimpleNamespace(adapter=Adapter(type="lora"), type=types.SimpleNamespace(leaves="model"))
+job = types.SimpleNamespace(parent_id=parent, parent_revision=None, work=Path(work), stage=stage)
+save_adapted(job, model, AutoTokenizer.from_pretrained(parent), types.SimpleNamespace(note=print), state)
+"""
+
+
+def test_an_adapter_on_a_model_that_fsdp_divides_is_left_and_merged(plain_model, tmp_path):  # noqa: F811
+    """One process and the parts of torch's FSDP: what accelerate gathers is what is written."""
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    command = [sys.executable, "-c", DIVIDED, str(plain_model), str(tmp_path / "left")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    adapted, merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "left" / "adapter"), tmp_path / "left"
+    merged = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(merged), logits(AutoModelForCausalLM.from_pretrained(plain_model)))
+
+
 @pytest.mark.parametrize(
     ("adapter", "expected"),
     [
