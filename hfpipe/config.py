@@ -300,4 +300,23 @@ def _model_config(config: dict, where: str) -> list[str]:
             f"{where}.model_type = {model_type!r} is not a model type with a causal language model in transformers.{near}"
         ]
     rest = {k: v for k, v in config.items() if k != "model_type"}
-    return upstream.check(rest, known, f"the {model_type} configuration", where)
+    return upstream.check(rest, known, f"the {model_type} configuration", where) or _heads(rest, known, where)
+
+
+def _heads(config: dict, known: dict[str, upstream.Field], where: str) -> list[str]:
+    """Sizes that attention's heads can't share: transformers tells of them when it makes the model, or when that trains."""
+    width, heads = (
+        ("n_embd", "n_head") if {"n_embd", "n_head"} <= known.keys() else ("hidden_size", "num_attention_heads")
+    )
+    usual = {name: field.default for name, field in known.items() if isinstance(field.default, int)}
+    full = usual | {name: value for name, value in config.items() if isinstance(value, int)}
+    if not {width, heads} <= usual.keys():
+        return []
+    problems = []
+    own_size = any(name.endswith("head_dim") for name in full) or usual[width] % usual[heads]
+    if not own_size and full[width] % full[heads]:
+        problems.append(f"{where}.{width} = {full[width]} is not a multiple of {heads} = {full[heads]}.")
+    shared = full.get("num_key_value_heads", 1)
+    if full[heads] % shared:
+        problems.append(f"{where}.{heads} = {full[heads]} is not a multiple of num_key_value_heads = {shared}.")
+    return problems

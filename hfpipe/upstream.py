@@ -48,6 +48,11 @@ _AT_LEAST = {
     "n_grams": 1,
     "num_buckets": 1,
     "hashes_per_bucket": 1,
+    "hidden_size": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "n_embd": 1,
+    "n_head": 1,
 }
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
 

@@ -90,6 +90,17 @@ def test_a_schedule_that_upstream_refuses_is_told_before_anything_trains(recipe,
     assert not (tmp_path / "out" / "pretrain").exists()
 
 
+def test_a_model_that_upstream_does_not_make(micro_run, recipe, tmp_path):
+    import shutil
+
+    shutil.copytree(micro_run / "tokenizer", tmp_path / "out" / "tokenizer")
+    sizes = "pretrain.model.config={model_type: llama, hidden_size: 64, num_attention_heads: 3, head_dim: 32}"
+    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--to", "pretrain", "--set", sizes, check=2)
+    assert (
+        "pretrain.yaml: model.config is refused by transformers: The hidden size (64) is not a multiple" in done.stderr
+    )
+
+
 def test_a_folder_that_is_no_model(recipe, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")

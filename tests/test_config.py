@@ -67,6 +67,10 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("midtrain.model.from=dpo", "the stages form a cycle: midtrain -> dpo -> sft -> midtrain"),
         ("pretrain.model.config.model_type=lama", "in transformers. Did you mean `llama`?"),
         ("pretrain.model.config.model_type=clip", "is not a model type with a causal language model"),
+        ("pretrain.model.config.hidden_size=65", "hidden_size = 65 is not a multiple of num_attention_heads = 2."),
+        ("pretrain.model.config.num_attention_heads=1", "is not a multiple of num_key_value_heads = 2."),
+        ("pretrain.model.config.num_attention_heads=0", "num_attention_heads = 0: expected 1 or more."),
+        ("pretrain.model.config={model_type: gpt2, n_head: 7}", "n_embd = 768 is not a multiple of n_head = 7."),
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
         (
             "sft.stage=sfd",

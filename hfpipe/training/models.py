@@ -260,6 +260,7 @@ def set_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = copy.deepcopy(job.stage.model.config)  # upstream fills in what it finds missing
@@ -278,8 +279,9 @@ def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
             {"attn_implementation": job.stage.model.attn_implementation} if job.stage.model.attn_implementation else {}
         )
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{job.stage.file}: model.config is refused by transformers: {_first_line(error)}") from error
+    except (ValueError, TypeError, ArithmeticError, AssertionError, StrictDataclassError) as error:
+        told = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise UserError(f"{job.stage.file}: model.config is refused by transformers: {_first_line(told)}") from error
 
 
 def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
@@ -307,5 +309,5 @@ def _named(job: Job) -> str:
     return f"{job.parent_id}@{job.parent_revision}" if job.parent_revision else job.parent_path
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException | None) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
