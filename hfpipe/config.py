@@ -269,6 +269,8 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
                 f"{where}trainer.max_length is null: give a number of tokens; nothing is cut silently here."
             )
         problems += upstream.check(given, upstream.fields(owner.split(".")[-1]), owner, f"{where}trainer")
+        if "report_to" in given:
+            problems += upstream.check_reports(given["report_to"], f"{where}trainer.report_to")
     adapter = None
     if kind.adapter and raw.get("adapter") is not None:
         adapter = read_adapter(raw["adapter"], f"{where}adapter", problems)

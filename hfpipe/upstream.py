@@ -54,6 +54,13 @@ _AT_LEAST = {
     "n_embd": 1,
     "n_head": 1,
 }
+# name in `report_to` -> the packages of which one is enough, where that is not its own name
+_REPORT_PACKAGES = {
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
 _SCALARS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}
 
 
@@ -242,6 +249,31 @@ def rope_keys(rope_type: str) -> tuple[frozenset[str], frozenset[str]]:
 def accelerate_configs() -> dict[str, Path]:
     """Name -> file of the accelerate configurations that TRL ships (`fsdp2`, `zero3`, `multi_gpu` ...)."""
     return {path.stem: path for path in _package_file("trl", "accelerate_configs").glob("*.yaml")}
+
+
+@functools.cache
+def _reports() -> tuple[str, ...]:
+    """What transformers' `report_to` may name."""
+    tree = ast.parse(_package_file("transformers", "integrations/integration_utils.py").read_text(encoding="utf-8"))
+    tables = (n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict))
+    node = next(n for n in tables if ast.unparse(n.targets[0]) == "INTEGRATION_TO_CALLBACK")
+    return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+
+
+def check_reports(value: object, where: str) -> list[str]:
+    """What is wrong with `report_to`: a name that transformers does not know, a package that is not installed."""
+    names = value if isinstance(value, list) else [value]
+    if names in (["all"], ["none"]):
+        return []
+    known, problems = _reports(), []
+    for name in names:
+        packages = _REPORT_PACKAGES.get(str(name), (str(name),))
+        if name not in known:
+            near = nearest(name, ["all", "none", *known])
+            problems.append(f"{where} = {name!r}: expected all, none, or some of {', '.join(known)}.{near}")
+        elif packages and not any(importlib.util.find_spec(package) for package in packages):
+            problems.append(f"{where} = {name!r} needs the package {' or '.join(packages)}, which is not installed.")
+    return problems
 
 
 def arguments(cls: type) -> dict[str, Field]:

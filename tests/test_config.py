@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hfpipe import artifact
+from hfpipe import artifact, upstream
 from hfpipe.config import load_recipe, shipped_recipes
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.stages import stage_types
@@ -71,6 +71,10 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("pretrain.model.config.num_attention_heads=1", "is not a multiple of num_key_value_heads = 2."),
         ("pretrain.model.config.num_attention_heads=0", "num_attention_heads = 0: expected 1 or more."),
         ("pretrain.model.config={model_type: gpt2, n_head: 7}", "n_embd = 768 is not a multiple of n_head = 7."),
+        ("sft.trainer.report_to=wandbb", "report_to = 'wandbb': expected all, none, or some of azure_ml, comet_ml,"),
+        ("sft.trainer.report_to=[tensorbord]", "Did you mean `tensorboard`?"),
+        ("sft.trainer.report_to=null", "report_to = None: expected all, none, or some of"),
+        ("sft.trainer.report_to=dvclive", "needs the package dvclive, which is not installed."),
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
         (
             "sft.stage=sfd",
@@ -113,6 +117,12 @@ def test_all_errors_of_all_stages_at_once(recipe):
 def test_one_fault_one_message(recipe, override, expected):
     adapter = ["sft.adapter={type: lora}"] if "layers" in override else []
     assert expected in problems(recipe(), [override, *adapter])
+
+
+@pytest.mark.parametrize("reports", ["all", "none", "[all]", "[none]", "[]", "json", "[json, json]"])
+def test_what_a_trainer_may_report_to(monkeypatch, reports):
+    monkeypatch.setattr(upstream, "_reports", lambda: ("json", "wandb"))
+    assert load_recipe("micro", stage_types(), [f"sft.trainer.report_to={reports}"])
 
 
 def test_a_stage_that_starts_from_nothing(recipe):
