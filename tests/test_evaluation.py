@@ -22,6 +22,9 @@ from hfpipe.training.templates import load_chat_template, set_chat_template
 
 from .conftest import CALL, REAL, ROOT, TALKS, hfpipe, needs_real_data
 
+USER = [{"role": "user", "content": "x"}]
+ASKED = {"capability": "a", "check": {"type": "asks"}}
+
 # --- intervals ---
 
 
@@ -89,6 +92,15 @@ def test_probes_of_ones_own(tmp_path):
     assert found["capability"] == found["kind"] == "knowledge"
 
 
+def test_a_probe_that_no_template_takes_is_told_before_anything_trains(recipe, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**ASKED, "messages": [{"role": "developer", "content": "x"}]}))
+    asked = ["--set", f"evaluate.probes=[{{path: {tmp_path / 'mine.jsonl'}}}]"]
+    for command in ("plan", "run"):
+        done = hfpipe(command, recipe(), "--out", tmp_path / "out", *asked, check=2)
+        assert "pipeline.yaml: evaluate.probes[0]: mine.jsonl line 1: `messages`: unknown role" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -98,6 +110,15 @@ def test_probes_of_ones_own(tmp_path):
         ({"prompt": "x", "check": {"type": "regex", "value": "("}, "capability": "a"}, "cannot take the value '('"),
         ({"prompt": "x", "check": {"type": "json_schema", "value": {"type": "foo"}}, "capability": "a"}, "cannot take"),
         ({"prompt": 5, "check": {"type": "asks"}, "capability": "a"}, "expected `prompt` as text"),
+        ({"prompt": "x", "check": {"type": "asks"}, "capability": 3}, "line 1: capability = 3: expected a text."),
+        ({"prompt": "x", "check": {"type": "asks"}, "capability": "a", "kind": None}, "kind = None: expected a text."),
+        (
+            {**ASKED, "messages": [{"role": "developer", "content": "x"}]},
+            "line 1: `messages`: unknown role `developer`",
+        ),
+        ({**ASKED, "messages": [{"role": ["user"], "content": "x"}]}, "expected a role as text, found list"),
+        ({**ASKED, "messages": [*USER, {"role": "assistant", "content": "x"}]}, "does not end with user or tool"),
+        ({**ASKED, "messages": ["x"]}, "line 1: `messages`: expected a turn with role and content, found str"),
     ],
 )
 def test_a_faulty_probe_is_told_with_its_line(tmp_path, row, said):

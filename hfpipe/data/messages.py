@@ -73,6 +73,8 @@ def _message(turn: Any) -> Message:
     role, content = (
         (turn.get("from"), turn.get("value")) if turn.get("from") else (turn.get("role"), turn.get("content"))
     )
+    if not isinstance(role, str | None):
+        raise RowProblem(f"expected a role as text, found {type(role).__name__}")
     if role == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content)}
     message = {"role": _ROLES.get(role, role), "content": text_of(content)}

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.data import tinyworld
+from hfpipe.data.messages import RowProblem, messages_of
 from hfpipe.data.readers import read_file
+from hfpipe.data.rows import row_problem
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all
@@ -58,11 +60,28 @@ def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
             )
         if not (probe.capability or row.get("capability")):
             raise UserError(f"{where}: {at}: names no capability. Give it there, or `capability` in the recipe.")
+        for key in ("capability", "kind"):
+            if not isinstance(row.get(key, ""), str):
+                raise UserError(f"{where}: {at}: {key} = {row[key]!r}: expected a text.")
         row = {"kind": row.get("capability", probe.capability), **row}
         if wanted["type"] == "prefers" and isinstance(wanted.get("value"), dict) and probe.judge:
             row["check"] = {**wanted, "value": {**_judge(probe), **wanted["value"]}}
         try_check(row, f"{where}: {at}")
+        if row.get("messages"):
+            row["messages"] = _turns(row["messages"], f"{where}: {at}")
         yield row
+
+
+def _turns(messages: list[Any], where: str) -> list[dict[str, Any]]:
+    """The turns of a question, as sound as those of a row that is trained on."""
+    try:
+        turns = messages_of(messages)
+        problem = row_problem({"prompt": turns})
+    except RowProblem as error:
+        problem = str(error)
+    if problem:
+        raise UserError(f"{where}: `messages`: {problem}; they are asked as they stand, for the assistant to answer.")
+    return turns
 
 
 def try_check(row: dict[str, Any], where: str) -> None:
