@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hfpipe.errors import UserError
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -23,6 +25,16 @@ def chat_templates_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Prepared data and hashes; safe to delete. `HFPIPE_CACHE` moves it."""
+    """Prepared data and hashes; safe to delete. `HFPIPE_CACHE` moves it. UserError where it cannot be written."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hfpipe"
-    return Path(os.environ.get("HFPIPE_CACHE", default))
+    folder = Path(os.environ.get("HFPIPE_CACHE", default))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK | os.X_OK) else "no right to write"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(
+            f"{folder}: no folder for prepared data can be made or written there ({reason}). Set HFPIPE_CACHE to another."
+        )
+    return folder

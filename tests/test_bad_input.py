@@ -111,6 +111,17 @@ def test_a_folder_that_is_no_model(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_that_cannot_be_written(recipe, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "file" / "cache"))
+    for command in ("plan", "run"):
+        done = hfpipe(command, recipe(), "--out", tmp_path / "out", check=2)
+        told = f"hfpipe: {tmp_path}/file/cache: no folder for prepared data can be made or written there (Not a directory)."
+        assert told in done.stderr
+        assert "HFPIPE_CACHE" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hub_model_while_offline(recipe, tmp_path):
     folder = recipe()
     (folder / "pipeline.yaml").write_text("name: micro\nstages: [sft]\n")

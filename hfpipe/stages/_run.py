@@ -29,6 +29,7 @@ from hfpipe.evaluation.diagnostics import check_diagnostics
 from hfpipe.evaluation.probes import load_probes
 from hfpipe.evaluation.reward_functions import check_rewards
 from hfpipe.faults import beat, explain
+from hfpipe.paths import cache_dir
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, Stage, StageType
 from hfpipe.stages import stage_module, stage_types
@@ -202,7 +203,8 @@ def main(stage_type: StageType) -> None:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Look at what a recipe names: its data, reward functions and probes. UserError where one of them is at fault."""
+    """Look at what a recipe names, its data, reward functions and probes, and at the cache. UserError for a fault of one."""
+    cache_dir()
     check_sources(recipe)
     check_rewards(recipe)
     check_diagnostics(recipe)
