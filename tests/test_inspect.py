@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import json
 
+from transformers import AutoTokenizer
+
+from hfpipe.data.report import SourceReport
+from hfpipe.training.encode import encode_rows
+from hfpipe.training.templates import load_chat_template
+
 from .conftest import ROOT, hfpipe
 
 STAGES = ROOT / "stage_configs" / "micro"
@@ -97,3 +103,42 @@ def test_characters_of_several_tokens_are_shown_whole(micro_run, recipe, tmp_pat
     assert f"<|user|>Привет<|end_user|>⟦<|assistant|>{said}<|end_assistant|>⟧" in shown
     (found,) = inspect(folder / "sft.yaml", micro_run)
     assert found["length"] == len(found["sides"]["row"]) > len(said)
+
+
+def test_reasoning_that_the_template_leaves_out_is_told(micro_run, recipe, tmp_path):
+    asked = {"role": "user", "content": "What is 1 + 2?"}
+    rows = [[asked, {"role": "assistant", "content": "3", "reasoning_content": why}] for why in ("Count.", "Add.")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    source = f"{{path: {tmp_path / 'mine.jsonl'}, split: all}}"
+    sft = f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{source}]}}\n"
+    folder = recipe({"sft": sft})
+    assert [row["reasoning_hidden"] for row in inspect(folder / "sft.yaml", micro_run)] == [True, True]
+    shown = hfpipe("inspect", folder / "sft.yaml", "--out", micro_run).stdout
+    assert shown.count("reasoning_content not shown by the chat template") == 2
+
+    ours = load_chat_template("hfpipe")
+    (tmp_path / "thinks.jinja").write_text(
+        ours.replace("'<|assistant|>' -}}\n        {{-", "'<|assistant|>' -}}{{- message.reasoning_content }}{{-")
+    )
+    recipe({"sft": f"{sft}tokenizer: {{chat_template: {tmp_path / 'thinks.jinja'}}}\n"})
+    shown = hfpipe("inspect", folder / "sft.yaml", "--out", micro_run).stdout
+    assert "⟦<|assistant|>Count.3<|end_assistant|>⟧" in shown
+    assert "⟦<|assistant|>Add.3<|end_assistant|>⟧" in shown
+    assert "not shown" not in shown
+
+
+def test_a_source_s_line_counts_the_rows_whose_reasoning_is_left_out(micro_run):
+    tokenizer = AutoTokenizer.from_pretrained(micro_run / "sft")
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    thought = said | {"reasoning_content": "A greeting."}
+    kinds = {
+        "messages": [{"messages": [asked, thought, asked, thought]}, {"messages": [asked, said]}],
+        "preference": [{"prompt": [asked], "chosen": [said], "rejected": [thought]}],
+        "unpaired": [{"prompt": [asked], "completion": [thought], "label": True}],
+        "prompt": [{"prompt": [asked, thought, asked]}],
+    }
+    for kind, rows in kinds.items():
+        report = SourceReport("mine.jsonl", "train", "all", form=kind)
+        list(encode_rows([("", row) for row in rows], report, kind, tokenizer, 64))
+        assert report.used == len(rows)
+        assert report.line().endswith(", reasoning_content of 1 rows not shown by the chat template")

@@ -35,6 +35,7 @@ class Inspected:
     problem: str | None = None
     difficulty: float | None = None
     phase: int | None = None
+    reasoning_hidden: bool = False
     length: int = field(init=False)
     trained: int = field(init=False)
 
@@ -113,7 +114,8 @@ def _inspect(
         problem = f"{longest} tokens, longer than max_length {max_length}: {'cut into rows' if cut else 'left out'}"
     messages = row.get("messages") or [*row.get("prompt", []), *(row.get("chosen") or row.get("completion") or [])]
     roles = [message["role"] for message in messages] if isinstance(messages, list) else []
-    return Inspected(number, source, place, wanted, roles, sides, report.neutralised, problem)
+    told = {"problem": problem, "reasoning_hidden": bool(report.reasoning_hidden)}
+    return Inspected(number, source, place, wanted, roles, sides, report.neutralised, **told)
 
 
 def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[tuple[str, int, bool]]]:
@@ -179,6 +181,8 @@ def _shown(item: Inspected, colours: bool) -> str:
     head += [f"{name} {value:.4g}" for name in ("difficulty", "phase") if (value := getattr(item, name)) is not None]
     if item.neutralised:
         head.append(f"{item.neutralised} control tokens neutralised")
+    if item.reasoning_hidden:
+        head.append("reasoning_content not shown by the chat template")
     lines = [" · ".join(map(str, head))]
     if item.problem:
         lines.append(f"  ! {item.problem}")

@@ -80,7 +80,9 @@ def _message(turn: Any) -> Message:
     message = {"role": _ROLES.get(role, role), "content": text_of(content)}
     if turn.get("tool_calls"):
         message["tool_calls"] = _tool_calls(turn["tool_calls"])
-    return message | {key: turn[key] for key in ("name", "tool_call_id", "reasoning_content") if turn.get(key)}
+    if (reasoning := text_of(turn.get("reasoning_content"))).strip():
+        message["reasoning_content"] = reasoning
+    return message | {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
 
 
 def _tool_calls(value: Any) -> list[dict]:

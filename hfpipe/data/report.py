@@ -24,6 +24,7 @@ class SourceReport:
     trained_tokens: int = 0
     cut: int = 0  # documents longer than a row, which go on in the next with positions from 0
     neutralised: int = 0
+    reasoning_hidden: int = 0  # rows with reasoning that the chat template leaves out
     other_splits: int = 0
     duplicates: int = 0
     contaminated: int = 0  # rows left out because they show what is held out
@@ -65,6 +66,8 @@ class SourceReport:
             parts.append(f"{self.duplicates} duplicates left out")
         if self.neutralised:
             parts.append(f"{self.neutralised} control tokens neutralised")
+        if self.reasoning_hidden:
+            parts.append(f"reasoning_content of {self.reasoning_hidden:,} rows not shown by the chat template")
         if self.phases:
             shares = ", ".join(f"{share:.0%} in phase {number}" for number, share in enumerate(self.phases, 1))
             parts.append(f"{shares} of it taken")

@@ -28,7 +28,7 @@ def encode_rows(
     Rows that cannot be trained on are counted and left out. A text longer than `max_length` gives several.
     """
     from hfpipe.training.shards import holds_ids
-    from hfpipe.training.templates import neutralise_row, special_strings
+    from hfpipe.training.templates import hides_reasoning, neutralise_row, special_strings
 
     special = special_strings(tokenizer)
     encode = _ENCODERS[kind]
@@ -51,6 +51,9 @@ def encode_rows(
             report.tokens += count_tokens(encoded)
             report.trained_tokens += count_trained(encoded)
             report.cut += kind == "text" and count_tokens(encoded) > max_length
+            report.reasoning_hidden += any(
+                hides_reasoning(tokenizer, talk, row.get("tools")) for talk in _conversations(row, kind)
+            )
             for piece in _pieces(encoded, max_length) if kind == "text" else (encoded,):
                 yield row, piece
 
@@ -67,6 +70,14 @@ def _one_by_one_on_error(encode: Callable, tokenizer: Any, rows: list[dict]) -> 
             except UserError as error:
                 encoded.append(str(error).removeprefix("Row 0: "))
         return encoded
+
+
+def _conversations(row: dict, kind: str) -> list[list[dict]]:
+    """What the chat template is given of a row, answers included."""
+    if kind in ("text", "messages"):
+        return [row["messages"]] if kind == "messages" else []
+    answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
+    return [[*row["prompt"], *answer] for answer in answers or [[]]]
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> list[dict]:

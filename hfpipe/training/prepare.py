@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hfpipe.data.held_out import HeldOut
     from hfpipe.training.job import Job
 
-_VERSION = 3  # raise when the same inputs come to give other rows
+_VERSION = 4  # raise when the same inputs come to give other rows
 _KEPT_SAMPLES = 64
 _REMOVED = "decontaminated.jsonl"
 

@@ -213,6 +213,19 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]])
     return [Encoded(row["input_ids"], row["assistant_masks"]) for row in encoded]
 
 
+def hides_reasoning(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> bool:
+    """Whether the template leaves out the `reasoning_content` of some message."""
+    marks = {place: f"reasoning-of-{place}." for place, said in enumerate(messages) if said.get("reasoning_content")}
+    if not marks:
+        return False
+    marked = [said | {"reasoning_content": marks[n]} if n in marks else said for n, said in enumerate(messages)]
+    template = training_template(tokenizer)
+    text = tokenizer.apply_chat_template(marked, tools=tools or None, chat_template=template, tokenize=False)
+    return any(mark not in text for mark in marks.values())
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> list[list[int]]:
     """Encode the `prompt` (and `tools`) of `rows`, ending with the opening of the assistant's turn."""
     return [row["input_ids"] for row in _apply_template(tokenizer, rows, "prompt", add_generation_prompt=True)]
