@@ -53,6 +53,20 @@ ROWS = {
         "messages",
         {"messages": [HI, HELLO]},
     ),
+    "turns that are not trained": (
+        {
+            "messages": [
+                HI,
+                {**HELLO, "weight": 0},
+                HI,
+                {**BYE, "train": False},
+                HI,
+                {**HELLO, "weight": 1, "train": True},
+            ]
+        },
+        "messages",
+        {"messages": [HI, {**HELLO, "weight": 0}, HI, {**BYE, "weight": 0}, HI, HELLO]},
+    ),
     "columns that hold nothing": (
         {"messages": [{**HI, "tool_calls": None, "name": None}, HELLO], "prompt": None, "tools": None},
         "messages",
@@ -213,6 +227,14 @@ def test_every_form_of_the_table_is_tried():
 UNFIT = {
     "no `output`": ({"instruction": "Hi", "output": "x"}, {"instruction": "Hi", "output": None}),
     "expected text, found int": ({"text": "x"}, {"text": 3}),
+    "expected `weight` of an assistant's turn as 0 or 1": (
+        {"messages": [HI]},
+        {"messages": [HI, {**HELLO, "weight": 0.5}]},
+    ),
+    "expected `train` of an assistant's turn as true or false": (
+        {"messages": [HI]},
+        {"messages": [HI, {**HELLO, "train": "no"}]},
+    ),
     "half of a surrogate pair in a text": ({"text": "x"}, {"text": "\ud800"}),
     "malformed tool call JSON": (
         {"conversations": [human, gpt]},
@@ -272,6 +294,11 @@ UNSOUND = {
     "`chosen` equals `rejected`": {"prompt": [HI], "chosen": [HELLO], "rejected": [HELLO]},
     "`chosen` does not start with the assistant": {"prompt": [HI], "chosen": [HI, HELLO], "rejected": [BYE]},
     "a user turn inside `rejected`": {"prompt": [HI], "chosen": [HELLO], "rejected": [BYE, HI, BYE]},
+    "a turn of weight 0 inside `chosen`, which is compared whole": {
+        "prompt": [HI],
+        "chosen": [{**HELLO, "weight": 0}],
+        "rejected": [BYE],
+    },
     "roles out of order: assistant after assistant": {"prompt": [HI, HELLO], "chosen": [HELLO], "rejected": [BYE]},
     "`completion` does not start with the assistant": {"prompt": [HI], "completion": [], "label": True},
 }

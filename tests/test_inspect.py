@@ -142,3 +142,20 @@ def test_a_source_s_line_counts_the_rows_whose_reasoning_is_left_out(micro_run):
         list(encode_rows([("", row) for row in rows], report, kind, tokenizer, 64))
         assert report.used == len(rows)
         assert report.line().endswith(", reasoning_content of 1 rows not shown by the chat template")
+
+
+def test_a_turn_of_weight_0_is_not_trained(micro_run, recipe, tmp_path):
+    asked = {"role": "user", "content": "Hi"}
+    weights = [(0, 1), (1, 0), (0, 0)]
+    rows = [[asked, said("Hello", first), asked, said("Again", last)] for first, last in weights]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    source = f"{{path: {tmp_path / 'mine.jsonl'}, split: all}}"
+    folder = recipe({"sft": f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{source}]}}\n"})
+    last, first, none = inspect(folder / "sft.yaml", micro_run)
+    trained = ["".join(token for token, _, is_trained in row["sides"]["row"] if is_trained) for row in (last, first)]
+    assert trained == ["<|assistant|>Again<|end_assistant|>", "<|assistant|>Hello<|end_assistant|>"]
+    assert none["problem"] == "nothing of it is trained: no assistant's words, or all of weight 0"
+
+
+def said(content, weight):
+    return {"role": "assistant", "content": content, "weight": weight}

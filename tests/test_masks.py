@@ -1,10 +1,13 @@
 """The loss mask, token by token: on the guide's diagrams and examples, and on conversations made at random."""
 
+import copy
+import itertools
 import json
 import random
 
 import pytest
 
+from hfpipe.errors import UserError
 from hfpipe.training.templates import (
     encode_batch,
     encode_messages,
@@ -72,7 +75,7 @@ def expected(messages, tools=None):
     for number, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
-            segments.append((spoken(message), 1))
+            segments.append((spoken(message), message.get("weight", 1)))
             continue
         if message["role"] == "system" and tools and number == 0:
             content = f"{content}\n\n{listed}" if content else listed
@@ -361,6 +364,33 @@ def structure(row):
             counts["<|end_tool_call|>"] += bool(message["tool_calls"])
     counts["<|end|>"] = int(messages[-1]["role"] == "assistant" and not messages[-1]["tool_calls"])
     return counts
+
+
+def test_a_turn_of_weight_0_is_only_read(tokenizer):
+    call = ("calculator", "1 + 2")
+    talk = [
+        user("1 + 2?"),
+        says("", call),
+        result("3"),
+        says("3"),
+        user("é?"),
+        says("Yes, é."),
+        user("Bye"),
+        says("Bye"),
+    ]
+    for weights in itertools.product((0, 1), repeat=4):
+        turns = iter(weights)
+        messages = [said | {"weight": next(turns)} if said["role"] == "assistant" else said for said in talk]
+        assert encode_messages(tokenizer, messages) == tokens_of(tokenizer, expected(messages))
+
+
+def test_a_turn_of_weight_0_is_refused_where_the_template_s_stretches_are_not_its_turns(tokenizer):
+    whole = load_chat_template("hfpipe").replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% generation %}" + whole + "{% endgeneration %}"
+    talk = [user("Hi"), says("Hello") | {"weight": 0}, user("Bye"), says("Bye")]
+    with pytest.raises(UserError, match=r"Row 1: `weight: 0` needs one .* the chat template gives 1 for 2"):
+        encode_batch(other, [{"messages": [user("Hi"), says("Hello")]}, {"messages": talk}])
 
 
 def test_no_row_can_forge_a_control_token(tokenizer):

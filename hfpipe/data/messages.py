@@ -76,13 +76,23 @@ def _message(turn: Any) -> Message:
     if not isinstance(role, str | None):
         raise RowProblem(f"expected a role as text, found {type(role).__name__}")
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content)}
+        return {"role": "assistant", "content": "", "tool_calls": _tool_calls(content), **_untrained(turn)}
     message = {"role": _ROLES.get(role, role), "content": text_of(content)}
+    if message["role"] == "assistant":
+        message |= _untrained(turn)
     if turn.get("tool_calls"):
         message["tool_calls"] = _tool_calls(turn["tool_calls"])
     if (reasoning := text_of(turn.get("reasoning_content"))).strip():
         message["reasoning_content"] = reasoning
     return message | {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+
+
+def _untrained(turn: dict) -> dict:
+    """`weight: 0` where a turn of the assistant is left out of the loss, in OpenAI's words (weight) or others' (train)."""
+    for key, known in (("weight", "0 or 1"), ("train", "true or false")):
+        if turn.get(key) is not None and turn[key] not in (0, 1):
+            raise RowProblem(f"expected `{key}` of an assistant's turn as {known}", f"found {turn[key]!r}")
+    return {"weight": 0} if 0 in (turn.get("weight"), turn.get("train")) else {}
 
 
 def _tool_calls(value: Any) -> list[dict]:

@@ -1,6 +1,6 @@
 """Canonical rows: what every source is converted to, and what a sound one looks like.
 
-Plain dicts, where a message is `{"role", "content", "tool_calls"?, "name"?}`:
+Plain dicts, where a message is `{"role", "content", "tool_calls"?, "name"?, "weight"?}` (weight 0: not trained):
     text:        {"text"}
     messages:    {"messages", "tools"?}
     preference:  {"prompt", "chosen", "rejected", "tools"?}     lists of messages
@@ -99,6 +99,8 @@ def _answer_problem(prompt: list[Message], answer: list[Message], name: str) -> 
         return f"`{name}` does not start with the assistant"
     if any(message["role"] == "user" for message in answer):
         return f"a user turn inside `{name}`"
+    if any(message.get("weight") == 0 for message in answer):
+        return f"a turn of weight 0 inside `{name}`, which is compared whole"
     return _turns_problem(prompt + answer) or _end_problem(answer, "assistant")
 
 

@@ -48,7 +48,7 @@ def digest(row: Row) -> bytes:
         parts.append(key)
         for message in row.get(key, ()):
             parts += [message["role"], message["content"], json.dumps(message.get("tool_calls"))]
-            parts.append(message.get("reasoning_content", ""))
+            parts += [message.get("reasoning_content", ""), str(message.get("weight"))]
     said = "\x1f".join(" ".join(_folded(part).split()) for part in parts)
     return hashlib.sha256(said.encode()).digest()[:16]
 

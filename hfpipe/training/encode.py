@@ -157,7 +157,7 @@ def _problem(row: dict, kind: str, max_length: int) -> str | None:
         return None
     trained = count_trained(row)
     if not trained:
-        return "nothing of it is trained: no assistant's words"
+        return "nothing of it is trained: no assistant's words, or all of weight 0"
     return "all of it is trained: no prompt" if trained == count_tokens(row) else None
 
 

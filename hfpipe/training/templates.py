@@ -13,6 +13,7 @@ from hfpipe.errors import UserError, nearest
 from hfpipe.paths import chat_templates_dir
 from hfpipe.training import responses
 from hfpipe.training.offsets import whole_offsets
+from hfpipe.training.turn_weights import weigh_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -207,10 +208,14 @@ def encode_messages(
 def encode_batch(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> list[Encoded]:
     """Encode the `messages` (and `tools`) of `rows`, with upstream's mask of what the assistant says.
 
-    Raises UserError, with the row's number, where the template refuses a row.
+    A turn of the assistant whose `weight` is 0 is left out of the mask. Raises UserError, with the row's number, where
+    the template refuses a row.
     """
     encoded = _apply_template(tokenizer, rows, "messages", return_assistant_tokens_mask=True)
-    return [Encoded(row["input_ids"], row["assistant_masks"]) for row in encoded]
+    return [
+        Encoded(row["input_ids"], weigh_turns(row["assistant_masks"], rows[number]["messages"], number))
+        for number, row in enumerate(encoded)
+    ]
 
 
 def hides_reasoning(
