@@ -28,6 +28,7 @@ SYSTEM, HI, HELLO, BYE = (
     said("assistant", "Hello"),
     said("assistant", "Bye"),
 )
+BOTH = calling({"id": "a", **call("f", {})}, {"id": "b", **call("g", {})})
 MORE = [said("assistant", "What?"), said("user", "Go on")]
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
 TOOLS = [{"type": "function", "function": WEATHER}]
@@ -66,6 +67,16 @@ ROWS = {
         },
         "messages",
         {"messages": [HI, {**HELLO, "weight": 0}, HI, {**BYE, "weight": 0}, HI, HELLO]},
+    ),
+    "results in another order than their calls": (
+        {"messages": [HI, BOTH, said("tool", "2", tool_call_id="b"), said("tool", "1", tool_call_id="a"), HELLO]},
+        "messages",
+        {"messages": [HI, BOTH, said("tool", "1", tool_call_id="a"), said("tool", "2", tool_call_id="b"), HELLO]},
+    ),
+    "results without ids": (
+        {"messages": [HI, BOTH, said("tool", "2"), said("tool", "1", tool_call_id="a"), HELLO]},
+        "messages",
+        {"messages": [HI, BOTH, said("tool", "2"), said("tool", "1", tool_call_id="a"), HELLO]},
     ),
     "columns that hold nothing": (
         {"messages": [{**HI, "tool_calls": None, "name": None}, HELLO], "prompt": None, "tools": None},
@@ -234,6 +245,10 @@ UNFIT = {
     "expected `train` of an assistant's turn as true or false": (
         {"messages": [HI]},
         {"messages": [HI, {**HELLO, "train": "no"}]},
+    ),
+    "a tool's result for no call before it": (
+        {"messages": [HI]},
+        {"messages": [HI, BOTH, said("tool", "1", tool_call_id="a"), said("tool", "2", tool_call_id="c"), HELLO]},
     ),
     "half of a surrogate pair in a text": ({"text": "x"}, {"text": "\ud800"}),
     "malformed tool call JSON": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -53,7 +54,7 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
     if not isinstance(turns, list):
         raise RowProblem(f"expected turns or text, found {type(value).__name__}")
     messages = [_message(turn) for turn in turns]
-    return [message for message in messages if message["role"] != "system" or message["content"].strip()]
+    return _matched([message for message in messages if message["role"] != "system" or message["content"].strip()])
 
 
 def is_transcript(value: Any) -> bool:
@@ -85,6 +86,23 @@ def _message(turn: Any) -> Message:
     if (reasoning := text_of(turn.get("reasoning_content"))).strip():
         message["reasoning_content"] = reasoning
     return message | {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+
+
+def _matched(messages: list[Message]) -> list[Message]:
+    """The messages, the results of calls made at once in the order of the calls, where all have ids."""
+    found: list[Message] = []
+    for is_result, group in itertools.groupby(messages, key=lambda message: message["role"] == "tool"):
+        turns = list(group)
+        calls = found[-1].get("tool_calls", []) if found else []
+        order = [str(call.get("id") or "") for call in calls]
+        answered = [str(turn.get("tool_call_id") or "") for turn in turns]
+        if is_result and order and all(order):
+            if unknown := next((name for name in answered if name and name not in order), None):
+                raise RowProblem("a tool's result for no call before it", f"no call has the id {unknown}")
+            if len(set(order)) == len(order) and sorted(answered) == sorted(order):
+                turns = [turns[answered.index(name)] for name in order]
+        found += turns
+    return found
 
 
 def _untrained(turn: dict) -> dict:
