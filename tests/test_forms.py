@@ -146,6 +146,14 @@ ROWS = {
         "question/answer",
         {"messages": [HI, said("assistant", "2+2 = 4.\n#### 4")], "answer": "2+2 = <<2+2=4>>4.\n#### 4"},
     ),
+    "question/answer with code": (
+        {"question": "Hi", "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, <<2*500=1000>>1,000"},
+        "question/answer",
+        {
+            "messages": [HI, said("assistant", "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, 1,000")],
+            "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, <<2*500=1000>>1,000",
+        },
+    ),
     "preference with a prompt": (
         {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye", "score": 2},
         "preference with a prompt",

@@ -15,8 +15,8 @@ from hfpipe.errors import NothingUsable
 _TURNS = "messages|conversations|conversation"
 _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools", "system", *_TURNS.split("|")}
 _READ |= {"instruction", "input", "output", "history", "question"}
-_CALCULATION = re.compile(r"<<[^<>]*>>")
 _REFERENCES = ("reference", "answer", "solution", "ground_truth")
+_CALCULATION = re.compile(r"<<[\d.+*/()%$ -]+=(-?[\d.]+)>>(?=(-?[\d,.]+))")  # GSM8K's <<48/2=24>>24
 _LABELS = {"true": True, "false": False}
 
 
@@ -152,8 +152,12 @@ def _conversation(row: Row) -> Row:
 
 
 def _solution(row: Row) -> Row:
-    answer = _CALCULATION.sub("", text_of(row["answer"]))
+    answer = _CALCULATION.sub(_without_calculation, text_of(row["answer"]))
     return {"messages": [*_question(row), {"role": "assistant", "content": answer}]}
+
+
+def _without_calculation(found: re.Match[str]) -> str:
+    return "" if found[2].replace(",", "").startswith(found[1]) else found[0]
 
 
 def _answered(ask: Callable[[Row], list[Message]], key: str) -> Callable[[Row], Row]:
