@@ -18,7 +18,7 @@ from hfpipe.data.splits import SPLITS, normalise, split_key, split_of
 from hfpipe.errors import UserError
 from hfpipe.sections import Source
 
-from .conftest import REAL
+from .conftest import REAL, hfpipe
 
 
 @pytest.fixture(autouse=True)
@@ -354,6 +354,49 @@ def test_a_folder_s_own_splits_are_used_and_kept_whole(tmp_path):
     assert "no split `test`; there are validation, train and all" in message_of(lambda: load(tmp_path, "test"))
     write(tmp_path / "extra.jsonl", same)
     assert "extra.jsonl belongs to no split" in message_of(lambda: load(tmp_path, "train"))
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("train eval", "train test"),
+        ("train eval test", "train validation test"),
+        ("train val evaluation", "train validation test"),
+        ("mydata_train mydata_test", "train test"),
+        ("training testing", "train test"),
+        ("my.dev-2 Train-00000-of-00001", "validation train"),
+        ("train_test_split_test train_test_split_train", "test train"),
+        ("train/a test/a", "train test"),
+        ("latest trainer_notes", "all"),
+        ("test_data/a test_data/b", "all"),
+        ("train-1 train-2", "all"),
+    ],
+)
+def test_the_splits_that_names_say(tmp_path, names, found):
+    for name in names.split():
+        write(tmp_path / "rows" / f"{name}.jsonl", {"prompt": f"Which is {name}?", "completion": name})
+    sources = json.loads(hfpipe("data", "check", tmp_path / "rows", "--json").stdout)["sources"]
+    assert sorted(source["split"] for source in sources) == sorted(found.split())
+    if found != "all":
+        firsts = dict(zip(found.split(), names.split(), strict=True))
+        for split, name in firsts.items():
+            assert [row["messages"][1]["content"] for row in load(tmp_path / "rows", split)[1]] == [name]
+
+
+def test_a_file_beside_a_split_is_not_merged_with_it(tmp_path):
+    write(tmp_path / "train.jsonl", {"text": "a"})
+    write(tmp_path / "held_out.jsonl", {"text": "b"})
+    told = hfpipe("data", "check", tmp_path, check=2).stderr
+    assert "held_out.jsonl belongs to no split, though train.jsonl does" in told
+    assert told.count("\n") == 1
+
+
+def test_titles_of_prose_are_no_splits(tmp_path):
+    for name in ("Test cricket", "Mirror", "Sea", "Sky", "Training a dog"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert len(load(tmp_path)[1]) == 5
+    (tmp_path / "Sea.txt").unlink()
+    assert "Mirror.txt belongs to no split" in message_of(lambda: load(tmp_path))
 
 
 def test_tinyworld_s_own_splits_are_used():

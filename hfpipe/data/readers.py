@@ -17,8 +17,16 @@ from hfpipe.data.splits import SPLITS
 from hfpipe.errors import NothingUsable, UserError, nearest
 
 _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*$")
-_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
-_OTHER_NAMES = {"valid": "validation", "val": "validation", "dev": "validation"}
+# Whole words, as in `datasets`; `eval` is test there, and validation here where there is a test beside it.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+    "eval": ("eval", "evaluation"),
+}
+_SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
+_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF)})(?![^\W\d_])")
+_PROSE = (".txt", ".md")
 _NOT_DATA = re.compile(r"[._]|(readme|licen[sc]e)\b|(dataset_infos?|state)\.json$", re.IGNORECASE)
 DOCUMENT_UNITS = ("article", "paragraph", "text line", "document")  # of plain text
 _LINES_PEEKED = 1000
@@ -74,21 +82,31 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         raise UserError(f"{path}: files of several kinds in one folder ({', '.join(kinds)}); name one file instead.")
     splits: dict[str, list[Path]] = {}
     for file in files:
-        splits.setdefault(split_name(file.relative_to(path)) or "", []).append(file)
-    if len(set(splits) & set(SPLITS)) < 2:
+        splits.setdefault(_named_split(file.relative_to(path)) or "", []).append(file)
+    strays = splits.pop("", [])
+    named = [file for group in splits.values() for file in group]
+    if not named or (kinds[0] in _PROSE and len(strays) > len(named)):  # words of titles
         return {"all": files}
-    if strays := splits.get(""):
+    if strays:
         raise UserError(
-            f"{path}: {strays[0].name} belongs to no split, though other files do (train, validation, test)."
+            f"{path}: {strays[0].relative_to(path)} belongs to no split, though {named[0].relative_to(path)} does. "
+            f"Expected all or none to be named after one ({', '.join(SPLITS)}): rename it, or give the files one by one."
         )
-    return splits
+    if "eval" in splits:
+        splits.setdefault("validation" if "test" in splits else "test", []).extend(splits.pop("eval"))
+    return splits if len(splits) > 1 else {"all": files}
 
 
 def split_name(path: Path) -> str | None:
-    """The split that a path names itself after: `data/test-00000.jsonl` is test."""
-    matches = (_SPLIT_NAME.match(part.lower()) for part in path.parts)
-    name = next((match[1] for match in matches if match), None)
-    return _OTHER_NAMES.get(name, name)
+    """The split that a path names itself after: `data/test-00000.jsonl` and `mine_test.jsonl` are test."""
+    name = _named_split(path)
+    return "test" if name == "eval" else name
+
+
+def _named_split(path: Path) -> str | None:
+    """Of the first part with a split's word its last one: `train_test_split_test.jsonl` is test."""
+    words = (_SPLIT_WORD.findall(part.lower()) for part in path.parts)
+    return next((_SPLIT_OF[found[-1]] for found in words if found), None)
 
 
 def _natural(name: str) -> list[str | int]:
