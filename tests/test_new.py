@@ -157,6 +157,28 @@ def test_own_files_go_to_the_stage_of_their_form(own_data, tmp_path):
     assert {w["name"] for row in stages.values() for w in row.get("warnings", [])} <= {"tokens_per_parameter"}
 
 
+def splits(folder, stage: str, role: str = "train") -> list[tuple[str, str | None]]:
+    data = load_recipe(folder, stage_types()).stages[stage].data
+    return [(source.path.rpartition("/")[2], source.split) for source in getattr(data, role)]
+
+
+@pytest.mark.parametrize("names", ["train validation test", "talks_training talks_dev talks_test", "train eval test"])
+def test_files_that_name_splits_are_held_out(names, base, tmp_path):
+    train, validation, test = (tmp_path / "data" / f"{name}.jsonl" for name in names.split())
+    rows = [json.dumps({"messages": row["messages"]}) + "\n" for row in tinyworld.rows("sft", size=60)]
+    train.parent.mkdir()
+    for file, part in ((train, rows[:40]), (validation, rows[40:50]), (test, rows[50:])):
+        file.write_text("".join(part))
+    hfpipe("new", tmp_path / "mine", "--from", base, "--data", train.parent, "--stages", "sft")
+    assert splits(tmp_path / "mine", "sft") == [(train.name, "all")]
+    assert splits(tmp_path / "mine", "sft", "eval") == [(validation.name, "all")]
+    hfpipe("plan", tmp_path / "mine", "--out", tmp_path / "run")
+    validation.unlink()
+    hfpipe("new", tmp_path / "other", "--from", base, "--data", train.parent, "--stages", "sft")
+    assert splits(tmp_path / "other", "sft") == [(train.name, None)]  # of which a tenth is its validation split
+    assert splits(tmp_path / "other", "sft", "eval") == [(train.name, "validation")]
+
+
 @pytest.mark.parametrize("data", ["everything", "conversations", "nothing"])
 def test_from_a_model_that_is_there(data, micro_run, own_data, tmp_path):
     folder, chosen = tmp_path / "mine", own_data

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hfpipe.config import SETTING
 from hfpipe.data.forms import FORMS
-from hfpipe.data.readers import kind_of_file
+from hfpipe.data.readers import files_of, group_by_split, kind_of_file
 from hfpipe.data.size import Size, estimate_size
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
@@ -87,7 +87,9 @@ def _tinyworld(tokens: float, vocab_size: int) -> Material:
         "pretrain": [f"path: tinyworld/pretrain, limit: {limit}"],
     }
     replay = ["path: tinyworld/pretrain, as: text, limit: 1000"]
-    return Material("tinyworld", "", rows, evals, ["path: tinyworld/pretrain"], replay, most_words=_TINY_WORDS)
+    return Material(
+        "tinyworld", "", rows, evals, ["path: tinyworld/pretrain, split: validation"], replay, most_words=_TINY_WORDS
+    )
 
 
 def _hub(params: float, tokens: float) -> Material:
@@ -114,7 +116,8 @@ def _hub(params: float, tokens: float) -> Material:
     for name in ("reward", "dpo", "kto"):
         rows[name], evals[name] = [f"{pairs}train_prefs"], [f"{pairs}test_prefs"]
     replay = [f"{_WIKIPEDIA}, as: text"]
-    return Material("the Hub", "", rows, evals, [_WIKIPEDIA], replay, counted=False, bad_rows=0.5, streaming=True)
+    text = [f"{_WIKIPEDIA}, split: validation"]
+    return Material("the Hub", "", rows, evals, text, replay, counted=False, bad_rows=0.5, streaming=True)
 
 
 # --- the user's own ---
@@ -123,7 +126,7 @@ def _hub(params: float, tokens: float) -> Material:
 def _folder(folder: Path, vocab_size: int) -> Material:
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder. Give a folder of your files, or tinyworld.")
-    found: dict[str, list[tuple[str, Size]]] = {}
+    found: dict[str, list[Path]] = {}
     forms: Counter[str] = Counter()
     material = Material(str(folder), data_dir=folder.resolve(), bad_rows=0.3)
     for path in sorted(folder.iterdir()):
@@ -135,30 +138,53 @@ def _folder(folder: Path, vocab_size: int) -> Material:
             raise UserError(
                 f"{path}: in a recipe's paths {found_setting[0]} stands for a setting. Rename the file, without the braces."
             )
-        loaded = load_source(Source(str(path)))
-        forms[loaded.form.name] += 1
-        gives, body = loaded.form.gives, f"path: {json.dumps('{data_dir}/' + path.name, ensure_ascii=False)}"
-        found.setdefault(gives, []).append((body, estimate_size(Source(str(path)), gives, "train", 0)))
-        held_out = estimate_size(Source(str(path)), gives, "validation", 0).rows
-        for stage in _FORMS.get(gives, ()):
-            material.rows.setdefault(stage, []).append(body)
-            material.evals.setdefault(stage, []).extend([body] if held_out else [])
+        form = load_source(Source(str(path))).form
+        forms[form.name] += 1
+        found.setdefault(form.gives, []).append(Path(path.name))
     if not found.keys() & _FORMS.keys():
         known = ", ".join(dict.fromkeys(form.name for form in FORMS if form.gives in _FORMS))
         seen = ", ".join(forms) or "no data files"
         raise UserError(f"--data {folder}: found {seen}. Expected files in one of the forms {known}.")
     material.found = ", ".join(f"{count} x {name}" for name, count in forms.items())
+    trained = {gives: _add_sources(material, gives, names) for gives, names in found.items() if gives in _FORMS}
     if "kto" not in material.rows and "dpo" in material.rows:
         material.rows["kto"], material.evals["kto"] = material.rows["dpo"], material.evals["dpo"]
-    texts = found.get("text", [])
+    texts = trained.get("text", [])
     written = _bytes(texts)
     if texts:
-        material.text = material.evals.get("pretrain", [])
+        material.text = material.evals["pretrain"]
         material.text_tokens = written / guess_bytes_per_token(vocab_size)
         material.most_words = max(int(written / _TIMES_SEEN / 128) * 128, 512)
-        share = min(_REPLAY / (1 - _REPLAY) * _bytes(found.get("messages", [])) / written, 1.0)
+        share = min(_REPLAY / (1 - _REPLAY) * _bytes(trained.get("messages", [])) / written, 1.0)
         material.replay = [f"{body}, as: text, limit: {max(round(size.rows * share), 1)}" for body, size in texts]
     return material
+
+
+def _add_sources(material: Material, gives: str, names: list[Path]) -> list[tuple[str, Size]]:
+    """Give the files of one form to its stages: what names itself validation or test is held out from the others.
+
+    Returns: what is trained on.
+    """
+    own_splits = [name for name in names if "all" not in files_of(material.data_dir / name)]
+    splits = group_by_split(name for name in names if name not in own_splits)
+    validation, test = splits.get("validation", []), splits.get("test", [])
+    if not (trained := [name for name in names if name not in (*validation, *test)]):
+        trained, validation = names, []
+    sizes, evals = [], [f"{_path_of(name)}, split: all" for name in validation]
+    for name in trained:
+        whole = "all" if validation and name not in own_splits else None
+        source = Source(str(material.data_dir / name), split=whole)
+        body = _path_of(name) + (", split: all" if whole else "")
+        sizes.append((body, estimate_size(source, gives, "train", 0)))
+        if not whole and estimate_size(source, gives, "validation", 0).rows:
+            evals.append(f"{body}, split: validation")
+    for stage in _FORMS[gives]:
+        material.rows[stage], material.evals[stage] = [body for body, _ in sizes], evals
+    return sizes
+
+
+def _path_of(name: Path) -> str:
+    return f"path: {json.dumps(f'{{data_dir}}/{name}', ensure_ascii=False)}"
 
 
 def _bytes(sources: list[tuple[str, Size]]) -> float:

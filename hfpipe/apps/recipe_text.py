@@ -52,7 +52,7 @@ def pipeline_text(draft: Draft) -> str:
         ]
     if material.text:
         lines += ["  text:  # perplexity after every stage shows what it made the model forget"]
-        lines += [f"    - {{{body}, split: validation}}" for body in material.text]
+        lines += [f"    - {{{body}}}" for body in material.text]
     return "\n".join([*lines, "  samples: 5"]) + "\n"
 
 

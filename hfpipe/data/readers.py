@@ -80,21 +80,29 @@ def files_of(path: Path) -> dict[str, list[Path]]:
         raise UserError(f"{path}: no data files in this folder, expected {', '.join(_READERS)}; found {found}.")
     if len(kinds := sorted({kind_of_file(p) for p in files})) > 1:
         raise UserError(f"{path}: files of several kinds in one folder ({', '.join(kinds)}); name one file instead.")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(_named_split(file.relative_to(path)) or "", []).append(file)
+    splits = group_by_split(file.relative_to(path) for file in files)
     strays = splits.pop("", [])
-    named = [file for group in splits.values() for file in group]
+    named = list(itertools.chain(*splits.values()))
     if not named or (kinds[0] in _PROSE and len(strays) > len(named)):  # words of titles
         return {"all": files}
     if strays:
         raise UserError(
-            f"{path}: {strays[0].relative_to(path)} belongs to no split, though {named[0].relative_to(path)} does. "
-            f"Expected all or none to be named after one ({', '.join(SPLITS)}): rename it, or give the files one by one."
+            f"{path}: {strays[0]} belongs to no split, though {named[0]} does. Expected all or none to be named after one "
+            f"({', '.join(SPLITS)}): rename it, or give the files one by one."
         )
+    if len(splits) < 2:
+        return {"all": files}
+    return {split: [path / file for file in group] for split, group in splits.items()}
+
+
+def group_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Paths by the split that they name themselves after, under "" those that name none."""
+    splits: dict[str, list[Path]] = {}
+    for path in paths:
+        splits.setdefault(_named_split(path) or "", []).append(path)
     if "eval" in splits:
         splits.setdefault("validation" if "test" in splits else "test", []).extend(splits.pop("eval"))
-    return splits if len(splits) > 1 else {"all": files}
+    return splits
 
 
 def split_name(path: Path) -> str | None:
