@@ -179,6 +179,32 @@ def test_files_that_name_splits_are_held_out(names, base, tmp_path):
     assert splits(tmp_path / "other", "sft", "eval") == [(train.name, "validation")]
 
 
+def test_each_file_that_is_not_trained_on_is_named(base, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    pairs = list(tinyworld.rows("preferences", size=60))
+    talks = [row["prompt"] + row["chosen"] for row in pairs]
+    judged = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs]
+    for name, rows in (
+        ("talks", [{"messages": talk} for talk in talks[:30]]),
+        ("test", [{"messages": talk} for talk in talks[30:]]),
+        ("judged", judged),
+        ("asked", [{"prompt": row["prompt"]} for row in pairs]),
+    ):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(12):
+        (data / f"x{number:02}.xlsx").write_text("")
+    arguments = ("new", "--from", base, "--data", data, "--device", "cpu")
+    told = hfpipe(*arguments, tmp_path / "mine", "--stages", "sft").stdout
+    assert [line for line in told.splitlines() if line.startswith("not trained on")] == [
+        f"not trained on: {', '.join(f'x{number:02}.xlsx' for number in range(10))} and 2 more (no kind of file that is read)",
+        "not trained on: test.jsonl (named test, held out)",
+        "not trained on: asked.jsonl (prompt, which no stage written here takes)",
+        "not trained on: judged.jsonl (unpaired preference: --stages sft,kto)",
+    ]
+    assert "judged" not in hfpipe(*arguments, tmp_path / "other", "--stages", "sft,kto").stdout
+
+
 @pytest.mark.parametrize("data", ["everything", "conversations", "nothing"])
 def test_from_a_model_that_is_there(data, micro_run, own_data, tmp_path):
     folder, chosen = tmp_path / "mine", own_data

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hfpipe.config import SETTING
-from hfpipe.data.forms import FORMS
+from hfpipe.data.forms import FORMS, Form
 from hfpipe.data.readers import files_of, group_by_split, kind_of_file
 from hfpipe.data.size import Size, estimate_size
 from hfpipe.data.sources import load_source
@@ -20,7 +20,7 @@ _TINY = 5e6  # parameters that tinyworld is made for, at the most
 _TINY_ROWS, _TINY_WORDS = 34_000, 1536  # as the recipe tiny has them
 _REPLAY = 0.1  # of what is read in midtrain and sft
 _TIMES_SEEN = 200  # bytes of text for an entry of the vocabulary
-_FORMS = {"text": ("tokenizer", "pretrain"), "messages": ("midtrain", "sft"), "preference": ("reward", "dpo"), "unpaired": ("kto",)}  # fmt: skip
+FITTING = {"text": ("tokenizer", "pretrain"), "messages": ("midtrain", "sft"), "preference": ("reward", "dpo"), "unpaired": ("kto",)}  # fmt: skip
 _FINEWEB = ((10e9, ", name: sample-10BT"), (100e9, ", name: sample-100BT"), (350e9, ", name: sample-350BT"))
 _WIKIPEDIA = "path: wikimedia/wikipedia, name: 20231101.simple"  # small enough to be kept whole
 
@@ -41,6 +41,8 @@ class Material:
     most_words: int | None = None
     bad_rows: float = 0.0
     streaming: bool = False
+    forms: dict[str, Form] = field(default_factory=dict)  # of the user's own files, by name
+    aside: dict[str, str] = field(default_factory=dict)  # files that are never trained on, and why
 
     @property
     def own(self) -> bool:
@@ -127,26 +129,26 @@ def _folder(folder: Path, vocab_size: int) -> Material:
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder. Give a folder of your files, or tinyworld.")
     found: dict[str, list[Path]] = {}
-    forms: Counter[str] = Counter()
     material = Material(str(folder), data_dir=folder.resolve(), bad_rows=0.3)
     for path in sorted(folder.iterdir()):
         if path.name.startswith((".", "_")) or path.name.lower().startswith(("readme", "license")):
             continue
         if not path.is_dir() and not kind_of_file(path):
+            material.aside[path.name] = "no kind of file that is read"
             continue
         if found_setting := SETTING.search(path.name):
             raise UserError(
                 f"{path}: in a recipe's paths {found_setting[0]} stands for a setting. Rename the file, without the braces."
             )
-        form = load_source(Source(str(path))).form
-        forms[form.name] += 1
+        form = material.forms[path.name] = load_source(Source(str(path))).form
         found.setdefault(form.gives, []).append(Path(path.name))
-    if not found.keys() & _FORMS.keys():
-        known = ", ".join(dict.fromkeys(form.name for form in FORMS if form.gives in _FORMS))
-        seen = ", ".join(forms) or "no data files"
+    if not found.keys() & FITTING.keys():
+        known = ", ".join(dict.fromkeys(form.name for form in FORMS if form.gives in FITTING))
+        seen = ", ".join(dict.fromkeys(form.name for form in material.forms.values())) or "no data files"
         raise UserError(f"--data {folder}: found {seen}. Expected files in one of the forms {known}.")
+    forms = Counter(form.name for form in material.forms.values())
     material.found = ", ".join(f"{count} x {name}" for name, count in forms.items())
-    trained = {gives: _add_sources(material, gives, names) for gives, names in found.items() if gives in _FORMS}
+    trained = {gives: _add_sources(material, gives, names) for gives, names in found.items() if gives in FITTING}
     if "kto" not in material.rows and "dpo" in material.rows:
         material.rows["kto"], material.evals["kto"] = material.rows["dpo"], material.evals["dpo"]
     texts = trained.get("text", [])
@@ -169,7 +171,9 @@ def _add_sources(material: Material, gives: str, names: list[Path]) -> list[tupl
     splits = group_by_split(name for name in names if name not in own_splits)
     validation, test = splits.get("validation", []), splits.get("test", [])
     if not (trained := [name for name in names if name not in (*validation, *test)]):
-        trained, validation = names, []
+        trained, validation, test = names, [], []
+    material.aside |= {str(name): "named validation, held out" for name in validation}
+    material.aside |= {str(name): "named test, held out" for name in test}
     sizes, evals = [], [f"{_path_of(name)}, split: all" for name in validation]
     for name in trained:
         whole = "all" if validation and name not in own_splits else None
@@ -178,7 +182,7 @@ def _add_sources(material: Material, gives: str, names: list[Path]) -> list[tupl
         sizes.append((body, estimate_size(source, gives, "train", 0)))
         if not whole and estimate_size(source, gives, "validation", 0).rows:
             evals.append(f"{body}, split: validation")
-    for stage in _FORMS[gives]:
+    for stage in FITTING[gives]:
         material.rows[stage], material.evals[stage] = [body for body, _ in sizes], evals
     return sizes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe.apps.drafts import Draft
-from hfpipe.apps.materials import Material, choose_material
+from hfpipe.apps.materials import FITTING, Material, choose_material
 from hfpipe.artifact import read_json
 from hfpipe.config import SETTING
 from hfpipe.errors import UserError, nearest
@@ -25,6 +25,7 @@ from hfpipe.progress import duration, quantity
 from hfpipe.sections import Recipe
 
 _BUDGET = ("params", "tokens", "flops", "hours", "dollars")
+_NAMED = 10  # files of a line
 _KNOWN = ("tokenizer", "pretrain", "midtrain", "sft", "reward", "kto", "dpo")
 
 
@@ -201,7 +202,31 @@ def _tell(draft: Draft, recipe: Recipe, folder: Path) -> list[str]:
             parts.append(f"at most about {duration(max(most, 1))}")
         lines.append(f"  {name:<9} {', '.join(parts)}")
         lines += [f"  {'':<9} {note}" for note in about["notes"] if note.startswith("warning: ")]
+    lines += _not_trained_on(draft, recipe)
     lines += [f"note: {draft.note}"] if draft.note else []
     device = f"{devices.key}x{devices.count}" if devices.count > 1 else devices.key
     lines.append(f"wrote {folder}: pipeline.yaml, {', '.join(f'{name}.yaml' for name in draft.stages)}")
     return [*lines, f"next: hfpipe plan {folder}{'' if device == 'cpu' else f' --device {device}'}"]
+
+
+def _not_trained_on(draft: Draft, recipe: Recipe) -> list[str]:
+    """The user's own files that no stage learns from, by the reason, with the stages that would."""
+    material, reasons = draft.material, {}
+    trained = {Path(source.path).name for stage in recipe.stages.values() for source in stage.data.train}
+    for name, why in material.aside.items():
+        reasons.setdefault(why, []).append(name)
+    for name, form in material.forms.items():
+        if name in trained or name in material.aside:
+            continue
+        why = f"{form.name}, which no stage written here takes"
+        if fitting := [stage for stage in _KNOWN if stage in FITTING.get(form.gives, ())]:
+            stage = "midtrain" if draft.origin and form.gives == "text" else fitting[-1]
+            asked = sorted({*draft.stages, stage}, key=_KNOWN.index)
+            why = f"{form.name}: --stages {','.join(asked)}"
+        reasons.setdefault(why, []).append(name)
+    return [f"not trained on: {_some(names)} ({why})" for why, names in reasons.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
