@@ -221,7 +221,11 @@ ROWS = {
         "unpaired preference, conversation",
         {"prompt": [HI, *MORE], "completion": [HELLO], "label": True},
     ),
-    "prompt": ({"prompt": "Hi", "answer": "4"}, "prompt", {"prompt": [HI], "answer": "4"}),
+    "prompt": (
+        {"prompt": "Hi", "answer": 4},
+        "prompt",
+        {"prompt": [HI], "reference": [said("assistant", "4")], "answer": 4},
+    ),
 }
 
 
