@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import signal
@@ -10,8 +12,13 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from hfpipe.evaluation.reward_functions import build_rewards, by_check
+from hfpipe import artifact
+from hfpipe.config import load_recipe
+from hfpipe.errors import UserError
+from hfpipe.evaluation.reward_functions import build_rewards, by_check, by_function
 from hfpipe.sections import RewardFunction
+from hfpipe.stages import stage_types
+from hfpipe.training.identity import identify
 from hfpipe.training.templates import encode_batch
 
 from .conftest import CALL, REAL, hfpipe, learn_by_heart, needs_real_data, stage_json
@@ -147,13 +154,18 @@ def test_a_hacked_reward_stops_the_stage(steered, tmp_path, limits, said):
         ("{}", "rewards: nothing to learn from"),
         ("{functions: [{check: nunber}]}", "No check `nunber`"),
         ("{functions: [{function: nowhere:reward}]}", "function 'nowhere:reward': ModuleNotFoundError"),
+        ("{functions: [{function: nowhere.py:reward}]}", "no such file, neither beside rl.yaml nor in the working"),
+        ("{functions: [{function: mine.py:vowls}]}", "mine.py has no function `vowls`. Did you mean `vowels`?"),
+        ("{functions: [{function: mine.py:closed}]}", "log_metric by name: let it take **columns."),
         ("{functions: [{check: number, function: a:b}]}", "give one of `check` and `function`"),
         ("{model: nowhere}", "rewards.model = 'nowhere' is neither a stage of this recipe"),
         ("{model: rl}", "`rl` leaves a model, not a reward model"),
     ],
 )
 def test_rewards_that_are_not_there(steered, rewards, said):
-    done = hfpipe("plan", steered("grpo", rewards=rewards), check=2)
+    folder = steered("grpo", rewards=rewards)
+    (folder / "mine.py").write_text(f"{VOWELS}\n\ndef closed(completions): pass\n")
+    done = hfpipe("plan", folder, check=2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -165,6 +177,61 @@ def test_another_function_is_another_stage(steered, tmp_path):
     assert "rl         done" in hfpipe(*plan).stdout
     (tmp_path / "vowels.py").write_text(VOWELS.replace('"e"', '"a"'))
     assert "vowels.py:vowels changed" in hfpipe(*plan).stdout
+
+
+def test_a_function_is_looked_for_beside_its_stage(steered, tmp_path):
+    folder = steered("grpo", rewards="{functions: [{function: mine.py:vowels}]}")
+    (folder / "mine.py").write_text("raise ValueError('not this one')")
+    assert "function 'mine.py:vowels': ValueError: not this one" in hfpipe("plan", folder, check=2).stderr
+    (folder / "mine.py").rename(tmp_path / "mine.py")
+    (tmp_path / "mine.py").write_text(VOWELS)
+    told = []
+    for text in (VOWELS, VOWELS.replace('"e"', '"a"')):
+        (folder / "mine.py").write_text(text)
+        recipe = load_recipe(folder, stage_types())
+        told.append(identify(recipe, recipe.stages["rl"], None).data_hashes["rewards.functions mine.py:vowels"])
+    assert told[0] == artifact.file_sha256(tmp_path / "mine.py") != told[1]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        ("0.5", "w: it gave 0.5; expected a list with one number or None for each of the 2 completions."),
+        ("['a', 'b']", "w: it gave ['a', 'b']; expected a list"),
+        ("[1.0]", "w: it gave 1 values; expected a list with one number or None for each of the 2 completions."),
+        ("None", "w: it gave None; expected a list"),
+        ("{}['oops']", "w: KeyError: 'oops' (mine.py line 1)"),
+        ("[None, 2]", None),
+    ],
+)
+def test_what_a_function_gives(later, gives, said):
+    found = {}
+    exec(compile(f"{'async ' * later}def mine(completions, **columns): return {gives}", "mine.py", "exec"), found)
+    reward = by_function(found["mine"], "w")
+    assert reward.__name__ == "mine"
+    assert inspect.iscoroutinefunction(reward) == later
+
+    def call():
+        scores = reward(prompts=[], completions=["a", "b"], completion_ids=[], row=[])
+        return asyncio.run(scores) if later else scores
+
+    if said is None:
+        assert call() == [None, 2.0]
+        return
+    with pytest.raises(UserError) as error:
+        call()
+    assert said in str(error.value)
+
+
+def test_a_function_at_fault_ends_the_stage_in_one_message(steered, tmp_path):
+    (tmp_path / "vowels.py").write_text(VOWELS.replace("texts = ", "texts = {}['oops'] or "))
+    folder = steered("grpo")
+    done = hfpipe("run", folder, "--out", tmp_path / "run", "--set", "rl.data.eval=[]", check=2)
+    file = tmp_path / "vowels.py"
+    told = f"rl.yaml: rewards.functions[0]: function '{file}:vowels': KeyError: 'oops' ({file} line 3)"
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_checks_as_rewards():
@@ -286,8 +353,6 @@ def test_a_reward_model_of_the_recipe(micro_run, steered, tmp_path):
 
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from hfpipe.config import load_recipe
-    from hfpipe.stages import stage_types
     from hfpipe.training.job import make_job
     from hfpipe.training.templates import stop_token_ids
 

@@ -6,15 +6,20 @@ columns `reference` and `row`, and gives a number for each completion, or None w
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+import inspect
+import reprlib
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfpipe.errors import ConfigErrors, UserError
+from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.evaluation.answers import Answer
 from hfpipe.evaluation.checks import NO_VALUE, check, find_check
 from hfpipe.evaluation.probes import reference_value
+from hfpipe.training.identity import file_of_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +30,10 @@ if TYPE_CHECKING:
 Reward = Callable[..., list[float | None]]
 
 _ROWS_AT_ONCE = 32
+# What TRL's trainers call a function with, by name.
+_GIVEN = (
+    "prompts", "completions", "completion_ids", "reference", "row", "trainer_state", "log_extra", "log_metric",
+)  # fmt: skip
 
 
 def check_rewards(recipe: Recipe) -> None:
@@ -33,7 +42,7 @@ def check_rewards(recipe: Recipe) -> None:
     for stage in recipe.stages.values():
         for number, item in enumerate(_functions(stage)):
             try:
-                find_check(item.check) if item.check else _import(str(item.function))
+                find_check(item.check) if item.check else _import(str(item.function), stage)
             except UserError as error:
                 problems.append(f"{stage.file}: rewards.functions[{number}]: {error}")
     if problems:
@@ -51,8 +60,11 @@ def build_rewards(job: Job, tokenizer: PreTrainedTokenizerBase, stops: set[int])
     if section.model:
         rewards.append(by_model(job.guide_path(), tokenizer, f"{job.stage.file}: rewards.model"))
         weights.append(section.weight)
-    for item in section.functions:
-        rewards.append(by_check(item, stops) if item.check else _import(str(item.function)))
+    for number, item in enumerate(section.functions):
+        where = f"{job.stage.file}: rewards.functions[{number}]: function {item.function!r}"
+        rewards.append(
+            by_check(item, stops) if item.check else by_function(_import(str(item.function), job.stage), where)
+        )
         weights.append(item.weight)
     return rewards, weights
 
@@ -147,19 +159,77 @@ def by_model(path: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Rewar
     return reward_model
 
 
-def _import(name: str) -> Reward:
-    """`package.module:function` or `path/to/file.py:function`."""
+def by_function(function: Reward, where: str) -> Reward:
+    """Anybody's function, plain or async; UserError, begun with `where`, for what it raises and what is no reward."""
+
+    async def reward_later(completions: list[Any], **columns: Any) -> list[float | None]:
+        with _told(where):
+            found = await function(completions=completions, **columns)
+        return _scores(found, len(completions), where)
+
+    def reward(completions: list[Any], **columns: Any) -> list[float | None]:
+        with _told(where):
+            found = function(completions=completions, **columns)
+        return _scores(found, len(completions), where)
+
+    later = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    chosen = reward_later if later else reward
+    chosen.__name__ = getattr(function, "__name__", type(function).__name__)
+    return chosen
+
+
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # anybody's function
+        frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # ours are the first two
+        raise UserError(f"{where}: {type(error).__name__}: {error} ({frame.filename} line {frame.lineno})") from error
+
+
+def _scores(found: Any, wanted: int, where: str) -> list[float | None]:
+    expected = f"expected a list with one number or None for each of the {wanted} completions."
+    try:
+        given = list(found)
+        if any(isinstance(value, str) for value in given):
+            raise TypeError
+        scores = [None if value is None else float(value) for value in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{where}: it gave {reprlib.repr(found)}; {expected}") from None
+    if len(scores) != wanted:
+        raise UserError(f"{where}: it gave {len(scores)} values; {expected}")
+    return scores
+
+
+def _import(name: str, stage: Stage) -> Reward:
+    """`package.module:function` or `path/to/file.py:function`; UserError where it cannot be called as it will be."""
     place, colon, attribute = name.rpartition(":")
+    if not (place and colon and attribute):
+        raise UserError(f"function {name!r}: expected `package.module:function` or `path/to/file.py:function`.")
+    file = file_of_function(name, stage)
+    if place.endswith(".py") and file is None:
+        raise UserError(
+            f"function {name!r}: no such file, neither beside {stage.file.name} nor in the working directory."
+        )
     try:
         if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).expanduser())
+            spec = importlib.util.spec_from_file_location(Path(place).stem, file)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:
-            module = importlib.import_module(place) if colon else None
-        found = getattr(module, attribute, None)
+            module = importlib.import_module(place)
     except Exception as error:  # anybody's file
         raise UserError(f"function {name!r}: {type(error).__name__}: {error}") from None
+    found = getattr(module, attribute, None)
     if not callable(found):
-        raise UserError(f"function {name!r}: expected `package.module:function` or `path/to/file.py:function`.")
+        names = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
+        raise UserError(f"function {name!r}: {place} has no function `{attribute}`.{nearest(attribute, names)}")
+    try:
+        inspect.signature(found).bind(**dict.fromkeys(_GIVEN))
+    except TypeError as error:
+        raise UserError(
+            f"function {name!r}: {error}. It is called with {', '.join(_GIVEN)} by name: let it take **columns."
+        ) from None
+    except ValueError:  # of one that has no signature nothing is known
+        pass
     return found

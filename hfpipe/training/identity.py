@@ -57,7 +57,7 @@ def identify(
         key, name, _ = stage.guide
         hashes[f"{key} {name}"] = (planned or {}).get(name) or guide_identity(recipe, stage, run) or ""
     for item in getattr(stage.sections.get("rewards"), "functions", ()):
-        if item.function and (file := _file_of(item.function)):
+        if item.function and (file := file_of_function(item.function, stage)):
             hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
     tokenizer = stage.sections.get("tokenizer")
     if tokenizer and tokenizer.chat_template:
@@ -76,11 +76,13 @@ def identify(
     return Identity(fingerprint(processes_now(recipe)), hashes, processes_now(recipe))
 
 
-def _file_of(function: str) -> Path | None:
-    """Where the source of `package.module:name` or `path/to/file.py:name` stands."""
+def file_of_function(function: str, stage: Stage) -> Path | None:
+    """Where the source of `package.module:name` or `path/to/file.py:name` stands; a path is looked up beside the stage's
+    file, then in the working directory."""
     place = function.rpartition(":")[0]
     if place.endswith(".py"):
-        file = Path(place).expanduser()
+        beside = stage.file.parent / Path(place).expanduser()
+        file = beside if beside.is_file() else Path(place).expanduser()
     else:
         try:
             spec = importlib.util.find_spec(place)
