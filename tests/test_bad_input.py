@@ -111,6 +111,32 @@ def test_a_folder_that_is_no_model(recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "mine.jinja`: expected one of chatml, hfpipe or the path"),
+        (
+            "a\n{% for m in messages %}{{ m.role ",
+            "mine.jinja line 2: not readable as Jinja: unexpected end of template",
+        ),
+        (
+            "{% generation %}a{% if b %}{% endgeneration %}",
+            "mine.jinja line 1: not readable as Jinja: Encountered unknown",
+        ),
+        ("{% for m in messages %}{% generation %}a{% endgeneration %}{% continue %}{% endfor %}", None),
+    ],
+)
+def test_a_template_that_cannot_be_read(recipe, tmp_path, template, said):
+    file = tmp_path / "mine.jinja"
+    if template:
+        file.write_text(template)
+    given = f"sft.tokenizer.chat_template={file}"
+    done = hfpipe("plan", recipe(), "--out", tmp_path / "out", "--set", given, check=2 if said else 0)
+    if said:
+        assert "sft.yaml: tokenizer.chat_template: " in done.stderr
+        assert said in done.stderr
+
+
 def test_a_cache_that_cannot_be_written(recipe, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "file" / "cache"))

@@ -61,9 +61,9 @@ def identify(
             hashes[f"rewards.functions {item.function}"] = artifact.file_sha256(file)
     tokenizer = stage.sections.get("tokenizer")
     if tokenizer and tokenizer.chat_template:
-        hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(
-            load_chat_template(tokenizer.chat_template)
-        )
+        with named(f"{stage.file}: tokenizer.chat_template"):
+            template = load_chat_template(tokenizer.chat_template)
+        hashes[f"chat_template {tokenizer.chat_template}"] = artifact.digest(template)
 
     def fingerprint(processes: int) -> str:
         config = artifact.hashed_config(stage, seed, processes)

@@ -48,7 +48,7 @@ class EncodedPreference(NamedTuple):
 
 
 def load_chat_template(name_or_path: str) -> str:
-    """The Jinja text of a shipped template (`hfpipe`, `chatml`) or of a .jinja file; UserError where there is none."""
+    """The Jinja text of a shipped template (`hfpipe`, `chatml`) or of a .jinja file; UserError for none, or a faulty one."""
     path = Path(name_or_path)
     if path.suffix != ".jinja":
         path = chat_templates_dir() / f"{name_or_path}.jinja"
@@ -58,7 +58,28 @@ def load_chat_template(name_or_path: str) -> str:
             f"No chat template `{name_or_path}`: expected one of {', '.join(names)} or the path of a .jinja file."
             + nearest(name_or_path, names)
         )
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    _check_syntax(text, path)
+    return text
+
+
+def _check_syntax(template: str, path: Path) -> None:
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """transformers' tag around what the assistant says."""
+
+        tags = frozenset(("generation",))
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
+    except TemplateSyntaxError as error:
+        raise UserError(f"{path} line {error.lineno}: not readable as Jinja: {error.message}") from None
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
