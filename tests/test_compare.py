@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -203,6 +205,15 @@ def test_chat_answers_one_turn_and_uses_the_calculator(learned):
     told = json.loads(hfpipe("chat", folder, "--prompt", "What is 12 * 34?", "--json").stdout)
     assert told["answer"] == "12 × 34 = 408"
     assert [m["role"] for m in told["messages"]] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale has it
+def test_what_is_no_utf8_is_read_in_a_chat(learned, monkeypatch, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nHello!\n"), "utf-8", errors))
+    typed = hfpipe("chat", learned[0], "--max-new-tokens", "4").stdout.splitlines()
+    assert len(typed) == 2
+    assert typed[:1] == hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf??").stdout.splitlines()
+    assert hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf\udce9?").stdout
 
 
 def test_nobody_forges_a_turn_in_a_chat(learned):

@@ -146,7 +146,8 @@ class Session:
     def _clean(self, text: str) -> str:
         from hfpipe.training.templates import neutralise
 
-        return neutralise(text, self._special)[0]
+        readable = text.encode(errors="replace").decode()  # bytes that are no UTF-8 come as halves of characters
+        return neutralise(readable, self._special)[0]
 
 
 def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, max_new_tokens: int) -> None:
@@ -166,6 +167,7 @@ def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, 
     if prompt is not None:
         return turn(prompt)
     asks = sys.stdin.isatty() and not as_json
+    sys.stdin.reconfigure(errors="surrogateescape")
     if asks:
         print(f"{source}: an empty line or Ctrl-D ends the chat.")
     while True:
