@@ -94,10 +94,10 @@ def load_recipe(
         else:
             there = [p.stem for p in folder.glob("*.yaml") if p.stem != "pipeline"]
             problems.append(f"{head_file}: stages names `{stage}`, but {file} does not exist.{nearest(stage, there)}")
-    for key in ("evaluate", "synth"):
-        _read_file(key, head_raw, folder, problems)
+    _read_files(head_raw, folder, problems)
     for text in overrides:
         problems += _override(text, head_raw, raws, set(listed))
+        _read_files(head_raw, folder, problems)
     pipeline = build(Pipeline, head_raw, f"{head_file}: ", problems)
     settings = head_raw.get("settings") if isinstance(head_raw.get("settings"), dict) else {}
     stages = {}
@@ -148,14 +148,15 @@ def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> lis
     return list(dict.fromkeys(listed))
 
 
-def _read_file(key: str, head: dict[str, Any], folder: Path, problems: list[str]) -> None:
-    """`evaluate: probes.yaml` stands for the mapping in that file of the recipe."""
-    if isinstance(head.get(key), str):
-        try:
-            head[key] = load_yaml(folder / head[key])
-        except UserError as error:
-            problems.append(f"{folder / 'pipeline.yaml'}: {key}: {error}")
-            head[key] = {}
+def _read_files(head: dict[str, Any], folder: Path, problems: list[str]) -> None:
+    """`evaluate: probes.yaml` stands for the mapping in that file of the recipe, and so does `synth`."""
+    for key in ("evaluate", "synth"):
+        if isinstance(head.get(key), str):
+            try:
+                head[key] = load_yaml(folder / head[key])
+            except UserError as error:
+                problems.append(f"{folder / 'pipeline.yaml'}: {key}: {error}")
+                head[key] = {}
 
 
 def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:

@@ -137,6 +137,14 @@ def test_a_template_that_cannot_be_read(recipe, tmp_path, template, said):
         assert said in done.stderr
 
 
+@pytest.mark.parametrize("content", ["", '{"stages": [', '{"recipe": "micro"}', "[]"])
+def test_a_damaged_run_json(tmp_path, content):
+    assert "it has no run.json" in hfpipe("status", tmp_path, check=2).stderr
+    (tmp_path / "run.json").write_text(content)
+    assert f"{tmp_path / 'run.json'} is damaged" in hfpipe("status", tmp_path, check=2).stderr
+    hfpipe("plan", "micro", "--out", tmp_path)
+
+
 def test_a_cache_that_cannot_be_written(recipe, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "file" / "cache"))

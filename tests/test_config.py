@@ -125,6 +125,14 @@ def test_what_a_trainer_may_report_to(monkeypatch, reports):
     assert load_recipe("micro", stage_types(), [f"sft.trainer.report_to={reports}"])
 
 
+def test_a_file_is_named_by_an_override_as_in_pipeline_yaml(recipe):
+    folder = recipe()
+    (folder / "mine.yaml").write_text("max_new_tokens: 7\nsamples: 2\n")
+    told = load_recipe(folder, stage_types(), ["evaluate=mine.yaml", "evaluate.samples=3"]).pipeline.evaluate
+    assert (told.max_new_tokens, told.samples) == (7, 3)
+    assert f"pipeline.yaml: evaluate: {folder / 'none.yaml'}" in problems(folder, ["evaluate=none.yaml"])
+
+
 def test_a_stage_that_starts_from_nothing(recipe):
     folder = recipe({"sft": "stage: sft\nmodel: {}\n"})
     assert "sft.yaml: model.from is missing: a sft stage starts from a model." in problems(folder)

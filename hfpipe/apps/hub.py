@@ -21,13 +21,14 @@ from hfpipe.publishing.hub import ERROR_FILE, note_failure, push_run
 from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
 from hfpipe.publishing.pull import pull_run, read_run
-from hfpipe.run_folder import damage_at, unfinished_step
+from hfpipe.run_folder import check_is_run, damage_at, unfinished_step
 
 
 def _stages(run: Path) -> list[str]:
-    record = artifact.read_json(run / "run.json")
-    if record is None:
-        raise UserError(f"{run} is not a run's folder: it has no run.json. Give one, such as runs/tiny.")
+    check_is_run(run)
+    record = artifact.read_json(run / "run.json") or {}
+    if not isinstance(record.get("stages"), list):
+        raise UserError(f"{run / 'run.json'} is damaged: no list of stages in it. `hfpipe run` there writes it again.")
     return record["stages"]
 
 
