@@ -133,6 +133,15 @@ def test_each_fault_of_a_file_is_found_where_it_is(tmp_path):
     assert told["uneven"] == "`topic`: 198 rows of travel, 1 of music"
 
 
+def test_answers_judged_alike_are_told(tmp_path):
+    rows = [{"prompt": f"Word {n}?", "completion": f"It is {n}.", "label": n != 7} for n in range(9)]
+    [found] = sources(write(tmp_path / "judged.jsonl", rows))
+    assert found["labels"] == {"good": 8, "bad": 1}
+    assert "one_sided" not in topics(found)
+    [found] = sources(write(tmp_path / "judged.jsonl", rows[:7]))
+    assert topics(found)["one_sided"] == "all 7 are good"
+
+
 def test_personal_data_is_never_printed_whole(tmp_path):
     rows = talks(0, 40)
     for n, secret in enumerate(SECRETS):

@@ -79,6 +79,14 @@ def test_kto_on_labels_of_one_s_own(after_sft, tmp_path):
     assert metrics["train_loss"] < metrics["answers_before"]["loss"]
 
 
+def test_kto_on_answers_judged_alike(after_sft, tmp_path):
+    rows = [{"prompt": f"What is {n} plus 1?", "completion": "Go away!", "label": False} for n in range(8)]
+    (tmp_path / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = f"{{path: {tmp_path / 'judged.jsonl'}, split: all}}"
+    done, _ = after_sft("kto", KTO.replace("SOURCE", source), "--set", "kto.trainer.max_steps=1")
+    assert "warning: every answer of data.train is bad, so nothing is learnt of good ones [one_sided]" in done.stdout
+
+
 def test_kto_unpairs_preferences(after_sft):
     _, left = after_sft("kto", KTO.replace("SOURCE", "{path: tinyworld/preferences, limit: 128}"))
     metrics = stage_json(left)["metrics"]

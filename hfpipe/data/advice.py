@@ -28,6 +28,8 @@ TOPICS = {  # with what to do
     "as text. Remove what is left over from another format.",
     "refusals": "Many answers refuse: a model tuned on them refuses much that is harmless. Mix in answers that help.",
     "cut": "Answers that end in the middle of a sentence: cut off when they were made? Such a model stops short.",
+    "one_sided": "Answers judged one by one that are all good, or all bad: nothing is learnt of the other kind. Add rows of "
+    "it, here or in another source of the stage.",
     "uneven": "Columns with rare values: `balance: COLUMN` beside a source's path repeats their rows.",
 }
 
@@ -73,6 +75,8 @@ def advice(use: Use) -> Iterator[Finding]:
         yield Finding("control", f"`{token}` in {_many(seen)}: {_places(seen)}")
     if found.answers and not drawn:
         yield from _answers(found)
+    if len(found.labels) == 1:
+        yield Finding("one_sided", f"all {found.rows:,} are {next(iter(found.labels))}")
     if not drawn:
         if found.exact.count >= max((_SAME_DROPPED if use.drops_repeats else _SAME) * found.rows, 1):
             kept = "" if use.drops_repeats else ", all of them trained on"

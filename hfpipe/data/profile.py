@@ -74,6 +74,7 @@ class Profile:
     refusals: int = 0
     answers: int = 0  # rows that end with an assistant's turn
     cut: Seen = field(default_factory=Seen)
+    labels: Counter[str] = field(default_factory=Counter)  # of answers judged one by one: good, bad
     columns: dict[str, Counter[str]] = field(default_factory=dict)
     languages: Counter[str] = field(default_factory=Counter)  # of a sample
 
@@ -190,6 +191,8 @@ def _look_at(found: Profile, place: str, row: Row, text: str) -> None:
         found.refusals += bool(REFUSES.search(answer[:300].replace("\u2019", "'")))
         if _CUT.search(answer[-20:]) and answer.count(" ") >= _CUT_FROM:
             found.cut.add(place)
+    if found.kind == "unpaired":
+        found.labels["good" if row["label"] else "bad"] += 1
     for kind in {kind for kind, _, _ in find_personal(text)}:
         found.personal.setdefault(kind, Seen()).add(place)
     if "<" in text or "[" in text or not text.isprintable():

@@ -60,6 +60,11 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
+    if len(labels := set(data.train["label"])) == 1:
+        kind, other = ("good", "bad") if labels == {True} else ("bad", "good")
+        progress.note(
+            f"warning: every answer of data.train is {kind}, so nothing is learnt of {other} ones [one_sided]"
+        )
     precompute = job.stage.trainer.get("precompute_ref_log_probs", job.stage.adapter is None)
     args = build_args(job, KTOConfig, progress, precompute_ref_log_probs=precompute)
     data = in_order(job, data, args, progress)
