@@ -216,6 +216,22 @@ ROWS = {
         "unpaired preference",
         {"prompt": [HI], "completion": [HELLO], "label": True},
     ),
+    "unpaired, a label of 0": (
+        {"prompt": "Hi", "completion": "Hello", "label": 0},
+        "unpaired preference",
+        {"prompt": [HI], "completion": [HELLO], "label": False},
+    ),
+    "unpaired, a label of 1 out of csv": (
+        {"prompt": "Hi", "completion": "Hello", "label": "1"},
+        "unpaired preference",
+        {"prompt": [HI], "completion": [HELLO], "label": True},
+    ),
+    "prompt/completion, no label in its cell": (
+        {"prompt": "Hi", "completion": "Hello", "label": ""},
+        "prompt/completion",
+        {"messages": [HI, HELLO]},
+    ),
+    "messages of a class": ({"messages": [HI, HELLO], "label": 1}, "messages", {"messages": [HI, HELLO]}),
     "unpaired conversation": (
         {"messages": [HI, *MORE, HELLO], "label": True},
         "unpaired preference, conversation",

@@ -283,6 +283,18 @@ def test_rows_not_used_are_counted_with_their_place_and_reason(tmp_path):
     assert json.loads(json.dumps(loaded.report()))["used"] == 2
 
 
+@pytest.mark.parametrize("label", ["good", 2, -1])
+def test_a_label_that_is_no_judgement_is_a_fault(tmp_path, label):
+    labels = (0, True, "false", label)
+    rows = [{"prompt": f"Hi {n}", "completion": "Hello", "label": given} for n, given in enumerate(labels)]
+    path = write(tmp_path / "kto.jsonl", *rows)
+    loaded, judged = load(path, wanted="unpaired")
+    assert [row["label"] for row in judged] == [False, True, False]
+    assert loaded.counts.faults == {"`label` is neither true nor false": 1}
+    assert f"label is {label!r}, expected true or false" in loaded.counts.examples[0]
+    assert "rename the column if it means something else" in message_of(lambda: load(path, wanted="messages"))
+
+
 def test_a_limit_stops_reading(tmp_path):
     path = write(tmp_path / "a.jsonl", *({"text": f"row {n}"} for n in range(50)))
     loaded = load_source(Source(path=path, limit=7, split="all"))

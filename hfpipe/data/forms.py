@@ -17,7 +17,7 @@ _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools",
 _READ |= {"instruction", "input", "output", "history", "question"}
 _REFERENCES = ("reference", "answer", "solution", "ground_truth")
 _CALCULATION = re.compile(r"<<[\d.+*/()%$ -]+=(-?[\d.]+)>>(?=(-?[\d,.]+))")  # GSM8K's <<48/2=24>>24
-_LABELS = {"true": True, "false": False}
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ def _is_sharegpt(row: Row) -> bool:
 
 
 def _is_labelled(row: Row) -> bool:
-    return str(row["label"]).lower() in _LABELS
+    return bool(str(row["label"]).strip())
+
+
+def _is_judged(row: Row) -> bool:
+    """Whether a conversation's label is true or false; a number beside one may be a class of its own."""
+    return str(row["label"]).lower() in ("true", "false")
 
 
 def _are_transcripts(row: Row) -> bool:
@@ -201,9 +206,10 @@ def _judged_whole(row: Row) -> Row:
 
 
 def _label(row: Row) -> bool:
-    if not _is_labelled(row):
-        raise RowProblem("`label` is neither true nor false")
-    return _LABELS[str(row["label"]).lower()]
+    label = str(row["label"]).lower()
+    if label not in _LABELS:
+        raise RowProblem("`label` is neither true nor false", f"label is {row['label']!r}, expected true or false")
+    return _LABELS[label]
 
 
 _PREFERENCE = ("chosen", "rejected")
@@ -214,7 +220,7 @@ FORMS = (  # the first that fits is taken: the more demanding come first
     Form("preference, transcripts", _PREFERENCE, "preference", _compared_whole, _are_transcripts),
     Form("preference, conversations", _PREFERENCE, "preference", _compared_whole, _are_lists),
     Form("unpaired preference", ("prompt", "completion", "label"), "unpaired", _judged, _is_labelled),
-    Form("unpaired preference, conversation", (_TURNS, "label"), "unpaired", _judged_whole, _is_labelled),
+    Form("unpaired preference, conversation", (_TURNS, "label"), "unpaired", _judged_whole, _is_judged),
     Form("alpaca", ("instruction", "output"), "messages", _answered(_instruction, "output")),
     Form("prompt/completion", ("prompt", "completion"), "messages", _answered(_prompt, "completion")),
     Form("question/answer", ("question", "answer"), "messages", _solution),

@@ -24,6 +24,14 @@ _CONVERSIONS = {
     "unpaired": ("unpaired", "prompt"),
     "messages": ("messages", "prompt"),
 }
+_HINTS = {
+    ("text", ""): " Among conversations, plain documents need `as: text`.",
+    (
+        "unpaired",
+        "messages",
+    ): " A `label` says whether an answer is good: rename the column if it means something else.",
+    ("messages", "unpaired"): " A judged conversation has a `label`, true or false, beside it.",
+}
 _MAY_FOLLOW = {
     "start": ("system", "user"),
     "system": ("user",),
@@ -44,7 +52,7 @@ def check_usable(kind: str, wanted: str) -> None:
     """Raise UserError unless rows of canonical form `kind` can be used as `wanted`."""
     usable = _CONVERSIONS.get(kind, (kind,))
     if wanted not in usable:
-        hint = " Among conversations, plain documents need `as: text`." if kind == "text" else ""
+        hint = _HINTS.get((kind, wanted), _HINTS.get((kind, ""), ""))
         raise NothingUsable(f"its rows are `{kind}`, usable as {' or '.join(usable)}, not as `{wanted}`.{hint}")
 
 
