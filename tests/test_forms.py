@@ -89,6 +89,36 @@ ROWS = {
         {"messages": [HI, HELLO], "id": 7},
     ),
     "conversations of role/content": ({"conversations": [HI, HELLO]}, "messages", {"messages": [HI, HELLO]}),
+    "messages in a cell of csv": (
+        {"messages": json.dumps([SYSTEM, HI, HELLO])},
+        "messages",
+        {"messages": [SYSTEM, HI, HELLO]},
+    ),
+    "sharegpt in a cell of csv": (
+        {"conversations": json.dumps([human, gpt]), "system": ""},
+        "sharegpt",
+        {"messages": [HI, HELLO]},
+    ),
+    "preference of messages in cells of csv": (
+        {"prompt": json.dumps([SYSTEM, HI]), "chosen": json.dumps([HELLO]), "rejected": json.dumps([BYE])},
+        "preference with a prompt",
+        {"prompt": [SYSTEM, HI], "chosen": [HELLO], "rejected": [BYE]},
+    ),
+    "whole conversations in cells of csv": (
+        {"chosen": json.dumps([HI, HELLO]), "rejected": json.dumps([HI, BYE])},
+        "preference, conversations",
+        {"prompt": [HI], "chosen": [HELLO], "rejected": [BYE]},
+    ),
+    "an answer that is JSON": (
+        {"prompt": '["Hi"]', "completion": '[{"role": "cook", "name": "Amy"}]'},
+        "prompt/completion",
+        {"messages": [said("user", '["Hi"]'), said("assistant", '[{"role": "cook", "name": "Amy"}]')]},
+    ),
+    "an answer that is nearly JSON": (
+        {"prompt": "Hi", "completion": '[{"role": "user", "content": "Hi"},'},
+        "prompt/completion",
+        {"messages": [HI, said("assistant", '[{"role": "user", "content": "Hi"},')]},
+    ),
     "sharegpt": (
         {"conversations": [human, gpt], "system": "Be kind."},
         "sharegpt",
@@ -277,6 +307,10 @@ UNFIT = {
     "a tool's result for no call before it": (
         {"messages": [HI]},
         {"messages": [HI, BOTH, said("tool", "1", tool_call_id="a"), said("tool", "2", tool_call_id="c"), HELLO]},
+    ),
+    "expected a list of turns or its JSON text, found other text": (
+        {"messages": [HI]},
+        {"messages": "[{'role': 'user', 'content': 'Hi'}]"},
     ),
     "half of a surrogate pair in a text": ({"text": "x"}, {"text": "\ud800"}),
     "malformed tool call JSON": (

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hfpipe.data.messages import RowProblem, is_transcript, messages_of, text_of, tools_of
+from hfpipe.data.messages import RowProblem, is_transcript, messages_of, read_turns, text_of, tools_of
 from hfpipe.data.rows import Message, Row, up_to_last_user
 from hfpipe.errors import NothingUsable
 
 _TURNS = "messages|conversations|conversation"
 _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools", "system", *_TURNS.split("|")}
 _READ |= {"instruction", "input", "output", "history", "question"}
+_SAID = {"prompt", "completion", "chosen", "rejected", *_TURNS.split("|")}  # may hold turns
 _REFERENCES = ("reference", "answer", "solution", "ground_truth")
 _CALCULATION = re.compile(r"<<[\d.+*/()%$ -]+=(-?[\d.]+)>>(?=(-?[\d,.]+))")  # GSM8K's <<48/2=24>>24
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -35,6 +36,7 @@ class Form:
 
     def convert(self, row: Row) -> Row:
         """The canonical row, with the columns that no form reads; raises RowProblem."""
+        row = _with_turns(row)
         for key in self.keys:
             if _value(row, key) is None:
                 raise RowProblem(f"no `{key.replace('|', '` or `')}`")
@@ -46,6 +48,7 @@ class Form:
 
 def recognise(row: Row) -> Form | None:
     """The first form of the table that a row fits."""
+    row = _with_turns(row)
     return next((form for form in FORMS if form.fits(row)), None)
 
 
@@ -61,6 +64,10 @@ def recognise_source(rows: Iterable[Row], where: str) -> Form:
     raise NothingUsable(
         f"{where}: rows in no known form. Keys found: {found}. The forms known, with their keys:\n{known}"
     )
+
+
+def _with_turns(row: Row) -> Row:
+    return {key: read_turns(value) if key in _SAID else value for key, value in row.items()}
 
 
 def _value(row: Row, key: str) -> Any:
@@ -153,6 +160,9 @@ def _asked(row: Row) -> Row:
 
 
 def _conversation(row: Row) -> Row:
+    said = _value(row, _TURNS)
+    if isinstance(said, str) and not is_transcript(said):
+        raise RowProblem("expected a list of turns or its JSON text, found other text", said[:40])
     return {"messages": _turns(row)}
 
 

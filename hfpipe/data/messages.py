@@ -10,6 +10,7 @@ from typing import Any
 from hfpipe.data.rows import Message
 
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_DIALECTS = (("role", "content"), ("role", "tool_calls"), ("from", "value"))
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -55,6 +56,21 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
         raise RowProblem(f"expected turns or text, found {type(value).__name__}")
     messages = [_message(turn) for turn in turns]
     return _matched([message for message in messages if message["role"] != "system" or message["content"].strip()])
+
+
+def read_turns(value: Any) -> Any:
+    """The turns of a JSON text, as a cell of csv or parquet holds them; anything else, other JSON too, as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return turns if turns and all(_is_turn(turn) for turn in turns) else value
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(turn.get(role) and said in turn for role, said in _DIALECTS)
 
 
 def is_transcript(value: Any) -> bool:
