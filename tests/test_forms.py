@@ -44,6 +44,18 @@ ROWS = {
         {"messages": [HI, calling(call("weather", {"at": "Rome"})), said("tool", "warm", name="weather"), HELLO]}
         | {"tools": TOOLS},
     ),
+    "a call of a function and its result": (
+        {
+            "messages": [
+                HI,
+                {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+                said("function", "3", name="add"),
+                HELLO,
+            ]
+        },
+        "messages",
+        {"messages": [HI, calling(call("add", {"a": 1})), said("tool", "3", name="add"), HELLO]},
+    ),
     "a call whose argument is one text": (
         {"messages": [HI, calling(call("calculator", "2 * 3"))]},
         "messages",

@@ -9,7 +9,7 @@ from typing import Any
 
 from hfpipe.data.rows import Message
 
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}
 _DIALECTS = (("role", "content"), ("role", "tool_calls"), ("from", "value"))
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -97,8 +97,8 @@ def _message(turn: Any) -> Message:
     message = {"role": _ROLES.get(role, role), "content": text_of(content)}
     if message["role"] == "assistant":
         message |= _untrained(turn)
-    if turn.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(turn["tool_calls"])
+    if calls := turn.get("tool_calls") or turn.get("function_call"):  # the second before OpenAI had tools
+        message["tool_calls"] = _tool_calls(calls)
     if (reasoning := text_of(turn.get("reasoning_content"))).strip():
         message["reasoning_content"] = reasoning
     return message | {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
