@@ -90,6 +90,11 @@ ROWS = {
         "messages",
         {"messages": [HI, BOTH, said("tool", "2"), said("tool", "1", tool_call_id="a"), HELLO]},
     ),
+    "a developer's turn": (
+        {"messages": [{"role": "developer", "content": "Be kind."}, HI, HELLO]},
+        "messages",
+        {"messages": [SYSTEM, HI, HELLO]},
+    ),
     "columns that hold nothing": (
         {"messages": [{**HI, "tool_calls": None, "name": None}, HELLO], "prompt": None, "tools": None},
         "messages",
@@ -176,6 +181,22 @@ ROWS = {
         {"instruction": "Add", "input": "2 3", "output": "5", "system": "Be kind.", "history": [["Hi", "Hello"]]},
         "alpaca",
         {"messages": [SYSTEM, HI, HELLO, said("user", "Add\n\n2 3"), said("assistant", "5")]},
+    ),
+    "dolly": (
+        {"instruction": "Add", "context": "2 3", "response": "5", "category": "sums"},
+        "dolly",
+        {"messages": [said("user", "Add\n\n2 3"), said("assistant", "5")]}
+        | {"context": "2 3", "response": "5", "category": "sums"},
+    ),
+    "preference with a question": (
+        {"system": "Be kind.", "question": "Hi", "chosen": "Hello", "rejected": "Bye"},
+        "preference with a question",
+        {"prompt": [SYSTEM, HI], "chosen": [HELLO], "rejected": [BYE]},
+    ),
+    "whole conversations and their question": (
+        {"question": "Hi", "chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, BYE]},
+        "preference, conversations",
+        {"prompt": [SYSTEM, HI], "chosen": [HELLO], "rejected": [BYE]},
     ),
     "prompt/completion": ({"prompt": "Hi", "completion": "Hello"}, "prompt/completion", {"messages": [HI, HELLO]}),
     "prompt/completion of messages": (
@@ -371,7 +392,7 @@ UNSOUND = {
     "empty text": {"text": " \n"},
     "empty assistant turn": {"messages": [HI, said("assistant", " ")]},
     "empty user turn": {"messages": [said("user", ""), HELLO]},
-    "unknown role `critic`": {"messages": [HI, said("critic", "Bad")]},
+    "unknown role `critic`, expected system, user, assistant or tool": {"messages": [HI, said("critic", "Bad")]},
     "starts with assistant": {"messages": [HELLO, HI, HELLO]},
     "roles out of order: user after user": {"messages": [HI, HI, HELLO]},
     "roles out of order: system after user": {"messages": [HI, SYSTEM, HELLO]},
@@ -415,6 +436,7 @@ def test_unknown_rows_are_refused_with_the_keys_found_and_the_forms_known():
         recognise_source([{"premise": "a", "hypothesis": "b"}, {"gold": 1}], "nli.jsonl")
     message = str(error.value)
     assert message.startswith("nli.jsonl: rows in no known form. Keys found: premise, hypothesis, gold.")
+    assert "Rename the columns to those of a form:" in message
     assert "alpaca: instruction, output" in message
     assert all(f"\n  {form.name}: " in message for form in FORMS)
 

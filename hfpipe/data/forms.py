@@ -62,7 +62,7 @@ def recognise_source(rows: Iterable[Row], where: str) -> Form:
     found = ", ".join(dict.fromkeys(str(key) for row in rows for key in row)) or "none"
     known = "\n".join(f"  {form.name}: {', '.join(form.keys).replace('|', ' or ')}" for form in FORMS)
     raise NothingUsable(
-        f"{where}: rows in no known form. Keys found: {found}. The forms known, with their keys:\n{known}"
+        f"{where}: rows in no known form. Keys found: {found}. Rename the columns to those of a form:\n{known}"
     )
 
 
@@ -128,6 +128,10 @@ def _instruction(row: Row) -> list[Message]:
     ]
     asked = [part for part in (text_of(row["instruction"]), text_of(row.get("input"))) if part.strip()]
     return _with_system(row, [*earlier, {"role": "user", "content": "\n\n".join(asked)}])
+
+
+def _instruction_in_context(row: Row) -> list[Message]:
+    return _instruction({**row, "input": row.get("context")})
 
 
 _PAIR = ("user", "assistant")
@@ -229,9 +233,11 @@ FORMS = (  # the first that fits is taken: the more demanding come first
     Form("preference with an instruction", ("instruction", *_PREFERENCE), "preference", _compared(_instruction)),
     Form("preference, transcripts", _PREFERENCE, "preference", _compared_whole, _are_transcripts),
     Form("preference, conversations", _PREFERENCE, "preference", _compared_whole, _are_lists),
+    Form("preference with a question", ("question", *_PREFERENCE), "preference", _compared(_question)),
     Form("unpaired preference", ("prompt", "completion", "label"), "unpaired", _judged, _is_labelled),
     Form("unpaired preference, conversation", (_TURNS, "label"), "unpaired", _judged_whole, _is_judged),
     Form("alpaca", ("instruction", "output"), "messages", _answered(_instruction, "output")),
+    Form("dolly", ("instruction", "response"), "messages", _answered(_instruction_in_context, "response")),
     Form("prompt/completion", ("prompt", "completion"), "messages", _answered(_prompt, "completion")),
     Form("question/answer", ("question", "answer"), "messages", _solution),
     Form("sharegpt", (_TURNS,), "messages", _conversation, _is_sharegpt),

@@ -55,6 +55,9 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
     if not isinstance(turns, list):
         raise RowProblem(f"expected turns or text, found {type(value).__name__}")
     messages = [_message(turn) for turn in turns]
+    roles = [message["role"] for message in messages]
+    if roles[:1] == ["developer"] and "system" not in roles:
+        messages[0]["role"] = "system"
     return _matched([message for message in messages if message["role"] != "system" or message["content"].strip()])
 
 

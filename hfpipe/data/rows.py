@@ -117,7 +117,7 @@ def _turns_problem(messages: list[Message]) -> str | None:
     for message in messages:
         role, calls = message["role"], message.get("tool_calls")
         if role not in _ROLES:
-            return f"unknown role `{role}`"
+            return f"unknown role `{role}`, expected {', '.join(_ROLES[:-1])} or {_ROLES[-1]}"
         if not message["content"].strip() and not calls:
             return f"empty {role} turn"
         if role not in _MAY_FOLLOW[before]:
