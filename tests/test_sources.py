@@ -99,6 +99,20 @@ def test_every_kind_of_file_gives_the_same_numbered_rows(tmp_path, name, writer)
     assert list(read_rows(str(tmp_path / name))) == [(1, PAIRS[0]), (2, PAIRS[1])]
 
 
+def test_what_datasets_saves_to_disk_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"prompt": f"q{n}", "completion": "a"} for n in range(6)]
+    saved = Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "one", num_shards=2)
+    saved.map(lambda row: {"completion": "b"}, cache_file_name=str(tmp_path / "one" / "cache-0f.arrow"))
+    assert [row for _, row in read_rows(str(tmp_path / "one"))] == rows
+    DatasetDict({"train": saved, "test": saved.select([1, 4])}).save_to_disk(tmp_path / "two")
+    train, test = json.loads(hfpipe("data", "check", tmp_path / "two", "--json").stdout)["sources"]
+    assert [(found["split"], found["rows"]) for found in (train, test)] == [("train", 6), ("test", 2)]
+    assert [row for _, row in read_rows(str(tmp_path / "two"), split="test")] == [rows[1], rows[4]]
+
+
 def test_a_folder_is_read_in_natural_order_without_its_readme(tmp_path):
     for number in (10, 9, 1):
         write(tmp_path / f"part{number}.jsonl", {"text": str(number)})
@@ -171,6 +185,7 @@ def test_json_lines_are_read_lazily(tmp_path):
         ("a.csv", b"text,kind\na,b\nc\n", "a.csv: line 3 has not the 2 fields of the header"),
         ("a.csv", b'text\n"a\n', "a.csv: malformed near line"),
         ("a.parquet", b"no", "a.parquet is not a parquet file that can be read"),
+        ("a.arrow", b"no", "a.arrow is not an Arrow stream that can be read"),
         ("a.jsonl.gz", b"no", "a.jsonl.gz cannot be read"),
         ("a.jsnol", b"{}", "a.jsnol: unknown extension; known: .jsonl"),
         ("a.jsnol", b"{}", "Did you mean `.json"),

@@ -1,4 +1,4 @@
-"""Rows of local files, one at a time: json lines, json, parquet, csv, tsv and plain text."""
+"""Rows of local files, one at a time: json lines, json, parquet, arrow, csv, tsv and plain text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ _SPLIT_WORDS = {
 _SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
 _SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF)})(?![^\W\d_])")
 _PROSE = (".txt", ".md")
-_NOT_DATA = re.compile(r"[._]|(readme|licen[sc]e)\b|(dataset_infos?|state)\.json$", re.IGNORECASE)
+_NOT_DATA = re.compile(
+    r"[._]|(readme|licen[sc]e)\b|(dataset_infos?|dataset_dict|state)\.json$|cache-.*\.arrow$", re.IGNORECASE
+)
+_BINARY = (".parquet", ".arrow")
 DOCUMENT_UNITS = ("article", "paragraph", "text line", "document")  # of plain text
 _LINES_PEEKED = 1000
 _LONGEST_CELL = 2**31 - 1
@@ -49,7 +52,7 @@ def read_file(path: Path) -> Iterator[Located]:
     """Rows of one file, lazily (a .json array is read whole); raises UserError where it is malformed or empty."""
     kind = kind_of_file(path)
     if kind is None:
-        known = f"{', '.join(_READERS)}, all but parquet also with .gz"
+        known = f"{', '.join(_READERS)}, all but {' and '.join(_BINARY)} also with .gz"
         raise UserError(f"{path}: unknown extension; known: {known}.{nearest(path.suffix, _READERS)}")
     found = False
     for number, unit, row in _READERS[kind](path):
@@ -64,7 +67,7 @@ def read_file(path: Path) -> Iterator[Located]:
 def kind_of_file(path: Path) -> str | None:
     """The extension that says how a file is read, `.gz` of a text file aside; None for one that is not known."""
     *others, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    if last == ".gz" and others[-1] != ".parquet":
+    if last == ".gz" and others[-1] not in _BINARY:
         last = others[-1]
     return last if last in _READERS else None
 
@@ -217,6 +220,18 @@ def _parquet(path: Path) -> Numbered:
         raise UserError(f"{path} is not a parquet file that can be read: {error}") from None
 
 
+def _arrow(path: Path) -> Numbered:
+    """A stream of batches, as `save_to_disk` of `datasets` writes it."""
+    import pyarrow.ipc
+
+    try:
+        with path.open("rb") as file:
+            rows = (row for batch in pyarrow.ipc.open_stream(file) for row in batch.to_pylist())
+            yield from ((number, "row", row) for number, row in enumerate(rows, 1))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not an Arrow stream that can be read: {error}") from None
+
+
 def _csv(path: Path, delimiter: str = ",") -> Numbered:
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
@@ -271,6 +286,7 @@ _READERS = {
     ".ndjson": _json_lines,
     ".json": _json,
     ".parquet": _parquet,
+    ".arrow": _arrow,
     ".csv": _csv,
     ".tsv": _tsv,
     ".txt": _text,
