@@ -170,6 +170,19 @@ def test_json_lines_are_read_lazily(tmp_path):
         ("a.csv", b"text\n", "a.csv is empty"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text" "b"}\n', "a.jsonl: malformed JSON at line 3, column 9"),
         ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]', "such a file's name ends in .json"),
+        (
+            "a.jsonl",
+            b'[{"text": "a"}, {"text": "b"}]',
+            "line 1 is list, expected an object with named fields. It begins",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "text": "c"}', "a.jsonl: line 2 has the key `text` twice"),
+        ("a.jsonl", b'{"messages": [{}, {"role": "a", "role": "b"}]}', "a.jsonl: line 1 has the key `role` twice"),
+        ("a.json", b'[{"a": [{}]},\n{"a": [{"b": 1, "b": 1}]}]', "a.json: row 2 has the key `b` twice"),
+        ("a.json", b'{"n": 1, "rows": [{"a": 1, "a": 2}]}', "a.json: row 1 has the key `a` twice"),
+        ("a.json", b'{"rows": [], "rows": [{"a": 1}]}', "a.json: an object has the key `rows` twice"),
+        ("a.csv", b"question,answer,answer\na,b,c\n", "a.csv: line 1 names the column `answer` twice"),
+        ("a.csv", b"question;answer\na;b\n", "expected a comma between the columns, found a semicolon"),
+        ("a.tsv", b"question,answer\na,b\n", "expected a tab between the columns, found a comma"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl: line 2 is list, expected an object"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl: JSON at line 1 cannot be read"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json: malformed JSON at line 2, column 10"),
@@ -202,6 +215,16 @@ def test_what_is_not_there_is_named_with_what_is_near(tmp_path):
     assert "no such file or folder" in message
     assert "Did you mean `train.jsonl`?" in message
     assert "There is no folder" in message_of(lambda: read_rows(str(tmp_path / "dta" / "a.jsonl")))
+
+
+@pytest.mark.parametrize("given", ["data/a.jsonl", "data"])
+def test_a_link_to_nothing_is_told(tmp_path, given):
+    write(tmp_path / "data" / "b.jsonl", {"text": "b"})
+    (tmp_path / "data" / "a.jsonl").symlink_to("gone.jsonl")
+    told = hfpipe("data", "check", tmp_path / given, check=2).stderr
+    assert "a.jsonl: this is a link to gone.jsonl, which is not there" in told
+    assert "Did you mean" not in told
+    assert told.count("\n") == 1
 
 
 def test_a_folder_without_data_or_of_several_kinds_is_refused(tmp_path):

@@ -14,9 +14,10 @@ from hfpipe.data.advice import TOPICS, Finding, Use, advice
 from hfpipe.data.held_out import HeldOut, index_held_out, probe_rows
 from hfpipe.data.personal import mask, masked
 from hfpipe.data.profile import CountTokens, Profile, profile
-from hfpipe.data.readers import files_of, split_name
+from hfpipe.data.readers import files_of
 from hfpipe.data.rows import Row
 from hfpipe.data.sources import is_hub_id, load_source, named, open_rows
+from hfpipe.data.split_names import split_name
 from hfpipe.data.splits import SPLITS
 from hfpipe.errors import UserError
 from hfpipe.progress import printable, quantity

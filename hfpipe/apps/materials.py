@@ -9,9 +9,10 @@ from pathlib import Path
 
 from hfpipe.config import SETTING
 from hfpipe.data.forms import FORMS, Form
-from hfpipe.data.readers import files_of, group_by_split, kind_of_file
+from hfpipe.data.readers import files_of, kind_of_file
 from hfpipe.data.size import Size, estimate_size
 from hfpipe.data.sources import load_source
+from hfpipe.data.split_names import group_by_split
 from hfpipe.errors import UserError
 from hfpipe.plan.workload import guess_bytes_per_token
 from hfpipe.sections import Source

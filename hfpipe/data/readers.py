@@ -9,29 +9,23 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from hfpipe.data.split_names import group_by_split
 from hfpipe.data.splits import SPLITS
 from hfpipe.errors import NothingUsable, UserError, nearest
 
 _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*$")
-# Whole words, as in `datasets`; `eval` is test there, and validation here where there is a test beside it.
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-    "eval": ("eval", "evaluation"),
-}
-_SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF)})(?![^\W\d_])")
 _PROSE = (".txt", ".md")
 _NOT_DATA = re.compile(
     r"[._]|(readme|licen[sc]e)\b|(dataset_infos?|dataset_dict|state)\.json$|cache-.*\.arrow$", re.IGNORECASE
 )
 _BINARY = (".parquet", ".arrow")
 DOCUMENT_UNITS = ("article", "paragraph", "text line", "document")  # of plain text
+_DELIMITERS = {",": "a comma", "\t": "a tab", ";": "a semicolon", "|": "a bar"}
+_ARRAY_HINT = " It begins like one JSON array: such a file's name ends in .json."
 _LINES_PEEKED = 1000
 _LONGEST_CELL = 2**31 - 1
 
@@ -57,7 +51,10 @@ def read_file(path: Path) -> Iterator[Located]:
     found = False
     for number, unit, row in _READERS[kind](path):
         if not isinstance(row, dict):
-            raise UserError(f"{path}: {unit} {number} is {type(row).__name__}, expected an object with named fields.")
+            hint = _ARRAY_HINT if unit == "line" and not found and isinstance(row, list) else ""
+            raise UserError(
+                f"{path}: {unit} {number} is {type(row).__name__}, expected an object with named fields.{hint}"
+            )
         found = True
         yield Located(path.name, unit, number, row)
     if not found:
@@ -76,8 +73,11 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     """Data files in natural order by split; all under "all" where the file or folder has no splits of its own."""
     if path.is_file():
         return {"all": [path]}
-    inside = sorted((p for p in path.rglob("*") if p.is_file()), key=lambda p: _natural(str(p.relative_to(path))))
+    inside = [p for p in path.rglob("*") if p.is_file() or not p.exists()]
+    inside.sort(key=lambda p: _natural(str(p.relative_to(path))))
     files = [p for p in inside if kind_of_file(p) and not any(map(_NOT_DATA.match, p.relative_to(path).parts))]
+    for file in files:
+        check_link(file)
     if not files:
         found = ", ".join(p.name for p in inside[:5]) or "nothing"
         raise UserError(f"{path}: no data files in this folder, expected {', '.join(_READERS)}; found {found}.")
@@ -98,26 +98,12 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     return {split: [path / file for file in group] for split, group in splits.items()}
 
 
-def group_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    """Paths by the split that they name themselves after, under "" those that name none."""
-    splits: dict[str, list[Path]] = {}
-    for path in paths:
-        splits.setdefault(_named_split(path) or "", []).append(path)
-    if "eval" in splits:
-        splits.setdefault("validation" if "test" in splits else "test", []).extend(splits.pop("eval"))
-    return splits
-
-
-def split_name(path: Path) -> str | None:
-    """The split that a path names itself after: `data/test-00000.jsonl` and `mine_test.jsonl` are test."""
-    name = _named_split(path)
-    return "test" if name == "eval" else name
-
-
-def _named_split(path: Path) -> str | None:
-    """Of the first part with a split's word its last one: `train_test_split_test.jsonl` is test."""
-    words = (_SPLIT_WORD.findall(part.lower()) for part in path.parts)
-    return next((_SPLIT_OF[found[-1]] for found in words if found), None)
+def check_link(path: Path) -> None:
+    """UserError for a link to what is not there."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path}: this is a link to {path.readlink()}, which is not there. Restore that, or remove the link."
+        )
 
 
 def _natural(name: str) -> list[str | int]:
@@ -153,19 +139,50 @@ def _opened(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
-def _parse(text: str, path: Path, line: int) -> Any:
+def _parse(text: str, path: Path, line: int, whole: bool = False) -> Any:
+    doubled: list[tuple[str, dict]] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            doubled.append((_repeated([key for key, _ in pairs]), made))
+        return made
+
     try:
-        return json.loads(text.rstrip())  # a line cut off is told as that line, not as the next
+        # A line cut off is told as that line, not as the next.
+        found = json.loads(text.rstrip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         at = f"line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{path}: malformed JSON at {at}: {error.msg}.{_json_hint(text, path)}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: JSON at line {line} cannot be read: {error}") from None
+    if doubled:
+        key, made = doubled[0]
+        at = _row_with(made, found) if whole else f"line {line}"
+        raise UserError(f"{path}: {at} has the key `{key}` twice, expected once. Keep the one that is meant.")
+    return found
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    return next((name for number, name in enumerate(names) if name in names[:number]), None)
+
+
+def _row_with(part: dict, found: Any) -> str:
+    rows = next((value for value in (found, *_values(found)) if isinstance(value, list)), [])
+    return next((f"row {number}" for number, row in enumerate(rows, 1) if _holds(row, part)), "an object")
+
+
+def _holds(value: Any, part: dict) -> bool:
+    return value is part or any(_holds(inner, part) for inner in _values(value))
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _json_hint(text: str, path: Path) -> str:
     array = text.lstrip().startswith("[") and ".json" not in path.suffixes
-    return " It begins like one JSON array: such a file's name ends in .json." if array else ""
+    return _ARRAY_HINT if array else ""
 
 
 def _json_lines(path: Path) -> Numbered:
@@ -188,7 +205,7 @@ def _json(path: Path) -> Numbered:
     if _is_object(text) and (second := next((line for line in lines if line[1].strip()), None)):
         yield from _parsed_lines(itertools.chain(start, [second], lines), path)
         return
-    rows = _parse(text + "".join(line for _, line in lines), path, first)
+    rows = _parse(text + "".join(line for _, line in lines), path, first, whole=True)
     if isinstance(rows, dict):
         lists = [value for value in rows.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -236,6 +253,15 @@ def _csv(path: Path, delimiter: str = ",") -> Numbered:
     csv.field_size_limit(_LONGEST_CELL)
     reader = csv.DictReader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or []
+        if name := _repeated([name for name in names if name]):
+            raise UserError(f"{path}: line 1 names the column `{name}` twice, expected once. Rename one of them.")
+        others = [other for other in _DELIMITERS if other != delimiter and other in "".join(names)]
+        if len(names) == 1 and others:
+            raise UserError(
+                f"{path}: line 1 is one column, `{names[0]}`: expected {_DELIMITERS[delimiter]} between the columns, found "
+                f"{_DELIMITERS[others[0]]}. Write it anew with {_DELIMITERS[delimiter]}."
+            )
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.data.forms import Form, recognise_source
 from hfpipe.data.messages import RowProblem
-from hfpipe.data.readers import DOCUMENT_UNITS, Located, files_of, kind_of_file, read_file
+from hfpipe.data.readers import DOCUMENT_UNITS, Located, check_link, files_of, kind_of_file, read_file
 from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
@@ -232,6 +232,7 @@ def _tinyworld_rows(path: str, split: str, seed: int, size: int | None) -> Itera
 def _local(path: str) -> Path | None:
     """The file or folder, None for what may be a Hub id; raises UserError for a path that is not there."""
     local = Path(path).expanduser()
+    check_link(local)
     if local.exists():
         return local
     if _HUB_ID.fullmatch(path) and not kind_of_file(local):
