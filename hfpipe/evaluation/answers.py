@@ -192,7 +192,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: Question, answer: A
 
 def parse(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], question: Question) -> dict[str, Any]:
     """The message that token ids say; text that goes on from text is no message of a format."""
-    from hfpipe.training.templates import parse_message
+    from hfpipe.training.responses import parse_message
 
     if isinstance(question.prompt, str) or question.opens_turn:
         return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}

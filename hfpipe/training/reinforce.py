@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from hfpipe.errors import UserError
-from hfpipe.training.templates import parse_message
+from hfpipe.training.responses import parse_message
 
 if TYPE_CHECKING:
     from datasets import Dataset

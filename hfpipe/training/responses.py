@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A call ends where the next one opens, or with the turn. A string's arguments are text, unless they are JSON.
 HFPIPE: dict[str, Any] = {
@@ -38,3 +41,15 @@ CHATML: dict[str, Any] = {
         "content": {"close_pattern": r"<\|im_end\|>\n?", "content": "text", "content_args": {"strip": False}},
     },
 }
+
+
+def parse_message(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], tools: list[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """The assistant's message that token ids say after `prompt`, tool calls parsed by upstream where the tokenizer knows how."""
+    try:
+        if getattr(tokenizer, "response_template", None) is not None:
+            return tokenizer.parse_response(ids, prefix=prompt, tools=tools)
+    except (ValueError, KeyError, TypeError):
+        pass  # not a message of this format
+    return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hfpipe.errors import UserError, nearest
 from hfpipe.paths import chat_templates_dir
 from hfpipe.training import responses
+from hfpipe.training.jinja_syntax import check_syntax
 from hfpipe.training.offsets import whole_offsets
 from hfpipe.training.turn_weights import weigh_turns
 
@@ -59,27 +60,8 @@ def load_chat_template(name_or_path: str) -> str:
             + nearest(name_or_path, names)
         )
     text = path.read_text(encoding="utf-8")
-    _check_syntax(text, path)
+    check_syntax(text, path)
     return text
-
-
-def _check_syntax(template: str, path: Path) -> None:
-    from jinja2 import Environment, TemplateSyntaxError
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """transformers' tag around what the assistant says."""
-
-        tags = frozenset(("generation",))
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    try:
-        Environment(extensions=["jinja2.ext.loopcontrols", Generation]).parse(template)
-    except TemplateSyntaxError as error:
-        raise UserError(f"{path} line {error.lineno}: not readable as Jinja: {error.message}") from None
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> None:
@@ -255,18 +237,6 @@ def hides_reasoning(
 def encode_prompts(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]]) -> list[list[int]]:
     """Encode the `prompt` (and `tools`) of `rows`, ending with the opening of the assistant's turn."""
     return [row["input_ids"] for row in _apply_template(tokenizer, rows, "prompt", add_generation_prompt=True)]
-
-
-def parse_message(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], tools: list[dict[str, Any]] | None
-) -> dict[str, Any]:
-    """The assistant's message that token ids say after `prompt`, tool calls parsed by upstream where the tokenizer knows how."""
-    try:
-        if getattr(tokenizer, "response_template", None) is not None:
-            return tokenizer.parse_response(ids, prefix=prompt, tools=tools)
-    except (ValueError, KeyError, TypeError):
-        pass  # not a message of this format
-    return {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
 def encode_preference(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> EncodedPreference:
