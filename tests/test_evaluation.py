@@ -93,7 +93,7 @@ def test_probes_of_ones_own(tmp_path):
 
 
 def test_a_probe_that_no_template_takes_is_told_before_anything_trains(recipe, tmp_path):
-    (tmp_path / "mine.jsonl").write_text(json.dumps({**ASKED, "messages": [{"role": "developer", "content": "x"}]}))
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**ASKED, "messages": [{"role": "narrator", "content": "x"}]}))
     asked = ["--set", f"evaluate.probes=[{{path: {tmp_path / 'mine.jsonl'}}}]"]
     for command in ("plan", "run"):
         done = hfpipe(command, recipe(), "--out", tmp_path / "out", *asked, check=2)
@@ -113,8 +113,8 @@ def test_a_probe_that_no_template_takes_is_told_before_anything_trains(recipe, t
         ({"prompt": "x", "check": {"type": "asks"}, "capability": 3}, "line 1: capability = 3: expected a text."),
         ({"prompt": "x", "check": {"type": "asks"}, "capability": "a", "kind": None}, "kind = None: expected a text."),
         (
-            {**ASKED, "messages": [{"role": "developer", "content": "x"}]},
-            "line 1: `messages`: unknown role `developer`",
+            {**ASKED, "messages": [{"role": "narrator", "content": "x"}]},
+            "line 1: `messages`: unknown role `narrator`",
         ),
         ({**ASKED, "messages": [{"role": ["user"], "content": "x"}]}, "expected a role as text, found list"),
         ({**ASKED, "messages": [*USER, {"role": "assistant", "content": "x"}]}, "does not end with user or tool"),
