@@ -488,3 +488,14 @@ def test_thinned_ngrams_still_find_what_is_shown(monkeypatch):
     assert index._part > 4
     rows = [{"text": f"{sentence(rng, 50)} {texts[7][:-1]} {sentence(rng, 50)}"}, {"text": sentence(rng, 300)}]
     assert [(match.row, match.item) for match in index.find(rows)] == [(0, 7)]
+
+
+def test_a_turn_of_weight_0_is_no_trained_share(tmp_path):
+    turns = [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b" * 50}]
+    shares = []
+    for weight in (1, 0):
+        row = {"messages": [*turns[:1], turns[1] | {"weight": weight}, *turns]}
+        (tmp_path / "talk.jsonl").write_text(json.dumps(row) + "\n")
+        (found,) = json.loads(hfpipe("data", "check", tmp_path / "talk.jsonl", "--json").stdout)["sources"]
+        shares.append(found["trained"])
+    assert shares[1] == pytest.approx(shares[0] / 2, abs=1e-4)

@@ -188,6 +188,7 @@ def _look_at(found: Profile, place: str, row: Row, text: str) -> None:
     if (answer := _answer(row, turns)) is not None:
         found.answers += 1
         found.answer_bytes += sum(len(said.encode()) for role, said in turns if role == "assistant")
+        found.answer_bytes -= sum(len(m["content"].encode()) for m in row.get("messages", ()) if m.get("weight") == 0)
         found.refusals += bool(REFUSES.search(answer[:300].replace("\u2019", "'")))
         if _CUT.search(answer[-20:]) and answer.count(" ") >= _CUT_FROM:
             found.cut.add(place)
