@@ -303,23 +303,29 @@ def _model_config(config: dict, where: str) -> list[str]:
             f"{where}.model_type = {model_type!r} is not a model type with a causal language model in transformers.{near}"
         ]
     rest = {k: v for k, v in config.items() if k != "model_type"}
-    return upstream.check(rest, known, f"the {model_type} configuration", where) or _heads(rest, known, where)
+    return upstream.check(rest, known, f"the {model_type} configuration", where) or _heads(
+        model_type, rest, known, where
+    )
 
 
-def _heads(config: dict, known: dict[str, upstream.Field], where: str) -> list[str]:
+# Types of which transformers (5.23) wants heads that share the whole width; others leave some of it out.
+_EXACT_HEADS = ("llama", "arcee", "aria_text", "bitnet", "hyperclovax", "jais2", "moshi", "olmoe", "stablelm")
+
+
+def _heads(model_type: str, config: dict, known: dict[str, upstream.Field], where: str) -> list[str]:
     """Sizes that attention's heads can't share: transformers tells of them when it makes the model, or when that trains."""
     width, heads = (
         ("n_embd", "n_head") if {"n_embd", "n_head"} <= known.keys() else ("hidden_size", "num_attention_heads")
     )
     usual = {name: field.default for name, field in known.items() if isinstance(field.default, int)}
-    full = usual | {name: value for name, value in config.items() if isinstance(value, int)}
-    if not {width, heads} <= usual.keys():
+    full = {name: value for name, value in (usual | config).items() if isinstance(value, int)}  # null: no such number
+    if not {width, heads} <= full.keys():
         return []
     problems = []
-    own_size = any(name.endswith("head_dim") for name in full) or usual[width] % usual[heads]
-    if not own_size and full[width] % full[heads]:
+    exact = width == "n_embd" or model_type in _EXACT_HEADS
+    if exact and not any(name.endswith("head_dim") for name in full) and full[width] % full[heads]:
         problems.append(f"{where}.{width} = {full[width]} is not a multiple of {heads} = {full[heads]}.")
-    shared = full.get("num_key_value_heads", 1)
+    shared = 1 if "kv_lora_rank" in known else full.get("num_key_value_heads", 1)
     if full[heads] % shared:
         problems.append(f"{where}.{heads} = {full[heads]} is not a multiple of num_key_value_heads = {shared}.")
     return problems

@@ -261,19 +261,20 @@ def _reports() -> tuple[str, ...]:
 
 
 def check_reports(value: object, where: str) -> list[str]:
-    """What is wrong with `report_to`: a name that transformers does not know, a package that is not installed."""
-    names = value if isinstance(value, list) else [value]
-    if names in (["all"], ["none"]):
-        return []
-    known, problems = _reports(), []
-    for name in names:
-        packages = _REPORT_PACKAGES.get(str(name), (str(name),))
-        if name not in known:
-            near = nearest(name, ["all", "none", *known])
-            problems.append(f"{where} = {name!r}: expected all, none, or some of {', '.join(known)}.{near}")
-        elif packages and not any(importlib.util.find_spec(package) for package in packages):
-            problems.append(f"{where} = {name!r} needs the package {' or '.join(packages)}, which is not installed.")
-    return problems
+    """Names in `report_to` that transformers does not know."""
+    names, known = value if isinstance(value, list) else [value], _reports()
+    unknown = [] if names in (["all"], ["none"]) else [name for name in names if name not in known]
+    expected = f"expected all, none, or some of {', '.join(known)}."
+    return [f"{where} = {name!r}: {expected}{nearest(name, ['all', 'none', *known])}" for name in unknown]
+
+
+def missing_reports(value: object, where: str) -> str | None:
+    """A package that `report_to` needs, where it is not installed on this machine."""
+    for name in value if isinstance(value, list) else [value]:
+        packages = () if name in ("all", "none") else _REPORT_PACKAGES.get(str(name), (str(name),))
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            return f"{where} = {name!r} needs the package {' or '.join(packages)}, which is not installed."
+    return None
 
 
 def arguments(cls: type) -> dict[str, Field]:

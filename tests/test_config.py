@@ -74,7 +74,6 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.trainer.report_to=wandbb", "report_to = 'wandbb': expected all, none, or some of azure_ml, comet_ml,"),
         ("sft.trainer.report_to=[tensorbord]", "Did you mean `tensorboard`?"),
         ("sft.trainer.report_to=null", "report_to = None: expected all, none, or some of"),
-        ("sft.trainer.report_to=dvclive", "needs the package dvclive, which is not installed."),
         ("sft.adapter.type=lore", "adapter.type = 'lore': expected one of"),
         (
             "sft.stage=sfd",
@@ -260,3 +259,23 @@ def test_a_reference_that_upstream_loads_has_the_parents_context(recipe):
         "dpo.yaml: model.rope_parameters in a dpo stage whose reference is loaded from the parent, without them" in told
     )
     assert not load_recipe(recipe(), stage_types(), [longer]).stages["dpo"].adapter
+
+
+def test_a_package_that_reports_need_is_missed_before_anything_trains(tmp_path):
+    asked = ("--set", "sft.trainer.report_to=dvclive", "--out", tmp_path / "run")
+    hfpipe("plan", "micro", *asked)  # another machine may have it
+    told = hfpipe("run", "micro", *asked, check=2).stderr
+    assert "sft.yaml: trainer.report_to = 'dvclive' needs the package dvclive, which is not installed." in told
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{model_type: qwen3, hidden_size: 100, num_attention_heads: 6, num_key_value_heads: 6}",
+        "{model_type: qwen3, hidden_size: 64, num_attention_heads: 4, num_key_value_heads: null}",
+        "{model_type: deepseek_v3, hidden_size: 64, num_attention_heads: 4}",
+    ],
+)
+def test_sizes_that_transformers_takes_are_taken(recipe, config):
+    assert load_recipe(recipe(), stage_types(), [f"pretrain.model.config={config}"])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hfpipe.data.forms import FORMS, recognise, recognise_source
-from hfpipe.data.messages import RowProblem
+from hfpipe.data.messages import RowProblem, messages_of
 from hfpipe.data.rows import as_form, kind_of, row_problem
 from hfpipe.errors import UserError
 
@@ -210,11 +210,11 @@ ROWS = {
         {"messages": [HI, said("assistant", "2+2 = 4.\n#### 4")], "answer": "2+2 = <<2+2=4>>4.\n#### 4"},
     ),
     "question/answer with code": (
-        {"question": "Hi", "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, <<2*500=1000>>1,000"},
+        {"question": "Hi", "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<2*500=1000>>1,000"},
         "question/answer",
         {
-            "messages": [HI, said("assistant", "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, 1,000")],
-            "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<1=2>>3, <<2*500=1000>>1,000",
+            "messages": [HI, said("assistant", "y = (a << 1) | (b >> 3); template<<T>>, 1,000")],
+            "answer": "y = (a << 1) | (b >> 3); template<<T>>, <<2*500=1000>>1,000",
         },
     ),
     "preference with a prompt": (
@@ -463,3 +463,24 @@ def test_rows_are_used_as_another_form_where_that_is_defined():
 def test_rows_are_not_used_as_a_form_that_is_not_defined(row, wanted):
     with pytest.raises(UserError, match=f"not as `{wanted}`"):
         as_form(row, wanted)
+
+
+@pytest.mark.parametrize(
+    "said", ["<<1/2=.5>>0.5", "<<4*.5=2.0>>2", "<<10*100=1,000>>1,000", "<<2*3=6>>$6", "<<5+x=6>> 6"]
+)
+def test_gsm8k_s_calculations_go(said):
+    row = {"question": "Hi", "answer": f"So {said} it is."}
+    assert recognise(row).convert(row)["messages"][1]["content"] == f"So {said.partition('>>')[2]} it is."
+
+
+def test_other_columns_are_left_alone():
+    values = {"prompt": "Hi", "ground_truth": ["4", "four"]}
+    assert recognise(values).convert(values) == {"prompt": [HI], "ground_truth": ["4", "four"]}
+    row = {"prompt": "Hi", "completion": "Hello", "label": "greeting"}
+    assert recognise(row).gives == "messages"
+    empty = {"role": "assistant", "content": "Hello", "function_call": {"name": None, "arguments": None}}
+    assert messages_of([HI, empty]) == [HI, HELLO]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    called = [HI, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    told = messages_of([*called, {"role": "tool", "content": "4", "tool_call_id": "f"}])
+    assert told[-1]["content"] == "4"

@@ -420,6 +420,9 @@ def test_a_folder_s_own_splits_are_used_and_kept_whole(tmp_path):
         ("latest trainer_notes", "all"),
         ("test_data/a test_data/b", "all"),
         ("train-1 train-2", "all"),
+        ("code maths unit_test", "all"),
+        ("dev_tools unit_test", "all"),
+        ("2019/rows test-2020/rows", "all"),
     ],
 )
 def test_the_splits_that_names_say(tmp_path, names, found):

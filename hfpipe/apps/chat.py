@@ -167,7 +167,8 @@ def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, 
     if prompt is not None:
         return turn(prompt)
     asks = sys.stdin.isatty() and not as_json
-    sys.stdin.reconfigure(errors="surrogateescape")
+    if hasattr(sys.stdin, "reconfigure"):  # a notebook's has it not
+        sys.stdin.reconfigure(errors="surrogateescape")
     if asks:
         print(f"{source}: an empty line or Ctrl-D ends the chat.")
     while True:

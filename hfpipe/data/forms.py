@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hfpipe.data.messages import RowProblem, is_transcript, messages_of, read_turns, text_of, tools_of
+from hfpipe.data.messages import RowProblem, is_transcript, is_turns, messages_of, read_turns, text_of, tools_of
 from hfpipe.data.rows import Message, Row, up_to_last_user
 from hfpipe.errors import NothingUsable
 
@@ -17,7 +17,8 @@ _READ = {"text", "prompt", "completion", "chosen", "rejected", "label", "tools",
 _READ |= {"instruction", "input", "output", "history", "question"}
 _SAID = {"prompt", "completion", "chosen", "rejected", *_TURNS.split("|")}  # may hold turns
 _REFERENCES = ("reference", "answer", "solution", "ground_truth")
-_CALCULATION = re.compile(r"<<[\d.+*/()%$ -]+=(-?[\d.]+)>>(?=(-?[\d,.]+))")  # GSM8K's <<48/2=24>>24
+_CALCULATION = re.compile(r"<<[^<>\n=]*=\s*[$-]*[\d.,]+\s*>>")  # GSM8K's <<48/2=24>>24
+_JUDGEMENTS = ("good", "bad", "yes", "no", "positive", "negative", "chosen", "rejected", "desirable", "undesirable")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -80,7 +81,8 @@ def _is_sharegpt(row: Row) -> bool:
 
 
 def _is_labelled(row: Row) -> bool:
-    return bool(str(row["label"]).strip())
+    """Whether a label judges the answer, in whatever words: any other text or number is a class of its own."""
+    return str(row["label"]).strip().lower() in (*_LABELS, *_JUDGEMENTS)
 
 
 def _is_judged(row: Row) -> bool:
@@ -157,7 +159,7 @@ def _text(row: Row) -> Row:
 def _asked(row: Row) -> Row:
     """A prompt, with what an answer is compared with where a column has it."""
     found = next((row[key] for key in _REFERENCES if row.get(key) not in (None, "", [])), None)
-    if found is None:
+    if found is None or (isinstance(found, list) and not is_turns(found)):  # a list of values is anybody's column
         return {"prompt": _prompt(row)}
     answer = found if isinstance(found, list) else str(found)
     return {"prompt": _prompt(row), "reference": messages_of(answer, "assistant")}
@@ -171,12 +173,8 @@ def _conversation(row: Row) -> Row:
 
 
 def _solution(row: Row) -> Row:
-    answer = _CALCULATION.sub(_without_calculation, text_of(row["answer"]))
+    answer = _CALCULATION.sub("", text_of(row["answer"]))
     return {"messages": [*_question(row), {"role": "assistant", "content": answer}]}
-
-
-def _without_calculation(found: re.Match[str]) -> str:
-    return "" if found[2].replace(",", "").startswith(found[1]) else found[0]
 
 
 def _answered(ask: Callable[[Row], list[Message]], key: str) -> Callable[[Row], Row]:

@@ -69,7 +69,12 @@ def read_turns(value: Any) -> Any:
         turns = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return turns if turns and all(_is_turn(turn) for turn in turns) else value
+    return turns if is_turns(turns) else value
+
+
+def is_turns(value: Any) -> bool:
+    """Whether a list holds turns, and nothing else."""
+    return bool(value) and all(_is_turn(turn) for turn in value)
 
 
 def _is_turn(turn: Any) -> bool:
@@ -100,7 +105,8 @@ def _message(turn: Any) -> Message:
     message = {"role": _ROLES.get(role, role), "content": text_of(content)}
     if message["role"] == "assistant":
         message |= _untrained(turn)
-    if calls := turn.get("tool_calls") or turn.get("function_call"):  # the second before OpenAI had tools
+    called = turn.get("function_call")  # before OpenAI had tools; a table's rows have it empty, too
+    if calls := turn.get("tool_calls") or (called if isinstance(called, dict) and called.get("name") else None):
         message["tool_calls"] = _tool_calls(calls)
     if (reasoning := text_of(turn.get("reasoning_content"))).strip():
         message["reasoning_content"] = reasoning
@@ -116,7 +122,7 @@ def _matched(messages: list[Message]) -> list[Message]:
         order = [str(call.get("id") or "") for call in calls]
         answered = [str(turn.get("tool_call_id") or "") for turn in turns]
         if is_result and order and all(order):
-            if unknown := next((name for name in answered if name and name not in order), None):
+            if len(order) > 1 and (unknown := next((name for name in answered if name and name not in order), None)):
                 raise RowProblem("a tool's result for no call before it", f"no call has the id {unknown}")
             if len(set(order)) == len(order) and sorted(answered) == sorted(order):
                 turns = [turns[answered.index(name)] for name in order]

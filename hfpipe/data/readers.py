@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from hfpipe.data.split_names import group_by_split
+from hfpipe.data.split_names import begins_with_split, group_by_split
 from hfpipe.data.splits import SPLITS
 from hfpipe.errors import NothingUsable, UserError, nearest
 
@@ -81,6 +81,8 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     if not files:
         found = ", ".join(p.name for p in inside[:5]) or "nothing"
         raise UserError(f"{path}: no data files in this folder, expected {', '.join(_READERS)}; found {found}.")
+    if others := [p for p in files if kind_of_file(p) != ".arrow"]:
+        files = others  # what is kept beside data to be read faster
     if len(kinds := sorted({kind_of_file(p) for p in files})) > 1:
         raise UserError(f"{path}: files of several kinds in one folder ({', '.join(kinds)}); name one file instead.")
     splits = group_by_split(file.relative_to(path) for file in files)
@@ -88,6 +90,8 @@ def files_of(path: Path) -> dict[str, list[Path]]:
     named = list(itertools.chain(*splits.values()))
     if not named or (kinds[0] in _PROSE and len(strays) > len(named)):  # words of titles
         return {"all": files}
+    if "train" not in splits and (strays or not all(map(begins_with_split, named))):
+        return {"all": files}  # unit_test.jsonl beside others
     if strays:
         raise UserError(
             f"{path}: {strays[0]} belongs to no split, though {named[0]} does. Expected all or none to be named after one "

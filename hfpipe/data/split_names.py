@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# Whole words, as in `datasets`; `eval` is test there, and validation here where there is a test beside it.
+# Words as in `datasets`, the first or the last of a name; `eval` is test there, and validation here where there is a test beside it.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -14,7 +14,8 @@ _SPLIT_WORDS = {
     "eval": ("eval", "evaluation"),
 }
 _SPLIT_OF = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-_SPLIT_WORD = re.compile(rf"(?<![^\W\d_])({'|'.join(_SPLIT_OF)})(?![^\W\d_])")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_SUFFIXES = frozenset(["jsonl", "ndjson", "json", "parquet", "arrow", "csv", "tsv", "txt", "md", "gz"])
 
 
 def group_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
@@ -33,7 +34,17 @@ def split_name(path: Path) -> str | None:
     return "test" if name == "eval" else name
 
 
+def begins_with_split(path: Path) -> bool:
+    """Whether a name's first word is a split's: `validation-2.jsonl`."""
+    return any(_WORD.findall(part.lower())[:1] and _WORD.findall(part.lower())[0] in _SPLIT_OF for part in path.parts)
+
+
 def _named_split(path: Path) -> str | None:
-    """Of the first part with a split's word its last one: `train_test_split_test.jsonl` is test."""
-    words = (_SPLIT_WORD.findall(part.lower()) for part in path.parts)
-    return next((_SPLIT_OF[found[-1]] for found in words if found), None)
+    """Of the first part that ends or begins with a split's word: `train_test_split_test.jsonl` is test."""
+    for part in path.parts:
+        words = _WORD.findall(part.lower())
+        while words and words[-1] in _SUFFIXES:
+            words.pop()
+        if found := next((_SPLIT_OF[word] for word in (*words[-1:], *words[:1]) if word in _SPLIT_OF), None):
+            return found
+    return None

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
-from hfpipe import artifact
+from hfpipe import artifact, upstream
 from hfpipe.adapter_types import checkpointing_off
 from hfpipe.annealing import anneals
 from hfpipe.errors import UserError
@@ -54,6 +54,8 @@ def build_args(job: Job, config_class: type, progress: Progress, **ours: Any) ->
 
 def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any:
     """The stage's upstream argument object; nothing is loaded and nothing is written."""
+    if missing := upstream.missing_reports(stage.trainer.get("report_to", "none"), f"{stage.file}: trainer.report_to"):
+        raise UserError(missing)
     module, _, name = str(stage.type.trainer).rpartition(".")
     config_class = getattr(importlib.import_module(module), name)
     given = copy.deepcopy(stage.trainer)
