@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -208,9 +209,12 @@ def test_chat_answers_one_turn_and_uses_the_calculator(learned):
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale has it
-def test_what_is_no_utf8_is_read_in_a_chat(learned, monkeypatch, errors):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nHello!\n"), "utf-8", errors))
-    typed = hfpipe("chat", learned[0], "--max-new-tokens", "4").stdout.splitlines()
+def test_what_is_no_utf8_is_read_in_a_chat(learned, errors):
+    command = [sys.executable, "-m", "hfpipe", "chat", str(learned[0]), "--max-new-tokens", "4"]
+    env = os.environ | {"PYTHONIOENCODING": f"utf-8:{errors}"}
+    done = subprocess.run(command, input=b"caf\xe9?\nHello!\n", env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    typed = done.stdout.decode().splitlines()
     assert len(typed) == 2
     assert typed[:1] == hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf??").stdout.splitlines()
     assert hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf\udce9?").stdout

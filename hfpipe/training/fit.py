@@ -22,7 +22,7 @@ from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_asi
 from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
-from hfpipe.training.regularize import hold_to_parent, refuse_sharded, spread_rates
+from hfpipe.training.regularize import hold_to_parent, is_sharded, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
     from hfpipe.sections import Optimizer, Stage
@@ -198,11 +198,6 @@ def scores_before(trainer: Trainer, progress: Progress) -> bool:
     if is_sharded(trainer):
         progress.note("held-out rows are not scored before training: the model is divided among devices when it begins")
     return not is_sharded(trainer)
-
-
-def is_sharded(trainer: Trainer) -> bool:
-    """Whether each process holds a part of the model alone."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float | None:

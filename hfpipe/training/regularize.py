@@ -240,9 +240,14 @@ def take_in(trainer: Trainer, pull: PullToParent) -> None:
     trainer.add_callback(pull)
 
 
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether each process holds a part of the model alone."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
 def refuse_sharded(job: Job, trainer: Trainer) -> None:
     """UserError where the weights of a model lie in parts on several devices."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if is_sharded(trainer):
         raise UserError(
             f"{job.stage.file}: regularize's l2_to_parent, average_with_parent and layerwise_lr_decay take a model that is whole on each device: one "
             "process, or several under DDP. Leave them out under FSDP and DeepSpeed."
