@@ -28,7 +28,7 @@ def job_in(folder: Path, options: argparse.Namespace):
     folder.mkdir()
     (folder / parent).symlink_to((options.run / parent).resolve())
     job = make_job(recipe, stage, folder)
-    job.start()
+    job.start(print)
     return job
 
 
