@@ -205,6 +205,14 @@ def _selection(stage: Stage) -> Iterator[str]:
 def _order(stage: Stage) -> Iterator[str]:
     """`curriculum` and `phases`: each lays the rows out in the one order in which they are trained."""
     data, rows = stage.data, stage.type.rows
+    sampling = stage.trainer.get("train_sampling_strategy")
+    if sampling == "group_by_length" and getattr(data, "streaming", False):
+        yield "trainer.train_sampling_strategy = 'group_by_length' beside data.streaming: lengths must be known before training."
+    if sampling == "batch_rebalance" and rows == "preference":
+        yield (
+            "trainer.train_sampling_strategy = 'batch_rebalance' counts input_ids, which pairs do not have. "
+            "Expected random, sequential or group_by_length."
+        )
     key = "data.curriculum" if data.curriculum else "data.phases" if data.phases else None
     if key is None:
         return

@@ -20,7 +20,7 @@ import pytest
 from hfpipe.errors import ConfigErrors, UserError
 
 from .conftest import ROOT, hfpipe, stage_json
-from .order_recipe import read_seen, watch, write_recipe
+from .order_recipe import TRAINER, read_seen, watch, write_recipe
 
 BATCH = 4
 
@@ -202,31 +202,61 @@ def test_no_row_comes_twice_in_phases_by_epochs(base):
 # --- the same bits ---
 
 
-def stage(base: Path, run: Path, seen: Path, *launch: str, **env: str) -> subprocess.CompletedProcess:
+# --- by length ---
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "reward"])
+def test_rows_of_about_one_length_share_a_step(base, name):
+    wanted = "trainer.train_sampling_strategy=group_by_length"
+    steps, _ = train(base, name, "trainer.num_train_epochs=2", wanted)
+    plain, _ = train(base, name)
+    longest = [[max(map(tokens, step))] * len(step) for step in steps[: len(plain)]]
+    padded = [[max(map(tokens, step))] * len(step) for step in plain]
+    whole = sum(map(tokens, flat(plain)))
+    assert sum(map(tokens, flat(steps))) == 2 * whole
+    for half in (steps[: len(plain)], steps[len(plain) :]):  # each epoch has each row once
+        assert sorted(flat(half)) == sorted(flat(plain))
+    assert steps[: len(plain)] != steps[len(plain) :]
+    assert sum(flat(longest)) - whole < 0.5 * (sum(flat(padded)) - whole)
+    assert not is_sorted([max(map(tokens, step)) for step in steps[: len(plain)]], slack=0)
+
+
+def stage(base: Path, run: Path, seen: Path, setting: str, *launch: str, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *launch, "tests.order_recipe", str(seen), "hfpipe.stages.sft"]
-    command += [str(base / "recipe" / "sft.yaml"), "trainer.num_train_epochs=1", "--out", str(run)]
+    command += [str(base / "recipe" / "sft.yaml"), setting, "--out", str(run)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
 
 
-def test_killed_it_goes_on_at_the_next_row_and_two_processes_see_the_same_batches(base, tmp_path):
-    order = "curriculum: {by: length, pace: growing}"
-    steps, record = train(base, "sft", "trainer.num_train_epochs=1", order=order)
+@pytest.mark.parametrize(
+    ("order", "setting", "kill_at", "kept"),
+    [
+        ("curriculum: {by: length, pace: growing}", "trainer.num_train_epochs=1", 10, 8),
+        ("", "trainer={num_train_epochs: 2, max_length: 96, SAME, train_sampling_strategy: group_by_length}", 22, 20),
+    ],
+    ids=["growing", "by_length"],
+)
+def test_killed_it_goes_on_at_the_next_row_and_two_processes_see_the_same_batches(
+    base, tmp_path, order, setting, kill_at, kept
+):
+    setting = setting.replace("SAME", TRAINER)
+    steps, record = train(base, "sft", setting, order=order)
     run = tmp_path / "run"
     for done in ("tokenizer", "pretrain"):
         shutil.copytree(base / "run" / done, run / done)
     shutil.copytree(run, tmp_path / "two")
-    killed = stage(base, run, tmp_path / "seen", KILL_AT="10")
+    killed = stage(base, run, tmp_path / "seen", setting, KILL_AT=str(kill_at))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    done = stage(base, run, tmp_path / "seen")
+    done = stage(base, run, tmp_path / "seen", setting)
     assert done.returncode == 0, done.stderr
-    assert "resumed from checkpoint-8" in done.stdout
+    assert f"resumed from checkpoint-{kept}" in done.stdout
     assert read_seen(tmp_path / "seen") == steps
     assert stage_json(run / "sft")["weights"] == record["weights"]
 
     launch = ("accelerate.commands.launch", "--num_processes", "2", "--multi_gpu", "-m")
     text = (base / "recipe" / "sft.yaml").read_text()
     (base / "recipe" / "sft.yaml").write_text(text.replace(f"batch_size: {BATCH}", f"batch_size: {BATCH // 2}"))
-    done = stage(base, tmp_path / "two", tmp_path / "two.seen", *launch)
+    setting = setting.replace(f"batch_size: {BATCH}", f"batch_size: {BATCH // 2}")
+    done = stage(base, tmp_path / "two", tmp_path / "two.seen", setting, *launch)
     assert done.returncode == 0, done.stderr
     assert [sorted(step) for step in read_seen(tmp_path / "two.seen", ranks=2)] == [sorted(step) for step in steps]
 
@@ -306,6 +336,8 @@ def test_weights_balance_and_decontamination_go_on_working(base):
         ("sft", "curriculum: {by: length}", ["trainer.train_sampling_strategy=random"], "which sets the order"),
         ("sft", "curriculum: {by: length, pace: growing}", ["trainer.auto_find_batch_size=true"], "for a known batch"),
         ("pretrain", "curriculum: {by: length}", ["data.streaming=true"], "data.curriculum beside data.streaming"),
+        ("dpo", "", ["trainer.train_sampling_strategy=batch_rebalance"], "which pairs do not have"),
+        ("grpo", "", ["trainer.train_sampling_strategy=group_by_length"], "a rollout repeats its prompts"),
         ("pretrain", "curriculum: {by: parent_loss}", [], "there is no parent"),
         ("grpo", "curriculum: {by: parent_loss}", [], "a prompt has no answer to lose on"),
         ("grpo", "curriculum: {by: length, pace: growing}", [], "a rollout repeats its prompts"),

@@ -48,6 +48,23 @@ def draw_growing(curriculum: Curriculum, rows: int, steps: int, batch: int, seed
     return order
 
 
+def group_by_length(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[int]:
+    """All rows once, those of a step of `batch` rows of about the same length: little of what is trained is padding.
+
+    Shuffled, sorted within each fifty steps, and the steps shuffled; the last one has the rows that fill no step.
+    """
+    rng = Random(f"length {seed} {epoch}")
+    drawn = rng.sample(range(len(lengths)), len(lengths))
+    whole = len(drawn) // batch * batch
+    drawn, left = drawn[:whole], drawn[whole:]
+    steps = []
+    for start in range(0, whole, 50 * batch):
+        rows = sorted(drawn[start : start + 50 * batch], key=lengths.__getitem__)
+        steps += [rows[at : at + batch] for at in range(0, len(rows), batch)]
+    rng.shuffle(steps)
+    return [row for step in (*steps, left) for row in step]
+
+
 def lay_phases(
     phases: Sequence[Phase], counts: Sequence[int], steps: int | None, batch: int, epochs: float, seed: int
 ) -> list[int]:

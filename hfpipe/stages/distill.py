@@ -28,6 +28,7 @@ TYPE = StageType(
         "teacher_model_init_kwargs": "the teacher is loaded as it is stored",
         "teacher_model_revision": "write trainer.teacher_model_name_or_path: org/model@revision",
         "trust_remote_code": "set model.trust_remote_code",
+        "train_sampling_strategy": "a rollout repeats its prompts by upstream's own sampler; data.curriculum orders them",
         "log_completions": "samples.jsonl keeps some answers",
     },
 )

@@ -29,6 +29,7 @@ TYPE = StageType(
         "reward_weights": "set `weight` beside each reward",
         "log_completions": "rollouts.jsonl keeps some completions with their rewards",
         "log_completions_hub_repo": "publishing is not a trainer's work here",
+        "train_sampling_strategy": "a rollout repeats its prompts by upstream's own sampler; data.curriculum orders them",
         "auto_find_batch_size": "a rollout must hold whole groups of completions",
         "model_init_kwargs": "set model.dtype or model.attn_implementation",
     },

@@ -22,6 +22,7 @@ from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_asi
 from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
+from hfpipe.training.order import ByLength, groups_by_length
 from hfpipe.training.regularize import hold_to_parent, is_sharded, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
     defaults["logging_nan_inf_filter"] = False  # upstream's default logs a NaN as 0.0
     if checkpointing_off(stage):
         defaults["activation_checkpointing"] = False
+    if groups_by_length(stage):  # by a sampler of ours, in `fit`
+        given["train_sampling_strategy"] = "sequential"
     managed = {
         "output_dir": output_dir,
         "seed": seed,
@@ -135,6 +138,9 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     _set_optimizer(job, trainer, section)
     if (annealing := anneals(job.stage)) and annealing.carry_optimizer and job.rehearsal is None:
         carry_state(job, trainer, progress)
+    if groups_by_length(job.stage):
+        sampler = ByLength(data.train, _rows_per_step(trainer.args), trainer.args.seed)
+        trainer._get_train_sampler = lambda dataset=None: sampler
     held = hold_to_parent(job, trainer, progress)
     guard = Guard(job, trainer, progress, data.report.get("turns", ()))
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))

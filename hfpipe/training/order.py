@@ -12,11 +12,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import Sampler
+
 from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError, nearest
-from hfpipe.plan.ordering import describe_order, draw_growing, lay_phases
+from hfpipe.plan.ordering import describe_order, draw_growing, group_by_length, lay_phases
 from hfpipe.plan.workload import option, rows_of_pass
-from hfpipe.sections import Curriculum, Data
+from hfpipe.sections import Curriculum, Data, Stage
 from hfpipe.training.identity import processes_now
 from hfpipe.training.select_rows import concatenate, mix
 
@@ -255,3 +257,38 @@ def in_order(job: Job, prepared: Prepared, args: Any, progress: Progress) -> Pre
     kept = [name for name in train.column_names if name not in ("tokens", "difficulty", "phase")]
     report = {**prepared.report, "tokens_per_row": tokens_per_row, "turns": turns}
     return dataclasses.replace(prepared, train=train.select_columns(kept), report=report)
+
+
+def groups_by_length(stage: Stage) -> bool:
+    return stage.trainer.get("train_sampling_strategy") == "group_by_length"
+
+
+class ByLength(Sampler):
+    """Rows of about one length in a step. In place of upstream's sampler, which knows lengths of `input_ids` alone, and draws
+    from the process's random numbers, so that a run that goes on would see others.
+
+    Args:
+        rows: prepared ones; of a pair its longer side counts.
+        batch: rows of a step, of all processes and passes.
+    """
+
+    def __init__(self, rows: Dataset, batch: int, seed: int):
+        names = [name for name in _IDS if name in rows.column_names]
+        sides = [name in ("chosen_ids", "rejected_ids") for name in names]
+        self.lengths: list[int] = []
+        for part in rows.select_columns(names).iter(1000):
+            for row in zip(*(part[name] for name in names), strict=True):
+                sizes = list(zip(map(len, row), sides, strict=True))
+                both = max((size for size, is_side in sizes if is_side), default=0)
+                self.lengths.append(both + sum(size for size, is_side in sizes if not is_side))
+        self.batch, self.seed, self.epoch = batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate as an epoch begins, also the one that a run goes on in."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(group_by_length(self.lengths, self.batch, self.seed, self.epoch))
