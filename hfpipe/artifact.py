@@ -261,13 +261,13 @@ def damage(folder: Path, expected: dict[str, dict[str, Any]] | None, trust_times
         return "its list of checksums is missing, cut off or changed"
     for name, written in expected.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        stat = path.stat()
-        if stat.st_size != written["bytes"]:
-            return f"{name} has {stat.st_size:,} bytes, not {written['bytes']:,}"
-        unchanged = stat.st_size > _TRUSTED_BYTES and stat.st_mtime_ns == written["mtime_ns"]
         try:
+            if not path.is_file():
+                return f"{name} is missing"
+            stat = path.stat()
+            if stat.st_size != written["bytes"]:
+                return f"{name} has {stat.st_size:,} bytes, not {written['bytes']:,}"
+            unchanged = stat.st_size > _TRUSTED_BYTES and stat.st_mtime_ns == written["mtime_ns"]
             if not (trust_times and unchanged) and file_sha256(path) != written["sha256"]:
                 return f"the content of {name} has changed"
         except OSError as error:

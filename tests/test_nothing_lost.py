@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from hfpipe import artifact
+from hfpipe.paths import cache_dir
 from hfpipe.run_folder import damage_at, find_checkpoints
 
 from .conftest import ROOT, hfpipe, stage_json
@@ -98,7 +100,7 @@ def same_result(run: Path, other: Path, stages: tuple[str, ...] = MODELS) -> Non
 # --- killed ---
 
 MOMENTS: dict[str, Callable[[Path, str], object]] = {
-    "preparing": lambda run, stage: any(e.get("text") == "preparing data" for e in events(run, "data")),
+    "preparing": lambda run, stage: half_prepared(),
     "training": checkpoints,
     "writing a checkpoint": lambda run, stage: (run / f"{stage}.partial" / "checkpoints" / "writing").exists(),
     "trained": lambda run, stage: (run / f"{stage}.partial" / "trained.json").is_file(),
@@ -106,9 +108,13 @@ MOMENTS: dict[str, Callable[[Path, str], object]] = {
 }
 
 
+def half_prepared() -> list[Path]:
+    return list((cache_dir() / "prepared").glob("*.making"))
+
+
 def kill_through(run: Path, recipe: str, plan: list[tuple[str, str]], rng: random.Random, settings: list[str]) -> dict:
     """Run a recipe to its end, killed at each moment of `plan`; returns what happened."""
-    told = {"kills": 0, "at": []}
+    told = {"kills": 0, "at": [], "half prepared": False}
     for stage, moment in plan:
         for file in (run / "logs").glob("*.jsonl"):
             file.unlink()
@@ -118,6 +124,7 @@ def kill_through(run: Path, recipe: str, plan: list[tuple[str, str]], rng: rando
         ended = process.poll() is not None
         before = newest_step(run, stage)
         output = kill(process)
+        told["half prepared"] = told["half prepared"] or bool(half_prepared())
         assert process.returncode == (0 if ended else -signal.SIGKILL), output
         told["kills"] += not ended
         told["at"].append(f"{stage}: {'over before' if ended else moment}")
@@ -130,9 +137,10 @@ def newest_step(run: Path, stage: str) -> int:
     return max((int(p.name.rpartition("-")[2]) for p in checkpoints(run, stage)), default=0)
 
 
-def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path):
+def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path, monkeypatch):
     settings = [a for name in MODELS for a in ("--set", f"{name}.trainer.save_steps=5")]
     hfpipe("run", "micro", "--out", tmp_path / "whole", *settings)
+    monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "cache"))  # nothing is prepared yet
     seed = int(os.environ.get("HFPIPE_TEST_SEED", 0))
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -141,6 +149,7 @@ def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path):
     plan += [("dpo", "training"), ("dpo", "trained")]
     told = kill_through(tmp_path / "run", "micro", plan, rng, settings)
     assert told["kills"] >= 6, told
+    assert told["half prepared"], told
     same_result(tmp_path / "run", tmp_path / "whole")
     resumed = [stage_json(tmp_path / "run" / name)["metrics"]["resumed_from_step"] for name in MODELS]
     assert sum(step > 0 for step in resumed) >= 2, resumed
@@ -148,17 +157,19 @@ def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_in_one_tiny_run(recipe, tmp_path):
+def test_twenty_kills_in_one_tiny_run(recipe, tmp_path, monkeypatch):
     tiny = recipe(base="tiny")
     pipeline = tiny / "pipeline.yaml"
     pipeline.write_text(pipeline.read_text().replace("reward, ppo, dpo", "dpo"))
     settings = [a for name in MODELS for a in ("--set", f"{name}.trainer.save_steps=25")]
     hfpipe("run", tiny, "--out", tmp_path / "whole", *settings)
+    monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "cache"))  # nothing is prepared yet
     moments = ["training", "writing a checkpoint", "training", "writing a checkpoint", "trained", "evaluating"]
     plan = [("pretrain", "preparing")] + [(stage, moment) for stage in MODELS for moment in moments]
     told = kill_through(tmp_path / "run", str(tiny), plan, random.Random(0), settings)
     print(told["kills"], told["at"])
     assert told["kills"] >= 20, told
+    assert told["half prepared"], told
     same_result(tmp_path / "run", tmp_path / "whole")
     assert all(stage_json(tmp_path / "run" / name)["metrics"]["resumed_from_step"] > 0 for name in MODELS)
 
@@ -261,6 +272,33 @@ def test_each_harm_to_a_checkpoint_is_seen(tmp_path, harm, name, said):
     assert told.startswith(f"checkpoint-10 is damaged ({said}")
     assert [p.name for p in find_checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-9"]
     assert (tmp_path / "damaged-checkpoint-10").is_dir()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "checksums.json", "adapter", "."])
+def test_a_checkpoint_that_may_not_be_read_is_set_aside(name):
+    from hfpipe.training.checkpoints import seal, set_damaged_aside
+
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are its user's alone
+        for step in (9, 10):
+            checkpoint = Path(place, f"checkpoint-{step}")
+            (checkpoint / "adapter").mkdir(parents=True)
+            for file in ("optimizer.pt", "adapter/adapter_model.safetensors"):
+                (checkpoint / file).write_bytes(os.urandom(1000))
+            seal(checkpoint)
+        (checkpoint / name).chmod(0)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            for path in (Path(place), *Path(place).rglob("*")):
+                os.chown(path, 65534, -1)
+            os.seteuid(65534)
+        try:
+            (told,) = set_damaged_aside(Path(place))
+        finally:
+            os.seteuid(user)
+        assert told.startswith("checkpoint-10 is damaged (")
+        assert told.endswith("set aside as damaged-checkpoint-10")
+        assert [p.name for p in find_checkpoints(Path(place))] == ["checkpoint-9"]
+        Path(place, "damaged-checkpoint-10", name).chmod(0o700)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(micro_run, tmp_path):
@@ -406,13 +444,21 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_stage_that_will_not_fit_on_the_disk_does_not_start(micro_run, small_disk):
-    run = begun(micro_run, small_disk / "run")
+@pytest.mark.parametrize("stage", ["pretrain", "sft"], ids=["muon", "adamw"])
+def test_a_stage_that_will_not_fit_on_the_disk_does_not_start(micro_run, small_disk, tmp_path, stage):
+    every = ["--set", f"{stage}.trainer.save_steps=5", "--to", stage]
+    process = start(begun(micro_run, tmp_path / "run", stage), *every)
+    assert wait_for(process, lambda: checkpoints(tmp_path / "run", stage))
+    kill(process)
+    newest = checkpoints(tmp_path / "run", stage)[0]
+    state, weights = ((newest / name).stat().st_size for name in ("optimizer.pt", "model.safetensors"))
+    run = begun(micro_run, small_disk / "run", stage)
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 1_200_000))
-    done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", check=2)
-    assert "this stage needs 1.8 MB or more" in done.stderr
+    done = hfpipe("run", "micro", "--out", run, *every, check=2)
+    needed = float(re.search(r"this stage needs ([\d.]+) MB or more", done.stderr)[1]) * 1e6
+    assert needed == pytest.approx(weights + 3 * (weights + state), rel=0.05)  # two are kept while a third is written
     assert "lower trainer.save_total_limit" in done.stderr
-    assert checkpoints(run, "pretrain") == []
+    assert checkpoints(run, stage) == []
 
 
 def test_a_disk_that_fills_keeps_the_last_good_checkpoint(micro_run, small_disk):
@@ -531,6 +577,27 @@ def test_a_killed_rank_and_another_number_of_processes(micro_run, tmp_path):
 
 
 # --- the order on the disk ---
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    from hfpipe.training.checkpoints import _put_in_place
+
+    made = tmp_path / "writing" / "checkpoint-5"
+    (made / "adapter").mkdir(parents=True)
+    files = ("model.safetensors", "optimizer.pt", "adapter/adapter_model.safetensors")
+    for name in files:
+        (made / name).write_bytes(b"weights")
+    done: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename  # both are still called: what is looked at is their order
+    # A power cut can't be had in a test: the order of the calls, which all reach the disk, stands for it.
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", str(self))), rename(self, to))[1])
+    _put_in_place(made, tmp_path)
+    renamed = done.index(("rename", str(made)))
+    for name in (*files, "checksums.json.tmp", "adapter", ""):
+        assert ("sync", str(made / name)) in done[:renamed], name
+    assert ("sync", str(tmp_path)) in done[renamed:]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_stage_json_is_written_when_all_that_it_names_is_on_the_disk(tmp_path, monkeypatch):

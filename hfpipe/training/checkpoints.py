@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WRITING = "writing"  # beside the checkpoints: the one that is being written
 _REPLACED = "replaced-"
+_TWO_MOMENTS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused")
 
 
 def keep_whole(trainer: Trainer) -> None:
@@ -91,8 +92,15 @@ def space_needed(trainer: Trainer) -> tuple[int, int]:
         args.save_total_limit or 0, 2 if args.eval_strategy.value != "no" else 0
     )  # the best and the newest stay
     kept = min(written, limit + 1) if args.save_total_limit else written
-    # Of the optimizer one number a parameter is counted: Muon's; AdamW keeps two.
-    return (weights + saved if saved < weights else weights) + kept * (saved + trained), kept
+    return (weights + saved if saved < weights else weights) + kept * (saved + _optimizer_state(trainer, trained)), kept
+
+
+def _optimizer_state(trainer: Trainer, trained: int) -> int:
+    """Bytes that the optimizer keeps for `trained` bytes of parameters, at the least."""
+    if trainer.optimizer is None:  # upstream makes it when training begins
+        return 2 * trained if trainer.args.optim.value in _TWO_MOMENTS else 0
+    groups = trainer.optimizer.param_groups
+    return sum((2 if "betas" in g else 1) * p.numel() * p.element_size() for g in groups for p in g["params"])
 
 
 def _put_in_place(made: Path, folder: Path) -> None:

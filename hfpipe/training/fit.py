@@ -8,6 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DynamoBackend
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
@@ -76,7 +79,7 @@ def construct_args(stage: Stage, output_dir: str, seed: int, **ours: Any) -> Any
     }
     try:
         return config_class(**{**defaults, **given, **managed, **ours})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise UserError(f"{stage.file}: trainer is refused by {stage.type.trainer}: {error}") from error
 
 
@@ -106,6 +109,32 @@ def try_optimizer(stage: Stage, args: Any) -> None:
         raise UserError(f"{stage.file}: trainer's optimizer or schedule is refused upstream: {error}") from error
 
 
+def try_passes(stage: Stage, args: Any) -> None:
+    """Load one row and pass it through one small matrix as training would: upstream looks at these options only then.
+
+    Raises:
+        UserError: upstream refuses the values.
+    """
+    try:
+        DataLoader(
+            [0],
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        given = args.gradient_checkpointing_kwargs or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"activation_checkpointing_kwargs = {given!r}: expected a mapping")
+        if args.gradient_checkpointing:
+            known = {key: value for key, value in given.items() if key != "selective"}  # TRL's own
+            checkpoint(torch.nn.Linear(2, 2), torch.ones(1, 2), **{"use_reentrant": False, **known})
+        if args.torch_compile_backend:
+            DynamoBackend(args.torch_compile_backend.upper())
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{stage.file}: trainer is refused upstream: {error}") from error
+
+
 def build_collator(job: Job, model: Any, tokenizer: Any, *, packing: bool) -> Any:
     """The collator for the stage's rows; UserError where the model cannot keep packed documents apart."""
     from hfpipe.training.collate import collator_for
@@ -130,12 +159,12 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if trainer.is_world_process_zero():
         for text in set_damaged_aside(job.checkpoints):
             progress.note(text)
-        if job.rehearsal is None:
-            check_space(trainer, job.checkpoints, f"{job.stage.file}")
     trainer.accelerator.wait_for_everyone()
-    checkpoint = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
+    newest = next(iter(find_checkpoints(job.checkpoints)), None)  # in every process
     section = optimizer_section(job)
     _set_optimizer(job, trainer, section)
+    if trainer.is_world_process_zero() and job.rehearsal is None:
+        check_space(trainer, job.checkpoints, f"{job.stage.file}")
     if (annealing := anneals(job.stage)) and annealing.carry_optimizer and job.rehearsal is None:
         carry_state(job, trainer, progress)
     if groups_by_length(job.stage):
@@ -147,11 +176,11 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if job.rehearsal:
         job.rehearsal.tokens_per_row = data.tokens_per_row
         trainer.add_callback(job.rehearsal)
-    if checkpoint:
-        progress.note(f"resumed from {checkpoint.name}")
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if checkpoint and trainer.state.global_step < resumed:
+    if newest:
+        progress.note(f"resumed from {newest.name}")
+    result = trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    resumed = int(newest.name.rpartition("-")[2]) if newest else 0
+    if newest and trainer.state.global_step < resumed:
         raise RuntimeError(f"training ended at step {trainer.state.global_step}, before its checkpoint's {resumed}")
     progress.tell("doing", text="writing weights")
     if held:
