@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -251,20 +252,23 @@ def test_killed_while_a_finished_stage_takes_its_place(run_copy, killed):
     assert not partial.exists()
 
 
-def test_several_processes_end_with_the_pipeline(micro_run, tmp_path):
+@pytest.mark.parametrize("group", [False, True], ids=["its process", "its group"])
+def test_several_processes_end_with_the_pipeline(micro_run, tmp_path, group):
+    """Ranks are in no group of the pipeline's, and see its end also where nobody waits for it."""
     run = tmp_path / "micro"
     for name in ("tokenizer", "pretrain", "midtrain"):
         shutil.copytree(micro_run / name, run / name)
     command = [sys.executable, "-m", "hfpipe", "run", "micro", "--out", str(run), "--to", "sft"]
     command += ["--set", "launch.processes=2", "--set", "sft.trainer.num_train_epochs=50"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
     events, deadline = run / "logs" / "sft.jsonl", time.monotonic() + 120
     while '"step"' not in (events.read_text() if events.exists() else "") and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    (os.killpg if group else os.kill)(process.pid, signal.SIGKILL)
     time.sleep(5)
     left = subprocess.run(["pgrep", "-f", f"hfpipe.stages.sft.*{run}"], capture_output=True, text=True).stdout
+    process.wait()
     assert not left
 
 

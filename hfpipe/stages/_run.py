@@ -222,14 +222,22 @@ def _leave_with(parent: str | None) -> None:
         return
 
     def watch() -> None:
-        while True:
+        while not _gone(int(parent)):
             time.sleep(1)
-            try:
-                os.kill(int(parent), 0)
-            except ProcessLookupError:
-                os._exit(1)
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # A dead process whose own parent does not wait for it keeps its id.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except OSError:  # a system without /proc
+        return False
 
 
 def child(recipe: Recipe, run: Path, stage: str, events: Path, log: Path) -> None:
@@ -287,14 +295,16 @@ def check_trainer(stage: Stage) -> None:
     if stage.type.trainer is None:
         return
     from hfpipe.training.adapters import build_adapter
-    from hfpipe.training.fit import construct_args, try_optimizer
+    from hfpipe.training.fit import construct_args, try_optimizer, try_passes
     from hfpipe.training.quantised import try_out
 
     build_adapter(stage)
     if stage.adapter and find_kind(stage.adapter.type).four_bit:
         try_out()
     with tempfile.TemporaryDirectory() as folder:
-        try_optimizer(stage, construct_args(stage, folder, seed=0))
+        args = construct_args(stage, folder, seed=0)
+    try_optimizer(stage, args)
+    try_passes(stage, args)
 
 
 def _in_child(events: Path, log: Path, act: Any) -> None:
