@@ -37,6 +37,7 @@ _MANAGED = {
     "label_names": "rows are prepared before training",
     "seed": "set `seed` in pipeline.yaml",
     "disable_tqdm": "progress is one line of hfpipe's own",
+    "parallelism_config": "it takes an object of accelerate's, which no YAML gives; see launch.accelerate_config",
 }
 
 _NO_ADAPTER = {

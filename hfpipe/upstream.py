@@ -54,6 +54,13 @@ _AT_LEAST = {
     "n_embd": 1,
     "n_head": 1,
 }
+# Words that upstream's classes take without a look.
+_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
+_WORDS = {
+    "log_level": _LEVELS,
+    "log_level_replica": _LEVELS,
+    "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
+}
 # name in `report_to` -> the packages of which one is enough, where that is not its own name
 _REPORT_PACKAGES = {
     "azure_ml": ("azureml",),
@@ -289,12 +296,13 @@ def check(section: dict, known: dict[str, Field], owner: str, where: str) -> lis
     problems = []
     for key, value in section.items():
         field = known.get(key)
+        choices = field and (field.choices or _WORDS.get(key))
         if field is None:
             problems.append(f"{where}.{key} = {value!r} is not a field of {owner}.{nearest(key, known)}")
-        elif field.choices and isinstance(value, str) and value not in field.choices:
-            expected = ", ".join(map(str, field.choices))
+        elif choices and isinstance(value, str) and value not in choices:
+            expected = ", ".join(map(str, choices))
             problems.append(
-                f"{where}.{key} = {value!r}: expected one of {expected}.{nearest(value, map(str, field.choices))}"
+                f"{where}.{key} = {value!r}: expected one of {expected}.{nearest(value, map(str, choices))}"
             )
         elif field.types is not None and not _fits(value, field.types):
             problems.append(f"{where}.{key} = {value!r} is {type(value).__name__}; {owner} expects {field.annotation}.")

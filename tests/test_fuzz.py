@@ -6,6 +6,8 @@ import contextlib
 import copy
 import json
 import os
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hfpipe import upstream
+from hfpipe.run_folder import damage_at
 from hfpipe.yaml_files import load_yaml
 
 from .conftest import ROOT
+from .sequences import RECIPE, write_data
 from .warm import call
 
 TIMES = int(os.environ.get("HFPIPE_FUZZ", 1))  # 1: the same inputs every time; more: as many times others
@@ -197,6 +202,58 @@ def test_any_setting(recipe, arguments):
     assert "Traceback" not in output
 
 
+# --- what a plan takes, trained ---
+
+FIELDS = upstream.fields("SFTConfig")
+# Compiling takes minutes, and DeepSpeed and FSDP take several devices.
+LEFT_OUT = re.compile("torch_compile|deepspeed|fsdp")
+SMALL = st.sampled_from([*range(-1, 4), 0.0, 0.5, -0.5, 1e-9, float("nan"), float("inf"), True, False, None])
+TEXTS = st.sampled_from(
+    ["", "no", "steps", "epoch", "best", "adamw_torch", "sgd", "linear", "eval_loss", "fork", "bfd"]
+)
+
+
+@st.composite
+def an_option(draw: st.DrawFn) -> tuple[str, object]:
+    """A field of the trainer's with a value of its kind, or of any."""
+    name = draw(st.sampled_from(sorted(name for name in FIELDS if not LEFT_OUT.search(name))))
+    fitting = [
+        value for value in (True, 2, 0.5, "steps", {"a": 1}, ["a"]) if isinstance(value, FIELDS[name].types or ())
+    ]
+    own = st.sampled_from([*FIELDS[name].choices, *fitting] or [None])
+    return name, draw(own | SMALL | TEXTS | st.sampled_from([{"a": 1}, ["a"], [1]]))
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory) -> Iterator[Path]:
+    """A recipe of seconds whose stages before the last are done."""
+    folder = tmp_path_factory.mktemp("nano")
+    (folder / "recipe").mkdir()
+    write_data(folder / "data", 0)
+    for name, text in RECIPE.items():
+        text = text.replace("DATA", str(folder / "data")).replace(
+            "max_steps: 12, save_steps: 2", "max_steps: 2, save_steps: 1"
+        )
+        (folder / "recipe" / f"{name}.yaml").write_text(text)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HFPIPE_CACHE", str(folder / "cache"))
+        assert told(["run", str(folder / "recipe"), "--out", str(folder / "run"), "--to", "pretrain"])[0] == 0
+        yield folder
+
+
+@fuzz(80)
+@given(options=st.lists(an_option(), min_size=1, max_size=2))
+def test_any_option_of_a_trainer_runs_or_is_refused(nano, options):
+    for left in ("sft", "sft.partial"):
+        shutil.rmtree(nano / "run" / left, ignore_errors=True)
+    settings_given = [f"--set=sft.trainer.{name}={dump(value)}" for name, value in options]
+    code, output = told(["run", str(nano / "recipe"), "--out", str(nano / "run"), "--only", "sft", *settings_given])
+    assert code in (0, 2), output
+    assert "Traceback" not in output
+    assert (code == 0) == (nano / "run" / "sft").is_dir()
+    assert damage_at(nano / "run" / "sft") is None
+
+
 # --- rows ---
 
 WORDS = st.sampled_from(
@@ -316,5 +373,5 @@ def test_the_fuzzing_reached_both_ends():
     """Of more than two thousand inputs some were taken and some refused, through each door."""
     print(dict(COUNTS))
     assert COUNTS["plan 0"] + COUNTS["plan 2"] + COUNTS["inspect 0"] + COUNTS["inspect 2"] >= 2000
-    for name in ("plan 0", "plan 2", "inspect 0", "inspect 2", "rows prepared", "rows refused"):
-        assert COUNTS[name] > 20, COUNTS
+    for name in ("plan 0", "plan 2", "run 0", "run 2", "inspect 0", "inspect 2", "rows prepared", "rows refused"):
+        assert COUNTS[name] > (3 if name == "run 0" else 20), COUNTS

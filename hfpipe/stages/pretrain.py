@@ -47,6 +47,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     """Train on text and leave the model in the job's working folder; returns the metrics."""
     from transformers import Trainer, TrainingArguments, set_seed
 
+    from hfpipe.training.adapters import build_trainer
     from hfpipe.training.anneal import begin_where_parent_stood
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
@@ -62,7 +63,10 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     data = in_order(job, data, args, progress)
     set_seed(args.seed)
     model = load_model(job, tokenizer, progress)
-    trainer = Trainer(
+    trainer = build_trainer(
+        job,
+        progress,
+        Trainer,
         model,
         args,
         data_collator=build_collator(job, model, tokenizer, packing=True),

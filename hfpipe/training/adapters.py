@@ -58,11 +58,15 @@ def build_trainer(
     """A trainer of upstream's with the stage's adapter on the model.
 
     Raises:
-        UserError: PEFT or TRL refuses the adapter for this model.
+        UserError: upstream refuses the trainer's values or the adapter for this model.
     """
     stage = job.stage
     if stage.adapter is None:
-        return trainer_class(model, *args, **options)
+        try:
+            return trainer_class(model, *args, **options)
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+            told = f"{type(error).__name__}: {error}"
+            raise UserError(f"{stage.file}: trainer is refused upstream for this model: {told}") from error
     config = build_adapter(stage, job.parent_path)
     if find_kind(stage.adapter.type).method == "p_tuning":
         trainer_class = type(trainer_class.__name__, (KeepsEncoder, trainer_class), {})
