@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,7 @@ def same_result(run: Path, other: Path, stages: tuple[str, ...] = MODELS) -> Non
         assert stage_json(run / name)["weights"] == stage_json(other / name)["weights"], name
         assert damage_at(run / name) is None
         assert curve(run / name) == curve(other / name), name
+        assert (run / name / "eval.json").read_text() == (other / name / "eval.json").read_text(), name
         losses = [stage_json(folder / name)["metrics"]["train_loss"] for folder in (run, other)]
         assert losses[0] == losses[1] > 0
 
@@ -153,7 +156,12 @@ def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path, monkeypatch):
     same_result(tmp_path / "run", tmp_path / "whole")
     resumed = [stage_json(tmp_path / "run" / name)["metrics"]["resumed_from_step"] for name in MODELS]
     assert sum(step > 0 for step in resumed) >= 2, resumed
-    assert "sft" in hfpipe("report", tmp_path / "run").stdout
+    tables = [hfpipe("report", tmp_path / name).stdout.replace(f"/{name}/", "/") for name in ("run", "whole")]
+    assert tables[0] == tables[1]
+    assert all(name in tables[0] for name in MODELS)
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("run", "whole")]
+    drawn = [re.findall("<svg.*?</svg>", page, re.DOTALL) for page in pages]
+    assert drawn[0] == drawn[1] != []
 
 
 @pytest.mark.slow
@@ -172,6 +180,41 @@ def test_twenty_kills_in_one_tiny_run(recipe, tmp_path, monkeypatch):
     assert told["half prepared"], told
     same_result(tmp_path / "run", tmp_path / "whole")
     assert all(stage_json(tmp_path / "run" / name)["metrics"]["resumed_from_step"] > 0 for name in MODELS)
+
+
+OTHERS = {
+    "reward": ("tinyworld/preferences", "", "max_length: 256"),
+    "kto": ("tinyworld/preferences", "", "max_length: 256"),
+    "rloo": (
+        "tinyworld/sft",
+        "rewards: {functions: [{check: contains, value: e}]}\n",
+        "num_generations: 2, max_completion_length: 8",
+    ),
+    "distill": ("tinyworld/sft", "", "teacher_model_name_or_path: PARENT, max_completion_length: 8"),
+}
+
+
+def test_stages_of_every_other_type_go_on_to_the_same_bits(micro_run, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "pipeline.yaml").write_text(
+        f"name: others\nstages: [{', '.join(OTHERS)}]\nevaluate: {{samples: 1, max_new_tokens: 4}}\n"
+    )
+    for name, (data, more, trainer) in OTHERS.items():
+        text = (
+            f"stage: {name}\nmodel: {{from: PARENT, attn_implementation: eager}}\n"
+            f"data: {{train: [{{path: {data}, limit: 64}}], eval: [{{path: {data}, limit: 8}}]}}\n{more}"
+            "trainer: {learning_rate: 1.0e-3, per_device_train_batch_size: 4, activation_checkpointing: false, "
+            f"max_steps: 30, save_steps: 5, {trainer}}}\n"
+        )
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(text.replace("PARENT", str(micro_run / "sft")))
+    whole, run, recipe = tmp_path / "whole", tmp_path / "run", str(tmp_path / "recipe")
+    hfpipe("run", recipe, "--out", whole)
+    told = kill_through(run, recipe, [(name, "training") for name in OTHERS], random.Random(0), [])
+    assert told["kills"] >= 3, told
+    for name in OTHERS:
+        assert stage_json(run / name)["weights"] == stage_json(whole / name)["weights"], name
+        assert curve(run / name) == curve(whole / name), name
+    assert sum(stage_json(run / name)["metrics"]["resumed_from_step"] > 0 for name in OTHERS) >= 3
 
 
 def test_it_goes_on_from_the_last_checkpoint_and_says_so(micro_run, tmp_path):
@@ -403,6 +446,42 @@ def test_lost_scores_are_made_again_and_nothing_else(micro_run, tmp_path):
     )
 
 
+def test_an_evaluation_that_fails_leaves_the_stage_trained(micro_run, tmp_path, recipe):
+    knows: list[str] = []  # what the judge behind the endpoint answers, refusing as long as it is empty
+
+    class Judge(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200 if knows else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": word}} for word in knows]}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    folder, run = recipe(), begun(micro_run, tmp_path / "run", until="sft")
+    row = {"prompt": "Hi", "completion": "Hello!"}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(row) + "\n")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        judged = f"capability: help, check: prefers, judge: 'http://127.0.0.1:{server.server_port}/v1'"
+        pipeline = (folder / "pipeline.yaml").read_text()
+        probes = f"evaluate: {{probes: [{{path: {tmp_path}/talks.jsonl, split: all, {judged}}}]}}"
+        (folder / "pipeline.yaml").write_text(pipeline.replace("evaluate: probes.yaml", probes))
+        failed = hfpipe("run", folder, "--out", run, "--only", "sft", check=2)
+        assert "no completion: HTTP Error 401" in failed.stderr
+        assert not (run / "sft").exists()
+        inode = (run / "sft.partial" / "model.safetensors").stat().st_ino
+        knows.append("A")
+        done = hfpipe("run", folder, "--out", run, "--only", "sft")
+        server.shutdown()
+    assert "weights are on disk from an earlier run; scoring them" in done.stdout
+    assert not any(event["event"] == "step" for event in events(run, "sft"))
+    assert (run / "sft" / "model.safetensors").stat().st_ino == inode
+    assert stage_json(run / "sft")["weights"] == stage_json(micro_run / "sft")["weights"]
+    assert "help" in (run / "sft" / "eval.json").read_text()
+
+
 def test_a_report_that_fails_leaves_the_stages_finished(micro_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(micro_run, run)
@@ -503,6 +582,18 @@ def test_a_child_that_the_system_kills_is_told_as_that(micro_run, tmp_path):
     done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", *EVERY)
     assert "resumed from checkpoint-" in done.stdout
     assert stage_json(run / "pretrain")["weights"] == stage_json(micro_run / "pretrain")["weights"]
+
+
+def test_a_rank_that_hangs_is_noticed_and_ended(micro_run, tmp_path):
+    run = begun(micro_run, tmp_path / "run", "sft")
+    settings = ["--set", "sft.trainer.save_steps=5", "--set", "sft.trainer.num_train_epochs=20"]
+    process = start(run, "--to", "sft", *settings, "--set", "launch.hang_minutes=0.25", "--set", "launch.processes=2")
+    assert wait_for(process, lambda: checkpoints(run, "sft"))
+    os.kill(max(ranks(run)), signal.SIGSTOP)
+    output = process.communicate(timeout=180)[0]
+    assert process.returncode == 1
+    assert "sft hung: it stood still for" in output
+    assert ranks(run) == []
 
 
 def test_a_child_that_hangs_is_noticed_and_ended(micro_run, tmp_path):
