@@ -87,7 +87,7 @@ def stopped_in_pretraining(micro_run: Path, run: Path, whole: int = 1, *more: st
 def curve(folder: Path) -> list[dict]:
     """What was logged, times and speeds aside."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(("_runtime", "_per_second"))} for line in lines]
+    return [{k: v for k, v in line.items() if "time" not in k and "per_second" not in k} for line in lines]
 
 
 def same_result(run: Path, other: Path, stages: tuple[str, ...] = MODELS) -> None:
@@ -187,7 +187,7 @@ OTHERS = {
     "kto": ("tinyworld/preferences", "", "max_length: 256"),
     "rloo": (
         "tinyworld/sft",
-        "rewards: {functions: [{check: contains, value: e}]}\n",
+        "rewards: {functions: [{function: 'FOLDER/letters.py:letters'}]}\n",
         "num_generations: 2, max_completion_length: 8",
     ),
     "distill": ("tinyworld/sft", "", "teacher_model_name_or_path: PARENT, max_completion_length: 8"),
@@ -206,7 +206,10 @@ def test_stages_of_every_other_type_go_on_to_the_same_bits(micro_run, tmp_path):
             "trainer: {learning_rate: 1.0e-3, per_device_train_batch_size: 4, activation_checkpointing: false, "
             f"max_steps: 30, save_steps: 5, {trainer}}}\n"
         )
-        (tmp_path / "recipe" / f"{name}.yaml").write_text(text.replace("PARENT", str(micro_run / "sft")))
+        text = text.replace("PARENT", str(micro_run / "sft")).replace("FOLDER", str(tmp_path))
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(text)
+    reward = "[len(set(messages[0]['content'])) / 20 for messages in completions]"
+    (tmp_path / "letters.py").write_text(f"def letters(completions, **columns):\n    return {reward}\n")
     whole, run, recipe = tmp_path / "whole", tmp_path / "run", str(tmp_path / "recipe")
     hfpipe("run", recipe, "--out", whole)
     told = kill_through(run, recipe, [(name, "training") for name in OTHERS], random.Random(0), [])
@@ -214,6 +217,7 @@ def test_stages_of_every_other_type_go_on_to_the_same_bits(micro_run, tmp_path):
     for name in OTHERS:
         assert stage_json(run / name)["weights"] == stage_json(whole / name)["weights"], name
         assert curve(run / name) == curve(whole / name), name
+        assert stage_json(run / name)["weights"] != stage_json(micro_run / "sft")["weights"], name
     assert sum(stage_json(run / name)["metrics"]["resumed_from_step"] > 0 for name in OTHERS) >= 3
 
 
