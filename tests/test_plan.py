@@ -82,6 +82,45 @@ def test_devices_that_a_run_would_not_take_are_told():
         assert ("of all: --device h100x8" in second) == told
 
 
+# What takes a whole model, out of the recipe.
+WHOLE = [f"{stage}.regularize=null" for stage in ("midtrain", "sft", "dpo")]
+WHOLE += [f"{stage}.optimizer=null" for stage in ("pretrain", "midtrain")]
+FSDP1 = "distributed_type: FSDP\nfsdp_config: {{fsdp_version: 1, {}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("launch", "trainer", "sharding"),
+    [
+        ("fsdp2", {}, "full"),
+        ("zero3", {}, "full"),
+        ("zero2", {}, "zero2"),
+        ("zero1", {}, "zero1"),
+        ("multi_gpu", {}, "ddp"),
+        ("distributed_type: 'FSDP'\n", {}, "full"),
+        ("distributed_type: FSDP\nfsdp_config: {fsdp_reshard_after_forward: false}\n", {}, "zero2"),
+        (FSDP1.format("fsdp_sharding_strategy: SHARD_GRAD_OP"), {}, "zero2"),
+        (FSDP1.format("fsdp_sharding_strategy: NO_SHARD"), {}, "ddp"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ZERO}\n", {}, "full"),
+        ("multi_gpu", {"deepspeed": "ZERO"}, "full"),
+        ("multi_gpu", {"fsdp": "full_shard"}, "full"),
+        ("multi_gpu", {"fsdp": "full_shard", "fsdp_config": "{reshard_after_forward: false}"}, "zero2"),
+    ],
+)
+def test_memory_is_divided_as_the_launch_or_the_trainer_says(launch, trainer, sharding, tmp_path):
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    (tmp_path / "launch.yaml").write_text(launch.replace("ZERO", f"{tmp_path}/zero.json"))
+    name = tmp_path / "launch.yaml" if ":" in launch else launch
+    settings = [*WHOLE, f"launch={{processes: 4, accelerate_config: {name}}}"]
+    settings += [f"pretrain.trainer.{k}={v.replace('ZERO', f'{tmp_path}/zero.json')}" for k, v in trainer.items()]
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    row = planned("micro", "--device", "h100x4", "--out", tmp_path / "none", *chosen)["pretrain"]
+    assert row["sharding"] == sharding
+    whole, memory = row["parameters"], row["memory"]
+    assert memory["optimizer"] == 8 * whole / (1 if sharding == "ddp" else 4)
+    assert memory["gradients"] == {"ddp": 8, "zero1": 4, "zero2": 1, "full": 1}[sharding] * whole
+    assert (memory["weights"] < 4 * whole) == (sharding == "full")
+
+
 def test_dpo_and_ppo_pay_for_their_other_passes():
     plan = planned("tiny")
     dpo = plan["dpo"]["flops_by_part"]

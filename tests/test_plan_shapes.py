@@ -100,8 +100,15 @@ def test_defaults_are_the_classes_own(model_type):
     assert read_shape({"model_type": model_type}).total == on_meta({"model_type": model_type}).num_parameters()
 
 
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_biases_that_a_class_has_no_field_for_are_not_counted(model_type):
+    config = drawn(model_type, random.Random(0)) | {"attention_bias": True, "mlp_bias": True}
+    assert read_shape(config).total == on_meta(dict(config)).num_parameters()
+
+
 def test_what_is_not_known_is_none():
     assert read_shape({"model_type": "mixtral"}) is None
+    assert read_shape({"model_type": "gpt2", "add_cross_attention": True}) is None
     assert read_shape({}) is None
 
 

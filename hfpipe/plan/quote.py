@@ -19,12 +19,14 @@ from hfpipe.plan.trained import Trained, read_trained
 from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
 from hfpipe.rope import positions
 from hfpipe.sections import Recipe, Stage
+from hfpipe.yaml_files import load_yaml
 
 # Of a device's memory, the rest being the driver's and what lies between tensors. On a CPU hfpipe has freed memory kept
 # (hfpipe.training.hardware.keep_freed_memory), which took up to half as much again (benchmarks/RESULTS.md).
 USABLE, USABLE_CPU = 0.9, 0.65
 _CONTROL_TOKENS = {"hfpipe": 13}  # of a chat template that hfpipe gives a tokenizer, pad among them
 _SAVED = 2  # hfpipe's own default of save_total_limit
+_BY_ZERO = ("ddp", "zero1", "zero2", "full")  # by DeepSpeed's zero_optimization.stage
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def quote_stage(
     work = plan_work(stage, ranks, bytes_per_token, sizes, _parent_tokens(recipe, stage, run, devices), full_rows)
     trained = shape and read_trained(shape, stage.sections.get("regularize"), stage.adapter, control)
     dtype = _dtype(stage, devices)
-    sharding = _sharding(recipe)
+    sharding = _sharding(recipe, stage)
     unknown = [work.why] if work.why else []
     if shape is None:
         unknown.append(f"the shape of {origin.model.config.get('model_type') or origin.model.from_} is not known here")
@@ -168,13 +170,32 @@ def _dtype(stage: Stage, devices: Devices) -> str:
     return "bf16" if stage.trainer.get("bf16", devices.has_bf16) else "fp32"
 
 
-def _sharding(recipe: Recipe) -> str:
+def _sharding(recipe: Recipe, stage: Stage) -> str:
+    """How the model is divided, by the stage's own `trainer`, else by the launch's accelerate configuration."""
     name = recipe.pipeline.launch.accelerate_config or ""
     file = upstream.accelerate_configs().get(name, Path(name))
-    text = file.read_text(encoding="utf-8") if name and file.is_file() else ""
-    if "distributed_type: FSDP" in text or "zero_stage: 3" in text:
-        return "full"
-    return "zero2" if "zero_stage: 2" in text else "zero1" if "zero_stage: 1" in text else "ddp"
+    launch = load_yaml(file) if file.is_file() else {}
+    kind, deepspeed = launch.get("distributed_type"), launch.get("deepspeed_config") or {}
+    if zero := stage.trainer.get("deepspeed") or deepspeed.get("deepspeed_config_file"):
+        number = _settings(zero).get("zero_optimization", {}).get("stage", 0)
+        return _BY_ZERO[int(number)]
+    if kind == "DEEPSPEED" and not stage.trainer.get("fsdp"):
+        return _BY_ZERO[int(deepspeed.get("zero_stage", 2))]
+    if kind != "FSDP" and not stage.trainer.get("fsdp"):
+        return "ddp"
+    told, legacy = _settings(stage.trainer.get("fsdp_config") or launch.get("fsdp_config")), stage.trainer.get("fsdp")
+    fsdp = {key.removeprefix("fsdp_"): value for key, value in told.items()}
+    given = [legacy, fsdp.get("sharding_strategy"), fsdp.get("reshard_after_forward")]
+    words = str([value for value in given if value is not None]).lower()
+    if "no_shard" in words:
+        return "ddp"
+    # What is not divided again after the forward pass lies whole on each device until the backward one is over.
+    return "zero2" if "grad_op" in words or "false" in words else "full"
+
+
+def _settings(given: Any) -> dict[str, Any]:
+    """A mapping, or what the JSON file of this name holds."""
+    return artifact.read_json(Path(given).expanduser()) or {} if isinstance(given, str) else dict(given or {})
 
 
 def _stored(stage: Stage, origin: Stage) -> int:

@@ -22,6 +22,7 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")
 _NORMS_ON_HEADS = ("qwen3", "gemma3_text")  # queries and keys, each with a norm of head_dim
 _SAME = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
          "max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}  # fmt: skip
+_BIASES = ("attention_bias", "mlp_bias")
 EMBEDDING, HEAD, ATTENTION, MLP, NORM = "embedding", "head", "attention", "mlp", "norm"
 
 
@@ -88,7 +89,9 @@ class Shape:
 def fill_in(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its class's defaults for what it leaves out, under Llama's names; KeyError for an unknown type."""
     fields = upstream.model_config_fields(str(config["model_type"]))
-    full = {name: field.default for name, field in fields.items()} | config
+    # Biases that the class has no field for it has not, whatever the file says.
+    given = {name: value for name, value in config.items() if name in fields or name not in _BIASES}
+    full = {name: field.default for name, field in fields.items()} | given
     for name, other in _SAME.items():
         full.setdefault(name, full.get(other))
     if full.get("intermediate_size") is None:
@@ -106,7 +109,8 @@ def read_shape(config: dict[str, Any], vocab_size: int | None = None, scores: bo
         vocab_size: the tokenizer's, in place of the configuration's.
         scores: with a head of one number, as `AutoModelForSequenceClassification` with `num_labels=1` makes it.
     """
-    if config.get("model_type") not in KNOWN:
+    kind = config.get("model_type")
+    if kind not in KNOWN or (kind == "gpt2" and config.get("add_cross_attention")):
         return None
     full = fill_in(config)
     full["vocab_size"] = vocab_size or full["vocab_size"]
