@@ -33,6 +33,9 @@ SECRETS = (
 )
 
 
+PAIR = {"user": "prompt", "assistant": "completion"}
+
+
 def sentence(rng: random.Random, words: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."
 
@@ -367,6 +370,21 @@ def test_decontaminate_removes_what_was_found_and_writes_it_down(nano, tmp_path)
     hfpipe("run", folder, "--out", run)
     [kept] = [s for s in stage_json(run / "sft")["sources"] if s["role"] == "train"]
     assert (kept["used"], kept["contaminated"]) == (41, 0)
+
+
+def test_what_a_run_tells_of_its_rows_is_masked(nano, tmp_path):
+    """The first batch and rows that cannot be used: on the screen, in the logs, `stage.json` and the report."""
+    rows = [{**row, "prompt": f"{row['prompt']} I am {SECRETS[0]}, {SECRETS[3]}"} for row in few(12)]
+    rows = [{"messages": [{"role": r, "content": row[k]} for r, k in PAIR.items()]} for row in rows]
+    rows.append({"messages": [{"role": f"assistant {SECRETS[0]}", "content": "Yes."}]})
+    run = tmp_path / "run"
+    done = hfpipe("run", nano(rows, "max_bad_rows: 0.5,"), "--out", run)
+    assert "I am [e-mail j…], [key sk-…]" in done.stdout
+    assert "1 unknown role `assistant [e-mail j…]`" in done.stdout
+    told = [file for file in run.rglob("*") if file.suffix in (".json", ".jsonl", ".html", ".log", ".md")]
+    assert {file.name for file in told} >= {"stage.json", "report.html", "sft.jsonl", "data.jsonl"}
+    everything = done.stdout + done.stderr + "".join(file.read_text() for file in told)
+    assert not [secret for secret in SECRETS if secret in everything]
 
 
 def test_balance_repeats_rare_rows_the_same_ones_each_time(nano, tmp_path):

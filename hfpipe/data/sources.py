@@ -16,6 +16,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.data.forms import Form, recognise_source
 from hfpipe.data.messages import RowProblem
+from hfpipe.data.personal import mask
 from hfpipe.data.readers import DOCUMENT_UNITS, Located, check_link, files_of, kind_of_file, read_file
 from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
@@ -43,6 +44,7 @@ class Counts:
     examples: list[str] = field(default_factory=list)
 
     def add_fault(self, at: Located, reason: str, detail: str) -> None:
+        reason, detail = mask(reason), mask(detail)  # they stand in logs, `stage.json` and the report
         self.faults[reason] = self.faults.get(reason, 0) + 1
         if len(places := self.places.setdefault(reason, [])) < PLACES:
             places.append(str(at))

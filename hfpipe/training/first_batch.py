@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from hfpipe.data.personal import mask
 from hfpipe.errors import UserError
 from hfpipe.progress import printable
 
@@ -64,9 +65,9 @@ def check_first_batch(job: Job, tokenizer: PreTrainedTokenizerBase, batch: dict[
 
 
 def _sample(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
-    """The beginning of a row in one line."""
+    """The beginning of a row in one line, personal data masked: it stands in the log."""
     tokens = decode_tokens(tokenizer, ids[:_SHOWN], trained[:_SHOWN])
-    return coloured(tokens, colours=False).replace("\n", "\\n") + (" ..." if len(ids) > _SHOWN else "")
+    return mask(coloured(tokens, colours=False)).replace("\n", "\\n") + (" ..." if len(ids) > _SHOWN else "")
 
 
 def decode_tokens(
