@@ -9,7 +9,7 @@ from hfpipe.cli import build_parser
 from hfpipe.config import load_recipe
 from hfpipe.stages import stage_types
 
-from .conftest import ROOT
+from .conftest import ROOT, hfpipe
 
 README = (ROOT / "README.md").read_text()
 
@@ -72,3 +72,19 @@ def test_links_and_placeholders():
     for link in links:
         assert (ROOT / link).exists(), link
     assert "@@" not in README
+
+
+def test_what_is_printed_before_one_pays_is_what_is_shown(tmp_path):
+    """But for what depends on the machine: of a plan its time and its memory."""
+    found = re.findall(r"```\n\$ hfpipe ([^\n]*)\n(.*?)```", README, re.DOTALL)
+    shown = {command: block.splitlines() for command, block in found}
+    scale = "scale --params 280e9 --tokens 300e9"
+    assert hfpipe(*scale.split()).stdout.splitlines() == shown[scale]
+    told = hfpipe("new", "mine", "--params", "125M", cwd=tmp_path).stdout.splitlines()
+    rows = shown["new mine --params 125M"]
+    assert told == rows[: len(told)]
+    assert set(rows[len(told) + 1 :]) <= set((tmp_path / "mine" / "pretrain.yaml").read_text().splitlines())
+    told = hfpipe("plan", "tiny", "--out", tmp_path / "none").stdout
+    assert [
+        line for line in shown["plan tiny"] if re.match(" +(data|model|work): |dpo|The rows", line) and line not in told
+    ] == []
