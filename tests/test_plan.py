@@ -161,6 +161,32 @@ def test_a_type_that_is_not_known(recipe, tmp_path):
     assert quote.unknown == ("the shape of mixtral is not known here",)
 
 
+TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({**TEXT, "model_type": "mixtral", "num_local_experts": 4}, "the shape of mixtral is not known here"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {**TEXT, "model_type": "gemma3_text"},
+                "vision_config": {"hidden_size": 64},
+            },
+            "the numbers are those of the text alone: the vision part is not counted here",
+        ),
+    ],
+)
+def test_what_is_not_counted_of_a_model_that_is_there_is_told(config, told, recipe, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sft = f"stage: sft\nmodel: {{from: {tmp_path}}}\ndata: {{train: [{{path: tinyworld/sft, limit: 200}}]}}\n"
+    loaded = load_recipe(recipe({"sft": sft}), stage_types())
+    notes = describe_stage(loaded, loaded.stages["sft"])["notes"]
+    assert f"unknown: {told}" in notes
+    assert any(note.startswith("model: ") for note in notes) == ("text" in told)
+
+
 def test_it_reads_like_a_quote():
     told = hfpipe("plan", "tiny", "--device", "h100").stdout
     stages = told.split("\nsft ")[1].split("\nreward ")[0].splitlines()

@@ -14,7 +14,7 @@ from hfpipe.hub_client import ABOUT_FILES, fetch, is_commit, split_id
 from hfpipe.plan.costs import stage_flops, stage_seconds
 from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_batch, plan_memory
-from hfpipe.plan.shapes import Shape, read_config, read_shape
+from hfpipe.plan.shapes import NOT_TEXT, Shape, read_config, read_shape
 from hfpipe.plan.trained import Trained, read_trained
 from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
 from hfpipe.rope import positions
@@ -66,7 +66,8 @@ def quote_stage(
     devices = devices or find_devices("cpu")
     ranks = devices.count if devices.count > 1 else recipe.pipeline.launch.processes or 1
     origin, vocab, control = _origin(recipe, stage)
-    shape = _shape(origin, stage, vocab)
+    config = origin.model.config or (read_origin(origin.model.from_) if origin.model.from_ else {})
+    shape = read_shape(config, config.get("vocab_size") or vocab, scores=stage.type.leaves == "reward_model")
     if shape and (longest := positions(recipe.stages, stage)):
         shape = replace(shape, max_positions=longest)
     bytes_per_token = _bytes_per_token(recipe, stage, run) or guess_bytes_per_token(
@@ -81,8 +82,12 @@ def quote_stage(
     sharding = _sharding(recipe, stage)
     unknown = [work.why] if work.why else []
     if shape is None:
-        unknown.append(f"the shape of {origin.model.config.get('model_type') or origin.model.from_} is not known here")
-    elif trained is None:
+        unknown.append(f"the shape of {config.get('model_type') or origin.model.from_} is not known here")
+    elif not_text := [name.removesuffix("_config") for name in NOT_TEXT if name in config]:
+        unknown.append(
+            f"the numbers are those of the text alone: the {' and '.join(not_text)} part is not counted here"
+        )
+    if shape and trained is None:
         unknown.append(f"what a {stage.adapter.type} adapter trains is not counted here")
     known = (shape, trained, work, dtype, devices, sharding)
     if shape is None or trained is None:
@@ -120,14 +125,6 @@ def _origin(recipe: Recipe, stage: Stage) -> tuple[Stage, int | None, int]:
         vocab += getattr(stage.sections.get("tokenizer"), "add_pieces", 0)
         stage = recipe.parent(stage)
     return origin, vocab, control
-
-
-def _shape(origin: Stage, stage: Stage, vocab: int | None) -> Shape | None:
-    config = origin.model.config
-    if not config and origin.model.from_:
-        config = read_origin(origin.model.from_)
-    vocab = config.get("vocab_size") or vocab
-    return read_shape(config, vocab, scores=stage.type.leaves == "reward_model") if config else None
 
 
 def read_origin(source: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")
 _NORMS_ON_HEADS = ("qwen3", "gemma3_text")  # queries and keys, each with a norm of head_dim
 _SAME = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
          "max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}  # fmt: skip
+NOT_TEXT = ("vision_config", "audio_config")  # beside `text_config`: parts that are not counted here
 _BIASES = ("attention_bias", "mlp_bias")
 EMBEDDING, HEAD, ATTENTION, MLP, NORM = "embedding", "head", "attention", "mlp", "norm"
 
@@ -139,7 +140,7 @@ def read_shape(config: dict[str, Any], vocab_size: int | None = None, scores: bo
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The `config.json` of a model's folder, of a model with images that of its text part; None where there is none.
+    """The `config.json` of a model's folder, of a model with images that of its text part, with `NOT_TEXT`; None where there is none.
 
     Raises:
         UserError: it holds no JSON, or no mapping.
@@ -151,7 +152,8 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not readable as JSON: {error}. Fetch or save the model again.") from None
-    found = (found.get("text_config") or found) if isinstance(found, dict) else found
+    if isinstance(found, dict) and found.get("text_config"):
+        found = {**found["text_config"], **{name: found[name] for name in NOT_TEXT if name in found}}
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected a mapping with model_type, found {type(found).__name__}.")
     return found
