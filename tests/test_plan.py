@@ -161,6 +161,27 @@ def test_a_type_that_is_not_known(recipe, tmp_path):
     assert quote.unknown == ("the shape of mixtral is not known here",)
 
 
+def test_sampling_takes_a_cache_of_its_rollout_and_a_divided_reference(recipe):
+    """By hand: 2 x rows x tokens x layers x width, in bf16; micro has 2 layers of 64, keys for every head."""
+    grpo = "stage: grpo\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/sft, limit: 64}], max_prompt_length: 56}\n"
+    grpo += "rewards: {functions: [{check: contains, value: a}]}\n"
+    grpo += "trainer: {max_steps: 4, max_completion_length: 8, beta: 0.1, num_generations: 4, per_device_train_batch_size: 4}\n"
+    head = (folder := recipe({"grpo": grpo})) / "pipeline.yaml"
+    head.write_text(head.read_text().replace("sft, dpo", "sft, dpo, grpo"))
+    each = 2 * 64 * 2 * 64 * 2
+
+    def memory(*settings):
+        words = [word for setting in (*WHOLE, *settings) for word in ("--set", setting)]
+        return planned(folder, "--device", "h100x2", *words)["grpo"]["memory"]
+
+    assert memory()["kv_cache"] == 4 * each
+    assert memory("grpo.trainer.gradient_accumulation_steps=3")["kv_cache"] == 12 * each
+    assert memory("grpo.trainer.steps_per_generation=5")["kv_cache"] == 20 * each
+    assert memory("grpo.trainer.generation_batch_size=48")["kv_cache"] == 24 * each  # of two devices
+    whole, divided = memory(), memory("launch={processes: 2, accelerate_config: fsdp2}")
+    assert divided["reference"] == whole["reference"] / 2
+
+
 TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 

@@ -7,7 +7,7 @@ from hfpipe.plan.devices import Devices
 from hfpipe.plan.memory import Setting, kv_cache
 from hfpipe.plan.shapes import Shape
 from hfpipe.plan.trained import Trained
-from hfpipe.plan.workload import BY_REWARDS, Work, option, recomputes
+from hfpipe.plan.workload import BY_REWARDS, Work, option, recomputes, rollout_rows
 from hfpipe.sections import Stage
 
 
@@ -61,7 +61,7 @@ def stage_seconds(
     decoding = 0.0
     if sampling and devices.bandwidth:
         iterations, completion = option(stage, "num_iterations") or 1, option(stage, "max_completion_length") or 256
-        at_once = work.per_device * (option(stage, "steps_per_generation") or work.accumulation) * devices.count
+        at_once = rollout_rows(stage, work) * devices.count
         rollouts = work.steps * work.rows_per_step / iterations / at_once
         cached = kv_cache(shape, at_once // devices.count, work.length, setting.width) / 2
         decoding = rollouts * completion * (setting.stored * shape.total + cached) / (devices.bandwidth * 1e9)

@@ -16,7 +16,16 @@ from hfpipe.plan.devices import Devices, find_devices
 from hfpipe.plan.memory import Memory, Setting, disk_bytes, kv_cache, largest_batch, plan_memory
 from hfpipe.plan.shapes import NOT_TEXT, Shape, read_config, read_shape
 from hfpipe.plan.trained import Trained, read_trained
-from hfpipe.plan.workload import BY_REWARDS, PAIRS, Work, guess_bytes_per_token, option, plan_work, recomputes
+from hfpipe.plan.workload import (
+    BY_REWARDS,
+    PAIRS,
+    Work,
+    guess_bytes_per_token,
+    option,
+    plan_work,
+    recomputes,
+    rollout_rows,
+)
 from hfpipe.rope import positions
 from hfpipe.sections import Recipe, Stage
 from hfpipe.yaml_files import load_yaml
@@ -241,6 +250,7 @@ def _setting(
 def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[str, float]:
     """What lies in memory beside the model that trains."""
     whole, name = 4.0 * shape.total, stage.type.name
+    reference = whole / setting.ranks if setting.sharding == "full" else whole  # TRL divides it as the model
     found: dict[str, float] = {}
     section = stage.sections.get("regularize")
     average = setting.on_cpu and getattr(section, "average_with_parent", 0)  # its copy lies in the host's memory
@@ -248,19 +258,18 @@ def _beside(stage: Stage, shape: Shape, work: Work, setting: Setting) -> dict[st
         found["parent_copy"] = whole
     pairwise = name in ("dpo", "kto") and not option(stage, "precompute_ref_log_probs") and stage.adapter is None
     if pairwise and "precompute_ref_log_probs" in stage.trainer:
-        found["reference"] = whole
+        found["reference"] = reference
     if name == "distill":
         found["teacher"] = whole
     if name not in BY_REWARDS:
         return found
     if option(stage, "beta") and stage.adapter is None:
-        found["reference"] = whole
+        found["reference"] = reference
     if stage.sections["rewards"].model:
         found["reward_model"] = whole  # as large as the policy, for want of its own shape
     if name == "ppo" and option(stage, "critic") != "head":
         found["critic"] = 4 * whole  # weights, gradients, two moments
-    rollout = work.per_device * (option(stage, "steps_per_generation") or work.accumulation)
-    found["kv_cache"] = kv_cache(shape, rollout, work.length, setting.width)
+    found["kv_cache"] = kv_cache(shape, rollout_rows(stage, work), work.length, setting.width)
     return found
 
 

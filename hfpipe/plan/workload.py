@@ -51,6 +51,13 @@ def recomputes(stage: Stage) -> bool:
     return bool(option(stage, "gradient_checkpointing") if new is None else new)
 
 
+def rollout_rows(stage: Stage, work: Work) -> int:
+    """Completions that one device samples before it learns from them."""
+    if together := option(stage, "generation_batch_size"):
+        return together * work.per_device * work.accumulation // work.rows_per_step
+    return work.per_device * (option(stage, "steps_per_generation") or work.accumulation)
+
+
 def packs(stage: Stage) -> bool:
     return stage.type.rows == "text" or bool(stage.trainer.get("packing"))
 
