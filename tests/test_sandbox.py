@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,6 +13,8 @@ import pytest
 from hfpipe.errors import UserError
 from hfpipe.synthesis import sandbox
 from hfpipe.synthesis.sandbox import check_isolation, run_tests
+
+from .conftest import ROOT
 
 try:
     check_isolation()
@@ -32,6 +37,13 @@ except UserError as error:
         ("f = open('notes.txt', 'wb')\nfor _ in range(64):\n    f.write(bytes(1 << 20))", "", "File too large"),
         ("import os\nassert not {'HOME', 'PATH', 'OPENAI_API_KEY'} & set(os.environ)", "", None),
         ("print('x' * 100_000_000)", "", None),
+        ("import os\nos._exit(97)", "", "ended with exit code 97"),  # as a box that can't be shut ends
+        (
+            "import csv, pathlib, tempfile\ntempfile.TemporaryFile().write(b'x')",
+            "assert pathlib.Path('.').is_dir()",
+            None,
+        ),
+        ("for n in range(100_000):\n    open(str(n), 'w').close()", "", "No space left on device"),
     ],
 )
 def test_a_program_and_its_tests(code, tests, told):
@@ -73,6 +85,13 @@ MOUNT = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\nassert lib
         MOUNT.format("unshare(0x10000000 | 0x20000)"),  # all capabilities, in namespaces of its own
         MOUNT.format("syscall({'x86_64': 56, 'aarch64': 220}[os.uname().machine], 0x10000011, 0, 0, 0, 0)"),
         MOUNT.format("syscall(425, 8, bytes(120))"),  # io_uring
+        MOUNT.format("prctl(1, 0, 0, 0, 0)"),  # to outlive its parent
+        MOUNT.format(
+            "memfd_create(b'x', 0)"
+        ),  # memory beyond its limit: gone only with the namespaces, or with the file
+        MOUNT.format("shmget(0, 1 << 20, 0o1777)"),
+        MOUNT.format("msgget(0, 0o1777)"),
+        MOUNT.format("semget(0, 1, 0o1777)"),
         "import os\nassert os.listdir('/proc') == []",
         "import threading\nthread = threading.Thread(target=print)\nthread.start()\nthread.join()",
     ],
@@ -94,7 +113,13 @@ def test_a_unix_socket_of_this_machine_is_not_reached():
         assert "Operation not permitted" in told
 
 
-@pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(1000)"])
+ALONE = (
+    "import ctypes, os, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nos.setsid()\nfor fd in range(9):\n"
+    "    try:\n        os.close(fd)\n    except OSError:\n        pass\ntime.sleep(1000)"
+)
+
+
+@pytest.mark.parametrize("code", ["while True:\n    pass", "import time\ntime.sleep(1000)", ALONE])
 def test_a_program_without_end_is_ended_with_all_that_it_started(code, monkeypatch):
     monkeypatch.setitem(sandbox._LIMITS, "cpu_s", 1)
     before, began = children(), time.monotonic()
@@ -102,6 +127,25 @@ def test_a_program_without_end_is_ended_with_all_that_it_started(code, monkeypat
     assert time.monotonic() - began < 20
     time.sleep(0.2)
     assert children() <= before
+
+
+def test_it_ends_with_the_process_that_asked_for_it():
+    before = children()
+    asked = f"from hfpipe.synthesis.sandbox import run_tests\nrun_tests({ALONE!r}, '', 600)"
+    process = subprocess.Popen([sys.executable, "-c", asked], cwd=ROOT)
+    while len(children() - before) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)
+    assert children() <= before
+
+
+def test_what_a_program_writes_does_not_fill_this_process():
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run_tests("import os\nfor _ in range(4000):\n    os.write(3, bytes(1 << 16))", "") is not None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 100_000  # KiB; 250 MB are written
 
 
 def children() -> set[str]:

@@ -3,8 +3,8 @@
 In force is a child in its own user, mount, pid, network and ipc namespaces (Linux 5.14 or later, unprivileged user
 namespaces allowed): no network interface but an unconnected loopback, the whole file system read-only, an empty /proc, a tmpfs of
 its own to write to, no capability, a seccomp filter against all that would undo this and against sockets that are not the
-internet's, limits on CPU seconds, memory, file sizes and processes, and a wall clock that ends everything in it. What it may
-read, it can't send anywhere. Where the system gives no such isolation nothing is run, unless the recipe says so. A program
+internet's, limits on the CPU seconds and the memory of each process, on file sizes and on the number of processes, and a wall clock
+that ends everything in it, as the end of this process does. Short of memory, the system ends a program first. What it may read, it can't send anywhere. Where the system gives no such isolation nothing is run, unless the recipe says so. A program
 runs in one process with its tests, so one that is out to deceive them can: this keeps a machine safe, not a judgement.
 """
 
@@ -18,8 +18,8 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from hfpipe.errors import UserError
 
@@ -36,25 +36,30 @@ def run_tests(code: str, tests: str, timeout_s: float = 10, isolated: bool = Tru
         UserError: this system gives no isolation, and `isolated` is not False.
     """
     word = secrets.token_hex(8)
-    given = json.dumps({"code": code, "tests": tests, "word": word, "isolated": isolated, **_LIMITS})
-    with tempfile.TemporaryDirectory(prefix="hfpipe-") as folder, tempfile.TemporaryFile() as told:
+    given = json.dumps(
+        {"code": code, "tests": tests, "word": word, "isolated": isolated, "parent": os.getpid(), **_LIMITS}
+    )
+    # Files, which the limit on a file's size holds: a pipe would be read into this process's memory without end.
+    with TemporaryDirectory(prefix="hfpipe-") as folder, TemporaryFile() as out, TemporaryFile() as told:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_CHILD)], cwd=folder, env={}, start_new_session=True, close_fds=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told,
+            stdin=subprocess.PIPE, stdout=out, stderr=told,
         )  # fmt: skip
         try:
-            said, _ = process.communicate(given.encode(), timeout_s)
+            process.communicate(given.encode(), timeout_s)
         except subprocess.TimeoutExpired:
             return f"still running after {timeout_s:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # in namespaces of its own all that it started ends with it
             process.wait()
-        if process.returncode == 0 and said.decode(errors="replace").endswith(word):
+        out.seek(0)
+        said = out.read()
+        if process.returncode == 0 and said.endswith(word.encode()):
             return None
         told.seek(0)
         last = (told.read(20_000).decode(errors="replace").strip().splitlines() or [""])[-1][:200]
-    if process.returncode == _NO_ISOLATION:
+    if process.returncode == _NO_ISOLATION and not said:
         raise UserError(
             f"no program of a model is run here: this system gives no isolation from its network and files ({last}). "
             "Allow unprivileged user namespaces, or set `isolated: false` beside the check to run it with limits alone."
