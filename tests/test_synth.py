@@ -24,6 +24,7 @@ from hfpipe.errors import UserError
 from hfpipe.evaluation.judges import _GRADE
 from hfpipe.pipeline import open_recipe
 from hfpipe.synthesis.make import _ASK_BACK
+from hfpipe.synthesis.sandbox import check_isolation
 
 from .conftest import ROOT, hfpipe, stage_json
 
@@ -291,7 +292,10 @@ def test_a_run_does_not_pay_by_itself(made):
 
 @pytest.fixture
 def faulty():
-    """An endpoint that says no as often as its model's name says: `429-2` twice, then it answers. It keeps the keys it saw."""
+    """An endpoint that says no as often as its model's name says: `429-2` twice, then it answers. It keeps the keys it saw.
+
+    A question that is JSON has what its answer is to have in place of the usual.
+    """
     seen: list[str | None] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -304,11 +308,12 @@ def faulty():
             self.send_header("Retry-After", "0")
             self.end_headers()
             words = body["messages"][-1]["content"]
-            choice = {"message": {"role": "assistant", "content": f"You said: {words}"}, "finish_reason": "stop"}
-            usage = {"prompt_tokens": 7, "completion_tokens": 3}
-            reply = (
-                {"error": f"no, {self.headers['Authorization']}"} if failing else {"choices": [choice], "usage": usage}
-            )
+            given = json.loads(words) if words.startswith("{") else {}
+            said = {"role": "assistant", "content": f"You said: {words}", **given.get("message", {})}
+            usage = {"prompt_tokens": 7, "completion_tokens": 3, **given.get("usage", {})}
+            reply = {"choices": [{"message": said, "finish_reason": "stop"}], "usage": usage}
+            if failing:
+                reply = {"error": f"no, {self.headers['Authorization']}"}
             self.wfile.write(json.dumps(reply).encode())
 
         def log_message(self, *arguments):
@@ -375,6 +380,71 @@ def test_answers_that_were_paid_for_outlast_a_judge_that_fails(made, faulty, tmp
     hfpipe(*command, "--set", judge % 8)
     assert len(seen) == before + 7  # the grades alone
     assert sum(map(len, rejected(tmp_path / "run", "sums").values())) + len(rows(tmp_path / "run", "sums")) == 7
+
+
+def asked_of(made, url: str, tmp_path: Path, prompts: list[dict], *settings: str) -> tuple[list[dict], dict[str, str]]:
+    """What is kept of the endpoint's answers, and of the prompts that are not, why."""
+    recipe, run, _ = made
+    write(tmp_path / "asked.jsonl", prompts)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("synth"))
+    settings = (
+        f"synth.sums.teacher={{endpoint: '{url}', model: '429-0'}}", "synth.sums.verify=[]", "synth.sums.method=distil",
+        f"synth.sums.prompts={{path: {tmp_path / 'asked.jsonl'}, split: all}}", *settings,
+    )  # fmt: skip
+    options = [word for setting in settings for word in ("--set", setting)]
+    hfpipe("data", "synth", recipe, "--out", tmp_path / "run", "--only", "sums", *options)
+    reasons = {asked: why for why, all_asked in rejected(tmp_path / "run", "sums").items() for asked in all_asked}
+    return rows(tmp_path / "run", "sums"), reasons
+
+
+VERIFIED = ("synth.sums.method=verified", "synth.sums.near_duplicates=true")
+
+
+def test_json_is_held_to_its_schema(made, faulty, tmp_path):
+    towns = [json.dumps({"message": {"content": json.dumps({"town": town})}}) for town in ("Lima", 5)]
+    schema = {"properties": {"town": {"type": "string"}}}
+    asked = [{"prompt": towns[0], "schema": schema}, {"prompt": towns[1], "schema": json.dumps(schema)}]
+    kept, reasons = asked_of(made, faulty[0], tmp_path, asked, *VERIFIED, "synth.sums.verify=[{check: json_schema}]")
+    assert [said(row)[1] for row in kept] == ['{"town": "Lima"}']
+    assert reasons == {towns[1]: "json_schema"}
+
+
+def test_programs_are_run_with_their_tests(made, faulty, tmp_path):
+    try:
+        check_isolation()
+    except UserError as error:
+        pytest.skip(str(error))  # as in test_sandbox.py: no program of a model is run on this system
+    double = {"message": {"content": "So:\n```python\ndef double(x):\n    return 2 * x\n```\nDone."}}
+    right, wrong = json.dumps(double), json.dumps({"n": 2, **double})
+    ended = json.dumps({"message": {"content": "import os\nos._exit(97)"}})  # as a box that can't be shut ends
+    asked = [{"prompt": right, "tests": "assert double(2) == 4"}, {"prompt": wrong, "tests": ["assert double(2) == 5"]}]
+    asked += [{"prompt": ended, "tests": "assert False"}]
+    kept, reasons = asked_of(made, faulty[0], tmp_path, asked, *VERIFIED, "synth.sums.verify=[{check: code}]")
+    assert [(said(row)[0], row["verdict"]) for row in kept] == [(right, '{"code": "passed"}')]
+    assert reasons == {wrong: "code: AssertionError", ended: "code: ended with exit code 97"}
+
+
+def test_what_a_server_says_otherwise_than_the_protocol_costs_its_row_alone(made, faulty, tmp_path):
+    answers = {
+        "half": {"message": {"content": "half of \ud83d a pair"}},
+        "number": {"message": {"content": 5}},
+        "calls": {"message": {"tool_calls": "calculator"}},
+        "parts": {"message": {"content": [{"type": "text", "text": "In parts."}]}},
+        "huge": {"usage": {"prompt_tokens": 10**30}},
+        "words": {"usage": {"prompt_tokens": "seven", "completion_tokens": None}},
+    }
+    prompts = {name: json.dumps(answer) for name, answer in answers.items()}
+    kept, reasons = asked_of(
+        made, faulty[0], tmp_path, [{"prompt": prompt} for prompt in prompts.values()],
+        f"synth.sums.judge={{endpoint: '{faulty[0]}', model: '429-0'}}", "synth.sums.near_duplicates=true",
+    )  # fmt: skip
+    assert {asked: why[:30] for asked, why in reasons.items() if "judge" not in why} == {
+        prompts[name]: "not as the protocol has it: ha" if name == "half" else why
+        for name, why in (("half", ""), ("number", "not as the protocol has it: ex"), ("calls", "not as the protocol has it: Ty"))
+    }  # fmt: skip
+    cost = json.loads((tmp_path / "run" / "synth" / "sums.json").read_text())["cost"]
+    assert (cost["prompt_tokens"], cost["completion_tokens"]) == (4 * 7, 5 * 3)
+    assert len(kept) + len(reasons) == len(answers)
 
 
 def test_prompts_that_are_not_asked_are_told_and_columns_may_hold_anything(made, faulty, tmp_path):

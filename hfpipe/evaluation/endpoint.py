@@ -42,7 +42,7 @@ def complete(url: str, body: dict[str, Any]) -> dict[str, Any]:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
                 answer = json.load(response)
             if isinstance(answer["choices"][0]["message"], dict):
-                return answer
+                return {**answer, "usage": _counted(answer.get("usage"))}
             reason = "a completion without a message"
         except urllib.error.HTTPError as error:
             reason = f"{error} {error.read(500).decode(errors='replace')}".strip()
@@ -57,6 +57,13 @@ def complete(url: str, body: dict[str, Any]) -> dict[str, Any]:
         if number + 1 < _TRIES:
             time.sleep(min(wait, _LONGEST_WAIT_S))
     raise UserError(f"endpoint {url}: no completion: {_without(key, reason)}")
+
+
+def _counted(usage: Any) -> dict[str, int]:
+    """The tokens that an answer says it took, 0 where that is no count."""
+    told = usage if isinstance(usage, dict) else {}
+    counts = {key: told.get(key) for key in ("prompt_tokens", "completion_tokens")}
+    return {key: n if isinstance(n, int) and 0 <= n < 2**53 else 0 for key, n in counts.items()}
 
 
 def _without(key: str, text: str) -> str:

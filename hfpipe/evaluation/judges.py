@@ -97,7 +97,7 @@ def grade_of(url: str, model: str, spent: Callable[[dict[str, Any]], None]) -> S
 
 def _ask(url: str, model: str, content: str, spent: Callable[[dict[str, Any]], None] = lambda usage: None) -> str:
     answer = complete(url, {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
-    spent(answer.get("usage") or {})
+    spent(answer["usage"])
     return said(answer)
 
 

@@ -129,9 +129,7 @@ class _Seat:
             made |= {"kind": str(row["kind"]) if row.get("kind") is not None else None}
             made |= {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
             rows.append({**made, "judged_by": self.judge_name})
-        judged = {
-            key: sum(used.get(key) or 0 for used in self.judged) for key in ("prompt_tokens", "completion_tokens")
-        }
+        judged = {key: sum(used[key] for used in self.judged) for key in ("prompt_tokens", "completion_tokens")}
         return {"rows": rows, "seconds": round(time.monotonic() - began, 2), "judged": judged if self.judged else {}}
 
     def _seated(self) -> tuple[Teacher, Score | None]:

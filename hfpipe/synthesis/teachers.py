@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from hfpipe.data.messages import RowProblem, text_of
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, answer_all, carry_out
 from hfpipe.evaluation.endpoint import Refused, complete
@@ -82,6 +83,9 @@ class EndpointTeacher:
         answer = Answer()
         try:
             self._converse(answer, question, seed)
+            text_of(json.dumps(answer.messages, ensure_ascii=False))  # what no file can hold
+        except RowProblem as problem:
+            answer.messages, answer.fault = [], f"not as the protocol has it: {problem}"
         except Refused as refused:
             answer.fault = f"refused: {refused}"
         except (KeyError, TypeError, AttributeError) as error:
@@ -93,12 +97,12 @@ class EndpointTeacher:
         body = {**self._body, "seed": seed, **({"tools": question.tools} if question.tools else {})}
         for _ in range(MAX_CALLS + 1):
             reply = complete(self.url, {**body, "messages": talk})
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            answer.prompt_tokens += usage.get("prompt_tokens") or 0
-            answer.completion_tokens += usage.get("completion_tokens") or 0
+            choice = reply["choices"][0]
+            answer.prompt_tokens += reply["usage"]["prompt_tokens"]
+            answer.completion_tokens += reply["usage"]["completion_tokens"]
             answer.stopped = choice.get("finish_reason") in ("stop", "tool_calls")
             said = choice["message"]
-            message = {"role": "assistant", "content": said.get("content") or ""}
+            message = {"role": "assistant", "content": text_of(said.get("content"))}
             if calls := said.get("tool_calls"):
                 message["tool_calls"] = [{"type": "function", "function": _called(call)} for call in calls]
             results = carry_out(message, TOOLS) if calls else []
