@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -67,6 +68,40 @@ def test_a_stage_from_the_hub_is_pinned_and_needs_no_hub_again(hub, hub_env, rep
     assert [link["stage"] for link in chain["links"]] == ["sft", "midtrain", "pretrain", "tokenizer"]
     assert chain["links"][1]["where"] == f"{repo_id}@{commit}"
     assert chain["holds"]
+
+
+SYNTH = """
+rows:
+  method: distil
+  teacher: {{model: "{teacher}"}}
+  prompts: {{path: tinyworld/sft, limit: 6}}
+  max_new_tokens: 24
+  temperature: 0
+"""
+
+
+def test_a_teacher_of_the_hub_is_the_one_in_its_folder(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    commit = stage_json(own_run / "sft")["hub"]["commit"]
+    said = []
+    for name, teacher in (("hub", f"{repo_id}@sft"), ("folder", own_run / "sft")):
+        folder = hub_recipe("midtrain", name=name)
+        (folder / "synth.yaml").write_text(SYNTH.format(teacher=teacher))
+        (folder / "sft.yaml").write_text(FROM_HUB.format(source=own_run / "midtrain"))
+        (folder / "pipeline.yaml").write_text("name: mine\nstages: [sft]\nsynth: synth.yaml\nevaluate: {samples: 0}\n")
+        hfpipe("data", "synth", folder, "--out", tmp_path / f"{name}-run", env=hub_env)
+        made = tmp_path / f"{name}-run" / "synth"
+        record = json.loads((made / "rows.json").read_text())
+        assert record["pins"] == ({f"{repo_id}@sft": commit} if name == "hub" else {})
+        tables = [
+            pyarrow.parquet.read_table(made / f"{part}.parquet").to_pylist() for part in ("rows", "rows.rejected")
+        ]
+        rows = sorted((row for table in tables for row in table), key=lambda row: row["made_from"])
+        assert len(rows) == record["asked"] == 6
+        who = f"{repo_id}@{commit[:16]}" if name == "hub" else f"{own_run / 'sft'}@"
+        assert all(row["made_by"].startswith(who) for row in rows)
+        said.append([row["messages"] for row in rows])
+    assert said[0] == said[1]
 
 
 def test_with_the_hub_away_only_what_was_verified_is_used_and_it_is_said(

@@ -630,6 +630,39 @@ def test_the_readme_shows_the_shipped_section():
         assert load_yaml(Path(file.name)) == shipped
 
 
+SHORT = [
+    "tokenizer.data={train: [{path: tinyworld/pretrain, limit: 2000}]}",
+    "pretrain.data.train=[{path: tinyworld/pretrain, limit: 50}]",
+    *(f"pretrain.model.config.{key}=64" for key in ("hidden_size", "intermediate_size")),
+    "pretrain.model.config.num_hidden_layers=1",
+    "pretrain.model.config.layer_types=[full_attention]",
+    "sft.data.train=[{path: tinyworld/sums, limit: 8}]",  # learnt by heart
+    "sft.regularize.freeze_embeddings=false",
+    "sft.optimizer.lr=0.03",
+    "sft.trainer.learning_rate=5.0e-3",
+    "sft.trainer.per_device_train_batch_size=4",
+    "sft.trainer.packing=false",
+    "sft_more.trainer.max_steps=2",
+    "sft_synth.trainer.max_steps=2",
+    "synth.sums.prompts={path: tinyworld/sums, limit: 8}",
+    "evaluate={samples: 0, max_rows: 4, probes: [{path: tinyworld/sums, split: test, limit: 4, capability: sums, check: exact}]}",
+]
+
+
+def test_the_recipe_in_short(tmp_path):
+    done = hfpipe("run", "synth", "--out", tmp_path / "run", *(word for change in SHORT for word in ("--set", change)))
+    kept = rows(tmp_path / "run", "sums")
+    assert 4 < len(kept) <= 8
+    assert {json.dumps(json.loads(row["verdict"])) for row in kept} == {
+        '{"calculator": "passed", "tool_format": "passed"}'
+    }
+    assert set(rejected(tmp_path / "run", "sums")) >= {"another answer to its prompt is kept"}
+    assert stage_json(tmp_path / "run" / "sft_synth")["sources"][0]["used"] == len(kept)
+    steps = [stage_json(tmp_path / "run" / name)["metrics"]["steps"] for name in ("sft_more", "sft_synth")]
+    assert steps == [2, 2]
+    assert "sums" in done.stdout
+
+
 DISTILL = """stage: distill
 model: {from: RUN/student}
 data: {train: [{path: FOLDER/asked.jsonl, split: all}], eval: [{path: FOLDER/asked.jsonl, split: all}]}
