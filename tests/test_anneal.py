@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 
 import pytest
 
@@ -103,6 +104,24 @@ def test_both_halves_of_annealing_help_on_held_out_quality_text(run):
     loss = {name: stage_json(folder / name)["metrics"]["held_out_text"]["loss"] for name in ("pretrain", *BRANCHES)}
     assert loss["anneal"] < min(loss["only_quality"], loss["only_decay"])
     assert max(loss["only_quality"], loss["only_decay"]) < loss["neither"] < loss["pretrain"]
+
+
+def test_the_mixture_may_change_while_the_rate_falls(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    phases = [
+        "anneal.data.train=[{path: '{web}', limit: 150}, {path: '{quality}', limit: 150}]",
+        "anneal.data.phases=[{share: 0.5, weights: [0.9, 0.1]}, {share: 0.5, weights: [0.1, 0.9]}]",
+    ]
+    settings = [a for text in (*SMALL, *phases) for a in ("--set", text)]
+    done = hfpipe("run", "anneal", "--out", tmp_path / "run", "--only", "anneal", *settings)
+    record = stage_json(tmp_path / "run" / "anneal")
+    steps = stage_json(folder / "anneal")["metrics"]["steps"]
+    assert record["metrics"]["steps"] == steps
+    assert rates(tmp_path / "run" / "anneal") == pytest.approx([0.02 * (1 - (n / steps) ** 0.5) for n in range(steps)])
+    web, quality = ([share * one["tokens"] for share in one["phases"]] for one in record["sources"][:2])
+    assert [w / (w + q) for w, q in zip(web, quality, strict=True)] == pytest.approx([0.9, 0.1], abs=0.03)
+    assert "order: phase 1: 50% of the steps, 0.9 / 0.1; phase 2: 50% of the steps, 0.1 / 0.9" in done.stdout
 
 
 def test_state_is_kept_beside_the_weights_and_never_published(run):
