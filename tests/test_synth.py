@@ -447,6 +447,18 @@ def test_what_a_server_says_otherwise_than_the_protocol_costs_its_row_alone(made
     assert len(kept) + len(reasons) == len(answers)
 
 
+def test_a_call_of_a_tool_that_the_row_declares_is_an_answer(made, faulty, tmp_path):
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"town": "Lima"}'}}
+    asked = [json.dumps({"n": n, "message": {"content": None, "tool_calls": [call]}}) for n in range(2)]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    prompts = [{"prompt": asked[0], "tools": tools}, {"prompt": asked[1]}]
+    (kept,), reasons = asked_of(made, faulty[0], tmp_path, prompts)
+    (told,) = kept["messages"][1]["tool_calls"]
+    assert (told["function"]["name"], json.loads(told["function"]["arguments"])) == ("weather", {"town": "Lima"})
+    assert json.loads(kept["tools"]) == tools
+    assert reasons == {asked[1]: "empty answer"}
+
+
 def test_prompts_that_are_not_asked_are_told_and_columns_may_hold_anything(made, faulty, tmp_path):
     recipe, run, _ = made
     asked = [{"prompt": "One?", "kind": 3}, {"prompt": "One?", "kind": 3}, {"prompt": ""}, {"prompt": None}]

@@ -34,7 +34,7 @@ from hfpipe.hub_client import locate, use_pins, used_pins
 from hfpipe.progress import duration, money, quantity
 from hfpipe.sections import Recipe
 from hfpipe.synth_config import Asked, Synth, file_of
-from hfpipe.synthesis.teachers import EndpointTeacher, LocalTeacher, Teacher, as_text
+from hfpipe.synthesis.teachers import EndpointTeacher, LocalTeacher, Teacher, as_text, ends_with_calls
 from hfpipe.synthesis.verify import check_can_run, wrong
 from hfpipe.training.identity import asked_identity, synth_identity, synth_record
 
@@ -152,9 +152,9 @@ class _Seat:
 
     def _judge(self, row: Row, answer: Answer) -> dict[str, Any]:
         """The conversation that a row and an answer make, with the verdict on it."""
-        reason = answer.fault or (
-            "unfinished answer" if not answer.stopped else None if answer.text else "empty answer"
-        )
+        said_something = answer.text or ends_with_calls(answer, row.get("tools"))
+        reason = None if said_something else "empty answer"
+        reason = answer.fault or ("unfinished answer" if not answer.stopped else reason)
         prompt, said = row["prompt"], answer
         if self.synth.method == "backtranslate":
             prompt = [{"role": "user", "content": answer.text}]

@@ -140,3 +140,10 @@ def _sent(message: dict[str, Any]) -> dict[str, Any]:
 def as_text(arguments: Any) -> str:
     """A tool call's arguments as one string: as they are, or a mapping's JSON."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def ends_with_calls(answer: Answer, tools: list[dict[str, Any]] | None) -> bool:
+    """Whether the last turn calls declared tools, which nobody here carries out."""
+    declared = {(tool.get("function") or tool).get("name") for tool in tools or ()}
+    called = [call["function"]["name"] for call in (answer.messages or [{}])[-1].get("tool_calls") or ()]
+    return bool(called) and declared.issuperset(called)
