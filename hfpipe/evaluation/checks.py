@@ -87,12 +87,16 @@ def json_keys(answer: Answer, keys: list[str]) -> bool:
     return found is not None and sorted(found) == sorted(keys)
 
 
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")  # Python reads NaN and Infinity
+
+
 def json_schema(answer: Answer, schema: dict[str, Any]) -> bool:
     """The whole answer is JSON that fits a JSON schema."""
     import jsonschema
 
     try:
-        jsonschema.validate(json.loads(answer.text), schema)
+        jsonschema.validate(json.loads(answer.text, parse_constant=_no_json), schema)
     except (ValueError, jsonschema.ValidationError):
         return False
     return True

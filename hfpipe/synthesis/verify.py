@@ -117,7 +117,7 @@ def _miscalculated(question: str, answer: str) -> str | None:
     asked = [side for sides in _arithmetic(question) for side in sides if _calculates(side)]
     if not asked:
         return None if equations else "calculator: no arithmetic to check"
-    found = NUMBER.findall(answer)
+    found = NUMBER.findall(answer.replace("−", "-"))
     fine = found and _agree(asked[-1], found[-1].replace(",", ""))
     return None if fine else "calculator: not the value of the question's expression"
 
@@ -148,11 +148,12 @@ def _calculates(side: str) -> bool:
 
 def _agree(one: str, other: str) -> bool:
     """Whether both have the same value, to the last digit that a written-out decimal has; False where one has none."""
-    try:
-        values = float(calculate(one)), float(calculate(other))
-    except (ValueError, OverflowError):
-        return False
     written = [side for side in (one, other) if not _calculates(side)]
     places = min((len(side.partition(".")[2]) for side in written if "." in side), default=None)
     rounded = 0.5000001 * 10**-places if places is not None else 0
-    return abs(values[0] - values[1]) <= max(rounded, 1e-6 * abs(values[0]))
+    try:
+        first = calculate(one)
+        apart = abs(first - calculate(other))
+        return apart <= (max(rounded, 1e-12 * abs(first)) if isinstance(apart, float) else 0)  # whole numbers exactly
+    except (ValueError, OverflowError):
+        return False
