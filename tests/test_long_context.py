@@ -351,12 +351,17 @@ def test_the_recipe_in_short(tmp_path):
     changes = [
         "tokenizer.data.train=[{path: tinyworld/needles, limit: 300}]",
         "pretrain.data.train=[{path: tinyworld/needles, limit: 200}]",
-        "long.data.train=[{path: tinyworld/long_needles, limit: 20}]",
+        "long.data.train=[{path: tinyworld/long_needles, limit: 20}, {path: tinyworld/needles, limit: 60}]",
+        "long.data.phases=[{share: 0.5, weights: [0, 1], max_length: 128}, {share: 0.5, weights: [1, 0]}]",
         "evaluate.needle={lengths: [64, 512], depths: [0.5], per_cell: 2}",
     ]
     settings = [part for change in changes for part in ("--set", change)]
     done = hfpipe("run", "long-context", "--out", tmp_path / "run", *settings)
     assert "longer than a row" not in done.stdout  # every document whole
+    assert "order: phase 1: " in done.stdout
+    short, long = (stage_json(tmp_path / "run" / "long")["sources"][at]["phases"] for at in (1, 0))
+    assert short[0] > 0 < long[1]  # each phase has its own lengths
+    assert short[1] == long[0] == 0
     parent, alone = (tmp_path / "run" / name / "model.safetensors" for name in ("pretrain", "stretched"))
     from safetensors.torch import load_file
 
