@@ -150,7 +150,10 @@ def test_what_a_fork_server_imports_is_there():
     assert done.stdout.split() == ["False", "torch", "True", "True"]
 
 
-@pytest.mark.parametrize("name", STAGES)
+SHORT = ("pretrain", "sft", "dpo")  # in CI; midtrain trains as sft does, the tokenizer is tried alone below
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.slow) for n in STAGES])
 def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     run = tmp_path / "micro"
     for other in STAGES:
