@@ -140,7 +140,10 @@ def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
         annotation = ast.unparse(item.annotation)
         if annotation.startswith("ClassVar") or item.target.id.startswith("_") or "init=False" in ast.unparse(item):
             continue
-        found[item.target.id] = Field(annotation, *_types(item.annotation), _default(item.value))
+        types, choices = _types(item.annotation)
+        if types and "'const': True" in ast.unparse(item):  # the flag alone, on upstream's command line
+            types += (bool,)
+        found[item.target.id] = Field(annotation, types, choices, _default(item.value))
     return found
 
 

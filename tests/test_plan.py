@@ -103,6 +103,7 @@ FSDP1 = "distributed_type: FSDP\nfsdp_config: {{fsdp_version: 1, {}}}\n"
         ("distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ZERO}\n", {}, "full"),
         ("multi_gpu", {"deepspeed": "ZERO"}, "full"),
         ("multi_gpu", {"fsdp": "full_shard"}, "full"),
+        ("multi_gpu", {"fsdp": "true"}, "full"),
         ("multi_gpu", {"fsdp": "full_shard", "fsdp_config": "{reshard_after_forward: false}"}, "zero2"),
     ],
 )
