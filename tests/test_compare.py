@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.compare import compare_answers, paired, sign_test
+from hfpipe.evaluation.intervals import wilson
 from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.redteam import ATTACKS, attack_rows
 from hfpipe.sections import Source
@@ -48,7 +49,7 @@ def test_a_task_of_the_harness_stands_in_the_scorecard(micro_run, tmp_path):
     score = told["harness/two_capitals"]
     assert score["n"] == 8
     assert score["metric"] == "acc,none"
-    assert 0 <= score["low"] <= score["score"] <= score["high"]
+    assert (score["low"], score["high"]) == pytest.approx(wilson(score["score"] * 8, 8), abs=1e-4)
     assert "harness/two_capitals" in hfpipe("report", run).stdout
     told = hfpipe(
         "eval", run / "sft", "--harness", "two_capitols", "--include-path", tasks, check=2, env=OFFLINE
@@ -112,6 +113,13 @@ def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path):
     path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json", env=path).stdout
     assert {name: entry["score"] for name, entry in json.loads(told)["capabilities"].items()} == {"a": 1, "b": 0}
+    for gives, said in (
+        ("9", "cannot take the value 20: it gave 9.0, expected a number from 0 to 1"),
+        ("1 if answer.text == '1' else None", "failed on the answer 'Hello! How can I help you?' to 'Hello!'"),
+    ):
+        (tmp_path / "mypackage" / "checks.py").write_text(f"def brief(answer, value): return {gives}\n")
+        told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", env=path, check=2).stderr
+        assert said in told
 
 
 @pytest.fixture
@@ -218,6 +226,13 @@ def test_what_is_no_utf8_is_read_in_a_chat(learned, errors):
     assert len(typed) == 2
     assert typed[:1] == hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf??").stdout.splitlines()
     assert hfpipe("chat", learned[0], "--max-new-tokens", "4", "--prompt", "caf\udce9?").stdout
+
+
+def test_a_line_that_is_too_long_does_not_end_a_chat(learned):
+    command = [sys.executable, "-m", "hfpipe", "chat", str(learned[0]), "--max-new-tokens", "20"]
+    done = subprocess.run(command, input=f"{5000 * 'word '}\nHello!\n", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Hello! How can I help you?\n")
+    assert "That is too long" in done.stderr
 
 
 def test_nobody_forges_a_turn_in_a_chat(learned):

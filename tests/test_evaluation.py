@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 
+from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all, generate_all, prompt_ids, turn_opening
 from hfpipe.evaluation.checks import check
@@ -20,7 +21,7 @@ from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import Probe
 from hfpipe.training.templates import load_chat_template, set_chat_template
 
-from .conftest import CALL, REAL, ROOT, TALKS, hfpipe, needs_real_data
+from .conftest import CALL, REAL, ROOT, TALKS, hfpipe, learn_by_heart, needs_real_data
 
 USER = [{"role": "user", "content": "x"}]
 ASKED = {"capability": "a", "check": {"type": "asks"}}
@@ -53,12 +54,19 @@ def test_means_are_bootstrapped_and_shares_are_not():
         ("exact", "Lima.", "Lima.", "Lima"),
         ("regex", r"^\d{4}$", "1984", "19 84"),
         ("number", 7006652, "1234 × 5678 = 7,006,652", "7006653"),
+        ("number", -5, "It is \u22125.", "It is 5."),
+        ("number", -5, "-$5", "$5"),
+        ("number", 0.5, "about .5", "about 5"),
+        ("number", 1000, "1e3", "1e2"),
+        ("number", 9007199254740993, "9007199254740993", "9007199254740992"),
+        ("json", ["a"], '{"a": 1}', 100_000 * "["),
         (
             "json_schema",
             {"type": "object", "required": ["capital"], "properties": {"capital": {"type": "string"}}},
             '{"capital": "Lima"}',
             '{"capital": 3}',
         ),
+        ("json_schema", {}, "1", 100_000 * "["),
     ],
 )
 def test_checks(kind, value, right, wrong):
@@ -74,6 +82,8 @@ def test_tool_calls_are_compared_as_parsed():
     row = {"check": {"type": "tool_call", "value": {"name": "f", "arguments": {"a": 1, "b": "x"}}}}
     assert check(row, answer({"b": "x", "a": 1})) == 1
     assert check(row, answer({"a": 1})) == 0
+    row["check"]["value"]["arguments"] = '{"a": 1, "b": "x"}'  # as OpenAI writes them
+    assert check(row, answer({"b": "x", "a": 1})) == 1
 
 
 def test_a_group_scores_as_its_worst_wording():
@@ -82,6 +92,8 @@ def test_a_group_scores_as_its_worst_wording():
     assert (found["score"], found["n"]) == (pytest.approx(1 / 3, abs=1e-4), 3)
     assert found["agreement"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["low"] < 1 / 3 < found["high"]
+    apart = [{**row, "kind": kind} for row, kind in zip(rows, "sstsss", strict=True)]  # group b is two of one row each
+    assert capabilities(apart, [1, 1, 1, 0, 0, 0])["robustness"]["agreement"] == 1
 
 
 def test_probes_of_ones_own(tmp_path):
@@ -110,6 +122,27 @@ def test_a_probe_that_no_template_takes_is_told_before_anything_trains(recipe, t
         ({"prompt": "x", "check": {"type": "regex", "value": "("}, "capability": "a"}, "cannot take the value '('"),
         ({"prompt": "x", "check": {"type": "json_schema", "value": {"type": "foo"}}, "capability": "a"}, "cannot take"),
         ({"prompt": 5, "check": {"type": "asks"}, "capability": "a"}, "expected `prompt` as text"),
+        *(
+            (
+                {"prompt": "x", "check": {"type": kind, "value": value}, "capability": "a"},
+                f"line 1: check `{kind}` cannot take",
+            )
+            for kind, value in (
+                ("tool_call", "calculator"),
+                ("tool_call", {"name": "f"}),
+                ("tool_format", None),
+                ("json", 5),
+                ("exact", None),
+                ("contains", ""),
+                ("contains_all", ["a", 5]),
+                ("length", {"min": 3}),
+                ("number", "4 apples"),
+                ("number", math.nan),
+            )
+        ),
+        ({**ASKED, "prompt": "x", "group": ["a"]}, "line 1: group = ['a']: expected a text or a number."),
+        ({**ASKED, "prompt": "x", "tools": 5}, "line 1: expected `tools` as a list, found int."),
+        ({**ASKED, "prompt": "\ud83d"}, "line 1: half of a surrogate pair in a text."),
         ({"prompt": "x", "check": {"type": "asks"}, "capability": 3}, "line 1: capability = 3: expected a text."),
         ({"prompt": "x", "check": {"type": "asks"}, "capability": "a", "kind": None}, "kind = None: expected a text."),
         (
@@ -163,6 +196,17 @@ def test_the_calculator_is_carried_out_and_its_result_answered(learned):
     assert hello.stopped
     (cut,) = answer_all(model, tokenizer, [Question(TALKS[1][:1])], max_new_tokens=3)
     assert not cut.stopped
+
+
+def test_who_calls_and_never_answers_has_not_stopped(micro_run, tmp_path):
+    asked, called, result, _ = TALKS[0]
+    folder, model, tokenizer = learn_by_heart(micro_run, [{"messages": [asked, *[called, result] * 6]}], tmp_path)
+    (answer,) = answer_all(model, tokenizer, [Question([asked])])
+    assert [m["role"] for m in answer.messages] == ["assistant", "tool"] * 3 + ["assistant"]
+    assert not answer.stopped
+    assert not answer.text
+    told = json.loads(hfpipe("chat", folder, "--prompt", asked["content"], "--json").stdout)
+    assert [m["role"] for m in told["messages"]] == ["user"] + ["assistant", "tool"] * 3 + ["assistant"]
 
 
 # --- the scorecard ---
@@ -255,8 +299,8 @@ def test_the_report_is_one_file_and_text_in_it_stays_text(micro_run, tmp_path):
     shutil.copytree(micro_run, run)
     rows = [json.loads(line) for line in (run / "dpo" / "probes.jsonl").read_text().splitlines()]
     for row in rows:
-        row["turns"] = ["<script>alert(1)</script>"]
-    (run / "dpo" / "probes.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        row["turns"] = ["<script>alert(1)</script>\u2028"]
+    artifact.write_jsonl(run / "dpo" / "probes.jsonl", rows)
     assert f"report: {run / 'report.html'}" in hfpipe("report", run).stdout
     html = (run / "report.html").read_text()
     assert "<script" not in html

@@ -94,13 +94,13 @@ class Session:
         self.messages.append({"role": "user", "content": self._clean(text)})
         self._make_room()
         question, answer = Question(list(self.messages)), Answer()
-        for _ in range(MAX_CALLS + 1):
+        for number in range(MAX_CALLS + 1):
             prompt = prompt_ids(self.tokenizer, question, answer)
             ids = self._generate(prompt, write)
             message = parse(self.tokenizer, prompt, ids, question)
             answer.messages.append(message)
             answer.stopped = bool(ids) and ids[-1] in stop_ids(self.model)
-            results = carry_out(message, TOOLS) if answer.stopped else []
+            results = carry_out(message, TOOLS) if answer.stopped and number < MAX_CALLS else []
             for result in results:
                 write(f" -> {result['content']}\n")
             answer.messages += results
@@ -178,8 +178,14 @@ def chat(source: str, *, prompt: str | None, system: str | None, as_json: bool, 
             break
         if not text and asks:
             break
-        if text:
+        if not text:
+            continue
+        try:
             turn(text)
+        except UserError as error:  # this turn can't be answered, the next may be
+            if as_json:
+                raise
+            print(f"hfpipe: {error}", file=sys.stderr)
 
 
 def _write(piece: str) -> None:

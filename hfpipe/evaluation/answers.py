@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _BATCH_TOKENS = 16384  # prompts and answers of one batch
 _FIRST_TOKENS = 20
-MAX_CALLS = 3  # tool calls in one answer
+MAX_CALLS = 3  # turns of one answer that call tools
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,9 @@ def answer_all(
             answer.messages.append(message)
             stopped = bool(ids) and ids[-1] in stop_ids(model)
             answer.stopped = stopped and (turn == 0 or answer.stopped)
-            results = carry_out(message, tools) if stopped else []
+            if turn == MAX_CALLS and message.get("tool_calls"):
+                answer.stopped = False  # it calls and calls, and never answers
+            results = carry_out(message, tools) if stopped and turn < MAX_CALLS else []
             if results:
                 answer.messages += results
                 again.append(i)

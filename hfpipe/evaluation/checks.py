@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 from hfpipe.data.personal import REFUSES
@@ -23,7 +24,7 @@ Check = Callable[[Answer, Any], float]
 DOUBTS = re.compile(r"\b(don't know|do not know|not sure|can't know|nobody can|not real)\b", re.IGNORECASE)
 PIRATE = re.compile(r"\b(arr+|matey|yo ho|ahoy)\b", re.IGNORECASE)
 RUDE = re.compile(r"\b(silly|stupid|dumb|fool)\b", re.IGNORECASE)
-NUMBER = re.compile(r"(?:(?<![\w.])-)?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w.])[-\u2212][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d+(?!\w))?")
 CHOICE = re.compile(r"answer is (\(?[A-Z]\) ?\S|[^\n]+? (?:[A-Z]|\([A-Z]\))(?:\.|\n|$))")
 
 
@@ -36,10 +37,15 @@ def starts(answer: Answer, value: str) -> bool:
     return re.match(rf"(?:(?:a|an|the)\s+)?{re.escape(value)}(?!\w)", answer.text, re.IGNORECASE) is not None
 
 
+def numbers(text: str) -> list[str]:
+    """The numbers of a text as Python writes them: `-1234.5` of `\u2212$1,234.5`."""
+    return [re.sub("[,$€£]", "", found).replace("\u2212", "-") for found in NUMBER.findall(text)]
+
+
 def number(answer: Answer, value: float) -> bool:
-    """The last number of the answer, thousands commas allowed."""
-    found = NUMBER.findall(answer.text)
-    return bool(found) and float(found[-1].replace(",", "")) == float(value)
+    """The last number of the answer, thousands commas allowed; to every digit."""
+    found = numbers(answer.text)
+    return bool(found) and Decimal(found[-1]) == Decimal(str(value))
 
 
 def tool_call(answer: Answer, value: dict[str, Any]) -> bool:
@@ -50,7 +56,10 @@ def tool_call(answer: Answer, value: dict[str, Any]) -> bool:
 
 def _plain(call: dict[str, Any]) -> Any:
     arguments = call["arguments"]
-    return re.sub(r"\s+", "", arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, str):
+        return arguments
+    parsed = _parse(arguments)  # OpenAI writes them as text
+    return parsed if isinstance(parsed, dict) else re.sub(r"\s+", "", arguments)
 
 
 def tool_format(answer: Answer, value: str) -> bool:
@@ -74,11 +83,15 @@ def choice(answer: Answer, value: dict[str, str]) -> bool:
     return re.match(rf"\(?{letter}\) ?{text}(?!\w)|{text} (?:{letter}\b|\({letter}\))", said) is not None
 
 
-def json_object(answer: Answer) -> dict[str, Any] | None:
+def _parse(text: str) -> Any:
     try:
-        found = json.loads(answer.text)
-    except ValueError:
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
+
+
+def json_object(answer: Answer) -> dict[str, Any] | None:
+    found = _parse(answer.text)
     return found if isinstance(found, dict) else None
 
 
@@ -97,7 +110,7 @@ def json_schema(answer: Answer, schema: dict[str, Any]) -> bool:
 
     try:
         jsonschema.validate(json.loads(answer.text, parse_constant=_no_json), schema)
-    except (ValueError, jsonschema.ValidationError):
+    except (ValueError, RecursionError, jsonschema.ValidationError):
         return False
     return True
 
@@ -176,6 +189,40 @@ NO_VALUE = frozenset(
 )  # fmt: skip
 
 
+_TEXT = {"type": "string", "minLength": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+# JSON schemas of the values that checks compare with.
+VALUES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("contains", "starts", "helps", "polite", "regex", "tool_format"), _TEXT),
+    "exact": {"type": ["string", "number"]},
+    "number": {"type": ["number", "string"], "pattern": r"^[-+]?\d*\.?\d+$"},
+    "tool_call": {"type": "object", "required": ["name", "arguments"], "properties": {"name": _TEXT}},
+    "choice": {"type": "object", "required": ["letter", "text"], "properties": {"letter": _TEXT, "text": _TEXT}},
+    "json": {"type": "array", "items": {"type": "string"}},
+    "json_equals": {"type": "object"},
+    "json_schema": {"type": ["object", "boolean"]},
+    "max_words": {"type": "object", "required": ["words", "text"], "properties": {"words": _COUNT, "text": _TEXT}},
+    "length": {
+        "type": "object",
+        "properties": {"min_words": _COUNT, "max_words": _COUNT},
+        "additionalProperties": False,
+    },
+    "contains_all": {"type": "array", "items": _TEXT, "minItems": 1},
+}  # fmt: skip
+
+
+def check_value(name: str, value: Any) -> None:
+    """ValueError where a check of ours cannot compare with a value, whatever the answer."""
+    import jsonschema
+
+    try:
+        jsonschema.validate(value, VALUES.get(name, True))
+    except jsonschema.ValidationError as error:
+        raise ValueError(error.message) from None
+    if name == "number" and not Decimal(str(value)).is_finite():
+        raise ValueError("expected a number")
+
+
 @functools.cache
 def find_check(name: str) -> Check:
     """A check by its name, ours or an entry point's; UserError where there is none."""
@@ -191,5 +238,8 @@ def find_check(name: str) -> Check:
 
 
 def check(row: dict[str, Any], answer: Answer) -> float:
-    """How right an answer is by the check of a probe row, from 0 to 1."""
-    return float(find_check(row["check"]["type"])(answer, row["check"].get("value")))
+    """How right an answer is by the check of a probe row, from 0 to 1; ValueError where the check gives anything else."""
+    score = float(find_check(row["check"]["type"])(answer, row["check"].get("value")))
+    if not 0 <= score <= 1:
+        raise ValueError(f"it gave {score}, expected a number from 0 to 1")
+    return score

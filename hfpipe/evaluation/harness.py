@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import UserError, nearest
+from hfpipe.evaluation.intervals import wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ def run_harness(
     limit: int | None = None,
     apply_chat_template: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """`{"harness/TASK": {"score", "n", "low", "high", "metric", "judged", "kinds": {}}}`: each task's first metric, +- 1.96 of its errors.
+    """`{"harness/TASK": {"score", "n", "low", "high", "metric", "judged", "kinds": {}}}`: each task's first metric.
 
     `include_path` is a folder with task files of one's own; the rest are arguments of `lm_eval.simple_evaluate`.
 
@@ -74,11 +75,16 @@ def _score(scores: dict[str, Any], n: int, higher_is_better: dict[str, bool]) ->
     name, _, which = metric.partition(",")
     error, score = scores.get(f"{name}_stderr,{which}"), float(scores[metric])
     spread = 1.96 * error if _number(error) else 0.0
+    low, high = max(score - spread, 0.0), score + spread
+    if 0 <= score <= 1:
+        high = min(high, 1.0)
+        if n > 1 and _number(error) and math.isclose(error, math.sqrt(score * (1 - score) / (n - 1)), abs_tol=1e-6):
+            low, high = wilson(score * n, n)  # a share's; a plain one has no width at 0 and 1
     return {
         "score": round(score, 4),
         "n": n,
-        "low": round(max(score - spread, 0.0), 4),
-        "high": round(score + spread, 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
         "metric": metric,
         "judged": _number(error) and bool(higher_is_better.get(name, True)),  # whether a change can be called one
         "kinds": {},

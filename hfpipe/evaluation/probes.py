@@ -7,19 +7,20 @@ A row asks by `prompt` (text to go on from) or `messages`; names its `capability
 from __future__ import annotations
 
 import itertools
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.data import tinyworld
-from hfpipe.data.messages import RowProblem, messages_of
+from hfpipe.data.messages import RowProblem, messages_of, text_of, tools_of
 from hfpipe.data.readers import read_file
 from hfpipe.data.rows import row_problem
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all
-from hfpipe.evaluation.checks import NUMBER, check, find_check, json_object
+from hfpipe.evaluation.checks import check, check_value, find_check, json_object, numbers
 from hfpipe.evaluation.intervals import interval
 from hfpipe.sections import Probe, Source
 
@@ -63,10 +64,17 @@ def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
         for key in ("capability", "kind"):
             if not isinstance(row.get(key, ""), str):
                 raise UserError(f"{where}: {at}: {key} = {row[key]!r}: expected a text.")
+        if not isinstance(row.get("group"), str | int | None):
+            raise UserError(f"{where}: {at}: group = {row['group']!r}: expected a text or a number.")
         row = {"kind": row.get("capability", probe.capability), **row}
         if wanted["type"] == "prefers" and isinstance(wanted.get("value"), dict) and probe.judge:
             row["check"] = {**wanted, "value": {**_judge(probe), **wanted["value"]}}
         try_check(row, f"{where}: {at}")
+        try:
+            text_of(json.dumps(row, ensure_ascii=False))  # what follows writes it to files
+            row["tools"] = tools_of(row.get("tools")) or None
+        except RowProblem as error:
+            raise UserError(f"{where}: {at}: {error}.") from None
         if row.get("messages"):
             row["messages"] = _turns(row["messages"], f"{where}: {at}")
         yield row
@@ -93,6 +101,7 @@ def try_check(row: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: check.type = {wanted['type']!r}: expected the name of a check.")
     try:
         find_check(wanted["type"])
+        check_value(wanted["type"], wanted.get("value"))
         if wanted["type"] == "json_schema":
             import jsonschema
 
@@ -162,8 +171,8 @@ def reference_value(check: str, answers: Sequence[dict[str, Any]]) -> Any:
         return wanted["name"] if wanted and check == "tool_format" else wanted
     text = str(answers[-1].get("content") or "") if answers else ""
     if check == "number":
-        found = NUMBER.findall(text)
-        return float(found[-1].replace(",", "")) if found else None
+        found = numbers(text)
+        return float(found[-1]) if found else None
     if check == "json_equals":
         return json_object(Answer(messages=[{"role": "assistant", "content": text}]))
     return text or None
@@ -203,7 +212,7 @@ def capabilities(rows: Sequence[dict[str, Any]], scores: Sequence[float]) -> dic
     for capability, kinds in by_kind.items():
         values = {kind: _worst(scored) for kind, scored in kinds.items()}
         entry = summary([value for group in values.values() for value in group])
-        agreement = _agreement([item for scored in kinds.values() for item in scored])
+        agreement = _agreement(list(kinds.values()))
         if agreement is not None:
             entry["agreement"] = agreement
         found[capability] = {**entry, "kinds": {kind: summary(group) for kind, group in values.items()}}
@@ -221,8 +230,8 @@ def _worst(scored: Sequence[tuple[str | None, float]]) -> list[float]:
     return [min(group) for group in _grouped(scored).values()]
 
 
-def _agreement(scored: Sequence[tuple[str | None, float]]) -> float | None:
-    groups = [group for group in _grouped(scored).values() if len(group) > 1]
+def _agreement(kinds: Sequence[Sequence[tuple[str | None, float]]]) -> float | None:
+    groups = [group for scored in kinds for group in _grouped(scored).values() if len(group) > 1]
     return round(sum(len(set(group)) == 1 for group in groups) / len(groups), 4) if groups else None
 
 
@@ -232,12 +241,25 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"score": round(mean, 4), "n": len(values), "low": round(low, 4), "high": round(high, 4)}
 
 
+def _checked(row: dict[str, Any], answer: Answer) -> float:
+    try:
+        return check(row, answer)
+    except UserError:
+        raise
+    except Exception as error:  # a check may be anybody's function
+        asked = row.get("prompt") or row["messages"][-1].get("content")
+        raise UserError(
+            f"check `{row['check']['type']}` of {row['capability']} failed on the answer {answer.text[:80]!r} to "
+            f"{str(asked)[:80]!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def score_probes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], max_new_tokens: int
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The capabilities of a model, and every question with its answer and score."""
     answers = ask(model, tokenizer, rows, max_new_tokens)
-    scores = [check(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    scores = [_checked(row, answer) for row, answer in zip(rows, answers, strict=True)]
     told = [
         {**row, "answer": answer.text, "turns": answer.turns(), "raw": answer.raw, "score": score}
         for row, answer, score in zip(rows, answers, scores, strict=True)

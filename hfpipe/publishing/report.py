@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # JSON may hold other ends of lines, as U+2028
         with contextlib.suppress(ValueError):  # the last line of a write that was cut off
             found.append(json.loads(line))
     return found

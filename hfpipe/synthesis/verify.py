@@ -10,7 +10,7 @@ from typing import Any
 
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.evaluation.answers import Answer
-from hfpipe.evaluation.checks import NO_VALUE, NUMBER, check, find_check
+from hfpipe.evaluation.checks import NO_VALUE, check, find_check, numbers
 from hfpipe.evaluation.probes import reference_value, try_check
 from hfpipe.evaluation.tools import calculate
 from hfpipe.sections import Recipe
@@ -117,8 +117,8 @@ def _miscalculated(question: str, answer: str) -> str | None:
     asked = [side for sides in _arithmetic(question) for side in sides if _calculates(side)]
     if not asked:
         return None if equations else "calculator: no arithmetic to check"
-    found = NUMBER.findall(answer.replace("−", "-"))
-    fine = found and _agree(asked[-1], found[-1].replace(",", ""))
+    found = numbers(answer)
+    fine = found and _agree(asked[-1], found[-1])
     return None if fine else "calculator: not the value of the question's expression"
 
 
