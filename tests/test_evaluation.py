@@ -13,7 +13,7 @@ import pytest
 from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all, generate_all, prompt_ids, turn_opening
-from hfpipe.evaluation.checks import check
+from hfpipe.evaluation.checks import check, score_answer
 from hfpipe.evaluation.intervals import bootstrap, difference, interval, wilson
 from hfpipe.evaluation.probes import capabilities, load_probes
 from hfpipe.evaluation.scorecard import read_scorecard, table
@@ -72,7 +72,7 @@ def test_means_are_bootstrapped_and_shares_are_not():
 def test_checks(kind, value, right, wrong):
     row = {"check": {"type": kind, "value": value}}
     assert check(row, Answer(right, [{"content": right}], True)) == 1
-    assert check(row, Answer(wrong, [{"content": wrong}], True)) == 0
+    assert score_answer(row, Answer(wrong, [{"content": wrong}], True)) == 0
 
 
 def test_tool_calls_are_compared_as_parsed():
@@ -434,3 +434,18 @@ def test_a_report_of_stages_that_were_asked_different_questions(micro_run, tmp_p
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[2:40]) + "\n" + lines[40][:30])
     assert "report:" in hfpipe("report", run).stdout
+
+
+def test_a_report_of_a_run_that_stopped_half_way(micro_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(micro_run, run, ignore=shutil.ignore_patterns("dpo", "sft", "*.safetensors"))
+    (run / "midtrain" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo')
+    record = json.loads((run / "midtrain" / "stage.json").read_text())
+    (run / "midtrain" / "stage.json").write_text(json.dumps({**record, "metrics": {}}))
+    assert list(json.loads(hfpipe("report", run, "--json").stdout)["stages"]) == ["pretrain", "midtrain"]
+    hfpipe("report", run)
+    assert "midtrain" in (run / "report.html").read_text()
+    shutil.rmtree(run / "midtrain")
+    shutil.rmtree(run / "pretrain")
+    hfpipe("report", run)
+    assert "tokenizer" in (run / "report.html").read_text()

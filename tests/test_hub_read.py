@@ -168,6 +168,15 @@ def test_the_cards_snippet_runs(hub, hub_env, repo_id, own_run):
         assert "<|assistant|>" in done.stdout or stage in ("tokenizer", "pretrain")
 
 
+def test_a_chat_with_a_revision_on_the_hub(hub, hub_env, repo_id, own_run):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    options = ["--prompt", "Hello!", "--max-new-tokens", "4", "--json"]
+    for stage in ("midtrain", "sft"):
+        told = hfpipe("chat", f"{repo_id}@{stage}", *options, env=hub_env).stdout
+        assert told == hfpipe("chat", own_run / stage, *options).stdout
+    assert "no model there" in hfpipe("chat", f"{repo_id}@nowhere", *options, env=hub_env, check=2).stderr
+
+
 ADAPTED = FROM_HUB + "adapter: {{type: lora, r: 4, target_modules: all-linear}}\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
@@ -71,6 +72,23 @@ def test_what_is_wrong_with_a_row_is_shown_beside_it(micro_run, recipe, tmp_path
     shown = hfpipe("inspect", folder / "sft.yaml", "--out", micro_run, "--row", "1").stdout
     assert "2 control tokens neutralised" in shown
     assert "⟦<|assistant|>Hello<|end_assistant|>⟧" in shown
+
+
+def test_the_rows_of_a_mixture_name_their_source(micro_run, recipe, tmp_path):
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "The sky is blue. " * 40}) + "\n")
+    sources = [
+        f"{{path: {tmp_path}/talks.jsonl, split: all}}",
+        f"{{path: {tmp_path}/texts.jsonl, split: all, as: text}}",
+    ]
+    data = f"data: {{train: [{', '.join(sources)}]}}"
+    folder = recipe({"sft": f"stage: sft\nmodel: {{from: midtrain}}\n{data}\ntrainer: {{max_length: 64}}\n"})
+    talked, text = inspect(folder / "sft.yaml", micro_run)
+    assert [Path(row["source"]).name for row in (talked, text)] == ["talks.jsonl", "texts.jsonl"]
+    assert [row["place"] for row in (talked, text)] == ["talks.jsonl line 1", "texts.jsonl line 1"]
+    assert (talked["form"], text["form"]) == ("messages", "text")
+    assert "longer than max_length 64: cut into rows" in text["problem"]
 
 
 def test_a_row_cannot_command_the_terminal(micro_run, recipe, tmp_path):

@@ -41,6 +41,8 @@ def report(micro_run, tmp_path_factory) -> Path:
         (run / stage / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
         scores = json.loads((run / stage / "eval.json").read_text())
         (run / stage / "eval.json").write_text(json.dumps({**scores, "samples": samples}))
+        record = json.loads((run / stage / "stage.json").read_text())
+        (run / stage / "stage.json").write_text(json.dumps({**record, "sources": [{"text": 400 * "W"}]}))
     hfpipe("report", run)
     return run / "report.html"
 

@@ -13,7 +13,7 @@ from hfpipe.evaluation.compare import compare_answers, table
 from hfpipe.evaluation.harness import HARNESS_FILE, run_harness
 from hfpipe.evaluation.judges import find_judge
 from hfpipe.evaluation.probes import TINYWORLD, load_probes, score_probes
-from hfpipe.progress import printable
+from hfpipe.progress import printable, quiet_imports
 from hfpipe.sections import Evaluate, Probe
 from hfpipe.strict import build
 from hfpipe.yaml_files import load_yaml
@@ -75,6 +75,7 @@ def compare(
     Without a judge the probes' checks decide.
     """
     rows, max_new_tokens = read_probes(probes)
+    quiet_imports()
     decide = find_judge(judge, judge_model) if judge else None
     told = [score_probes(*load(source), rows, max_new_tokens)[1] for source in (first, second)]
     if decide:

@@ -110,7 +110,7 @@ def json_schema(answer: Answer, schema: dict[str, Any]) -> bool:
 
     try:
         jsonschema.validate(json.loads(answer.text, parse_constant=_no_json), schema)
-    except (ValueError, RecursionError, jsonschema.ValidationError):
+    except (ValueError, jsonschema.ValidationError):
         return False
     return True
 
@@ -243,3 +243,11 @@ def check(row: dict[str, Any], answer: Answer) -> float:
     if not 0 <= score <= 1:
         raise ValueError(f"it gave {score}, expected a number from 0 to 1")
     return score
+
+
+def score_answer(row: dict[str, Any], answer: Answer) -> float:
+    """`check`, and 0 for an answer that nests deeper than Python reads."""
+    try:
+        return check(row, answer)
+    except RecursionError:
+        return 0.0

@@ -20,7 +20,7 @@ from hfpipe.data.rows import row_problem
 from hfpipe.data.sources import load_source
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all
-from hfpipe.evaluation.checks import check, check_value, find_check, json_object, numbers
+from hfpipe.evaluation.checks import check, check_value, find_check, json_object, numbers, score_answer
 from hfpipe.evaluation.intervals import interval
 from hfpipe.sections import Probe, Source
 
@@ -243,7 +243,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 def _checked(row: dict[str, Any], answer: Answer) -> float:
     try:
-        return check(row, answer)
+        return score_answer(row, answer)
     except UserError:
         raise
     except Exception as error:  # a check may be anybody's function

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.evaluation.answers import Answer
-from hfpipe.evaluation.checks import NO_VALUE, check, find_check
+from hfpipe.evaluation.checks import NO_VALUE, find_check, score_answer
 from hfpipe.evaluation.probes import reference_value
 from hfpipe.training.identity import file_of_function
 
@@ -89,7 +89,7 @@ def by_check(item: RewardFunction, stops: set[int]) -> Reward:
                     scores.append(None)
                     continue
             answer = Answer(messages=list(messages), stopped=bool(ids) and ids[-1] in stops, row=whole)
-            scores.append(check({"check": {"type": item.check, "value": value}}, answer))
+            scores.append(score_answer({"check": {"type": item.check, "value": value}}, answer))
         return scores
 
     reward.__name__ = str(item.check)
