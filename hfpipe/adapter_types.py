@@ -305,5 +305,8 @@ def model_type_of(stages: dict[str, Stage], stage: Stage) -> str | None:
     if stage.model.config:
         return stage.model.config.get("model_type")
     folder = Path(stage.model.from_ or "").expanduser()
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # told where the folder's identity is taken
+        return None
+    return config.get("model_type") if isinstance(config, dict) else None

@@ -295,6 +295,10 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
     if record and "fingerprint" in record:
         if reason := damage(folder, record["files"], trust_times=True):
             raise UserError(f"{folder} is damaged: {reason}. Make that stage again, or give another model.")
+        if (left := record.get("leaves", leaves[0])) not in leaves:
+            raise UserError(
+                f"{folder} holds a {left}, expected a {' or a '.join(leaves)}. Give another folder.".replace("_", " ")
+            )
         return record["fingerprint"]
     names = [folder / name for name in _DECIDING] + weight_files(folder) + sorted(folder.glob("pytorch_model*.bin"))
     found = {p.name: file_sha256(p) for p in names if p.is_file()}
@@ -306,4 +310,34 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
             f"{folder} is not a model folder: it holds {there}, but no config.json. "
             "Give a folder written by save_pretrained, or a stage's folder of a run."
         )
+    if fault := _model_fault(folder, "tokenizer" not in leaves):
+        raise UserError(f"{folder} is no model that can be loaded: {fault}. Fetch or save it again.")
     return digest(found)
+
+
+def _model_fault(folder: Path, whole: bool) -> str | None:
+    """What is wrong with the configuration or the weights of a folder, as far as their beginnings tell; a `whole` model has weights."""
+    if (config := folder / "config.json").is_file():
+        try:
+            read = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            return f"config.json is not readable as JSON ({error})"
+        if not isinstance(read, dict) or (whole and not read.get("model_type")):
+            return "config.json is no mapping with a model_type"
+    listed = (read_json(folder / "model.safetensors.index.json") or {}).get("weight_map")
+    shards = {folder / str(name) for name in listed.values()} if isinstance(listed, dict) else set()
+    for file in sorted({*weight_files(folder), *shards}):
+        if not file.is_file():
+            return f"{file.name} is missing"
+        with open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            try:
+                header = json.loads(opened.read(length) if length < file.stat().st_size else b"")
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            except (ValueError, AttributeError, TypeError, LookupError):
+                return f"{file.name} does not begin as safetensors do"
+        if (size := 8 + length + max(ends, default=0)) != file.stat().st_size:
+            return f"{file.name} has {file.stat().st_size:,} bytes, not {size:,}"
+    if whole and not weight_files(folder) and not any(folder.glob("*model*.bin")):
+        return "it holds no weights (model.safetensors)"
+    return None

@@ -12,8 +12,8 @@ from hfpipe import upstream
 from hfpipe.adapter_types import apply_preset, read_adapter
 from hfpipe.contradictions import contradictions, needle, sharded, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
-from hfpipe.graph import check_graph
-from hfpipe.paths import stage_configs_dir
+from hfpipe.graph import check_graph, unknown_source
+from hfpipe.paths import place_fault, stage_configs_dir
 from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
 from hfpipe.synth_config import place_synth, read_synth
@@ -100,40 +100,42 @@ def load_recipe(
         problems += _override(text, head_raw, raws, set(listed))
         _read_files(head_raw, folder, problems)
     pipeline = build(Pipeline, head_raw, f"{head_file}: ", problems)
+    if pipeline is None:  # refused in the end; what is right in it is held to the rest all the same
+        needed = {"name": "recipe", "stages": listed}
+        sound = {key: value for key, value in head_raw.items() if build(Pipeline, needed | {key: value}, "", [])}
+        head_raw = needed | sound
+        pipeline = build(Pipeline, head_raw, "", [])
     settings = head_raw.get("settings") if isinstance(head_raw.get("settings"), dict) else {}
     stages = {}
     for stage, raw in raws.items():
         raw = _fill_settings(raw, settings, f"{files[stage]}: ", problems)
-        built = _stage(stage, files[stage], raw, stage_types, problems)
+        built = _stage(stage, files[stage], raw, stage_types, listed, problems)
         if built:
             stages[stage] = built
     stages = {name: apply_preset(stages, stage) for name, stage in stages.items()}
-    if pipeline:
-        if not re.fullmatch(r"[\w.-]+", pipeline.name):
-            problems.append(
-                f"{head_file}: name = {pipeline.name!r}: expected letters, digits, `.`, `_` and `-`: it names a folder."
-            )
-        filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate.", problems)
-        evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
-        filled = _fill_settings(head_raw.get("synth") or {}, settings, f"{head_file}: synth.", problems)
-        synths = read_synth(filled, f"{head_file}: synth.", listed, stages, problems)
-        stages = place_synth(stages, synths, run or Path("runs") / pipeline.name, problems)
-        pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate(), synth=synths)
-        problems += (f"{head_file}: evaluate.needle: {problem}" for problem in needle(pipeline.evaluate))
-        problems += _check_launch(pipeline, head_file)
-        repo_id = pipeline.hub.repo_id
-        if repo_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
-            problems.append(
-                f"{head_file}: hub.repo_id = {repo_id!r}: expected NAMESPACE/NAME, such as me/{pipeline.name}."
-            )
-        distributed_type = _distributed_type(pipeline)
-        for stage in stages.values():
-            problems += split_batch(stage, pipeline.launch.processes or 1)
-            problems += sharded(stage, distributed_type)
+    assert pipeline is not None
+    if not re.fullmatch(r"[\w.-]+", pipeline.name):
+        problems.append(
+            f"{head_file}: name = {pipeline.name!r}: expected letters, digits, `.`, `_` and `-`: it names a folder."
+        )
+    filled = _fill_settings(head_raw.get("evaluate") or {}, settings, f"{head_file}: evaluate.", problems)
+    evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
+    filled = _fill_settings(head_raw.get("synth") or {}, settings, f"{head_file}: synth.", problems)
+    synths = read_synth(filled, f"{head_file}: synth.", listed, stages, problems)
+    stages = place_synth(stages, synths, run or Path("runs") / pipeline.name, problems)
+    pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate(), synth=synths)
+    problems += (f"{head_file}: evaluate.needle: {problem}" for problem in needle(pipeline.evaluate))
+    problems += _check_launch(pipeline, head_file)
+    repo_id = pipeline.hub.repo_id
+    if repo_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo_id):
+        problems.append(f"{head_file}: hub.repo_id = {repo_id!r}: expected NAMESPACE/NAME, such as me/{pipeline.name}.")
+    distributed_type = _distributed_type(pipeline)
+    for stage in stages.values():
+        problems += split_batch(stage, pipeline.launch.processes or 1)
+        problems += sharded(stage, distributed_type)
     check_graph(listed, stages, problems)
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
-    assert pipeline is not None
     return Recipe(pipeline.name, folder, pipeline, stages, tuple(overrides))
 
 
@@ -184,7 +186,10 @@ def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) ->
     parts = key.strip().split(".")
     if parts[0] == "stages":
         return [f"--set {text}: the stages are the recipe's own; select among them with --from, --to and --only."]
-    value = parse_value(right)
+    try:
+        value = parse_value(right)
+    except UserError as error:
+        return [str(error)]
     if parts[0] in raws and len(parts) == 1:
         return [
             f"--set {text}: `{parts[0]}` is a whole stage; name a key of it, such as {parts[0]}.trainer.learning_rate."
@@ -218,7 +223,7 @@ SETTING = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) -> Any:
     """Replace `{name}` in every `path` and `from` by the recipe's setting."""
     if isinstance(value, list):
-        return [_fill_settings(v, settings, where, problems) for v in value]
+        return [_fill_settings(v, settings, f"{where[:-1]}[{i}].", problems) for i, v in enumerate(value)]
     if not isinstance(value, dict):
         return value
     filled = {}
@@ -226,17 +231,25 @@ def _fill_settings(value: Any, settings: dict, where: str, problems: list[str]) 
         if key in ("path", "from") and isinstance(item, str):
             for name in SETTING.findall(item):
                 if settings.get(name) is None:
+                    needs = f"needs the setting `{name}`"
+                    if name in settings and any(needs in problem for problem in problems):
+                        continue  # one value is missing, however often it is named
                     example = f"--set {name}=VALUE" if name in settings else "add it to `settings` in pipeline.yaml"
-                    problems.append(f"{where}{key} = {item!r} needs the setting `{name}`: {example}.")
+                    problems.append(f"{where}{key} = {item!r} {needs}: {example}.")
                 else:
                     item = item.replace(f"{{{name}}}", str(settings[name]))
+            if fault := place_fault(item):
+                problems.append(f"{where}{key} = {item[:80]!r} cannot be looked up: {fault}.")
+                item = "."  # for the checks that follow
             filled[key] = item
         else:
-            filled[key] = _fill_settings(item, settings, where, problems)
+            filled[key] = _fill_settings(item, settings, f"{where}{key}.", problems)
     return filled
 
 
-def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], problems: list[str]) -> Stage | None:
+def _stage(
+    name: str, file: Path, raw: dict, stage_types: dict[str, StageType], listed: list[str], problems: list[str]
+) -> Stage | None:
     where = f"{file}: "
     type_name = raw.get("stage")
     if not isinstance(type_name, str) or type_name not in stage_types:
@@ -255,10 +268,9 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
         value = raw.get(key)
         if value is not None and not isinstance(value, dict):
             problems.append(f"{where}{key} = {value!r}: expected a mapping.")
-            return None
-        sections[key] = build(section_type, value or {}, f"{where}{key}.", problems)
-    if None in sections.values():
-        return None
+            sections[key] = None
+        else:
+            sections[key] = build(section_type, value or {}, f"{where}{key}.", problems)
     trainer = _upstream_section(raw.get("trainer"), f"{where}trainer", problems)
     if kind.trainer:
         owner = kind.trainer
@@ -276,8 +288,13 @@ def _stage(name: str, file: Path, raw: dict, stage_types: dict[str, StageType], 
     adapter = None
     if kind.adapter and raw.get("adapter") is not None:
         adapter = read_adapter(raw["adapter"], f"{where}adapter", problems)
-    if "model" in sections and sections["model"].config:
-        problems += _model_config(sections["model"].config, f"{where}model.config")
+    model = raw.get("model") if "model" in sections else None
+    if isinstance(model, dict) and isinstance(config := model.get("config"), dict) and config:
+        problems += _model_config(config, f"{where}model.config")
+    if None in sections.values():
+        if isinstance(model, dict) and isinstance(source := model.get("from"), str):
+            problems += unknown_source(f"{where}model.from", source, listed)
+        return None
     if "data" in sections and not sections["data"].train:
         problems.append(f"{where}data.train is missing: a list of sources, such as [{{path: rows.jsonl}}].")
     stage = Stage(name, kind, file, sections, trainer, adapter, raw)

@@ -186,7 +186,7 @@ def _weights(stage: Stage) -> Iterator[str]:
         return
     if not stage.type.trainer:
         yield "data.train: weight has no meaning here: a tokenizer reads every source whole. Remove it, or set limit."
-    elif any(weight is None or weight <= 0 for weight in weights):
+    elif any(weight is None or not 0 < weight < math.inf for weight in weights):
         yield "data.train: give every source a weight above 0, or none of them."
 
 

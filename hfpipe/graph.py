@@ -51,13 +51,18 @@ def check_graph(listed: list[str], stages: dict[str, Stage], problems: list[str]
                 )
             elif listed.index(source) > listed.index(name):
                 problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
-        elif source in listed:
-            continue  # that stage's own fault is told already
-        elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
-            problems.append(
-                f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
-                f"nor a Hub id (org/name).{nearest(source, listed)}"
-            )
+        else:
+            problems += unknown_source(f"{stage.file}: model.from", source, listed)
+
+
+def unknown_source(where: str, source: str, listed: list[str]) -> list[str]:
+    """What is wrong with a name that is no stage's, no folder's and no Hub id; of a listed stage its own fault is told."""
+    if source in listed or Path(source).expanduser().exists() or looks_like_hub_id(source):
+        return []
+    return [
+        f"{where} = {source!r} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
+        f"nor a Hub id (org/name).{nearest(source, listed)}"
+    ]
 
 
 def _check_guide(listed: list[str], name: str, stages: dict[str, Stage], problems: list[str]) -> None:
@@ -73,11 +78,8 @@ def _check_guide(listed: list[str], name: str, stages: dict[str, Stage], problem
             problems.append(f"{where}: `{source}` leaves a {stages[source].type.leaves}, not a {wanted}.")
         elif listed.index(source) > listed.index(name):
             problems.append(f"{where}: `{source}` comes after `{name}` in pipeline.yaml's stages; put it before.")
-    elif not Path(source).expanduser().exists() and not looks_like_hub_id(source):
-        problems.append(
-            f"{where} is neither a stage of this recipe ({', '.join(listed)}), nor a folder that exists, "
-            f"nor a Hub id (org/name).{nearest(source, listed)}"
-        )
+    else:
+        problems += unknown_source(f"{stage.file}: {key}", source, listed)
 
 
 def _chain(name: str, stages: dict[str, Stage]) -> list[str]:

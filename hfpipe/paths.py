@@ -38,3 +38,12 @@ def cache_dir() -> Path:
             f"{folder}: no folder for prepared data can be made or written there ({reason}). Set HFPIPE_CACHE to another."
         )
     return folder
+
+
+def place_fault(path: str) -> str | None:
+    """Why nothing can be looked up at a path: too long, in the home of nobody, behind a closed folder, empty."""
+    try:
+        Path(path).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        return str(getattr(error, "strerror", None) or error).rstrip(".")
+    return None if path.strip() else "it is empty"

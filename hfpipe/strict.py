@@ -25,7 +25,7 @@ def build(cls: type, raw: dict[str, Any], where: str, problems: list[str]) -> An
             continue
         before = len(problems)
         value = _coerce(value, hints[names[key].name], f"{where}{key}", problems)
-        if names[key].metadata and isinstance(value, float) and math.isinf(value):
+        if isinstance(value, float) and (math.isinf(value) if names[key].metadata else math.isnan(value)):
             problems.append(f"{where}{key} = {value!r}: expected a finite number.")
         minimum = names[key].metadata.get("at_least")
         if minimum is not None and isinstance(value, int | float) and not value >= minimum:

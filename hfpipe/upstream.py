@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -309,6 +310,8 @@ def check(section: dict, known: dict[str, Field], owner: str, where: str) -> lis
             )
         elif field.types is not None and not _fits(value, field.types):
             problems.append(f"{where}.{key} = {value!r} is {type(value).__name__}; {owner} expects {field.annotation}.")
+        elif isinstance(value, float) and (math.isnan(value) or (key in _AT_LEAST and math.isinf(value))):
+            problems.append(f"{where}.{key} = {value!r}: expected a finite number.")
         elif isinstance(value, int | float) and value < _AT_LEAST.get(key, value):
             problems.append(f"{where}.{key} = {value!r}: expected {_AT_LEAST[key]} or more.")
     return problems

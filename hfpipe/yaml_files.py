@@ -34,6 +34,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not readable as YAML: {problem}. Mend that line.") from None
     except YAMLError as error:
         raise UserError(f"{path}: not readable as YAML: {str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise UserError(f"{path}: not readable as YAML: brackets stand too deep in each other.") from None
     except ValueError as error:  # what is made of 2026-13-45
         raise UserError(f"{path}: a value looks like a date and is none ({error}). Put it in quotes.") from None
     try:
@@ -61,5 +63,5 @@ def parse_value(text: str) -> Any:
 
     try:
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError):
-        raise UserError(f"--set: {text!r} is not readable as a YAML value.") from None
+    except (YAMLError, ValueError, RecursionError):
+        raise UserError(f"--set: {text[:80]!r} is not readable as a YAML value.") from None

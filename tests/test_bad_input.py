@@ -112,6 +112,77 @@ def test_a_folder_that_is_no_model(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda f: (f / "config.json").write_bytes(b""), "config.json is not readable as JSON"),
+        (lambda f: (f / "config.json").write_bytes(b'{"model_type": "ll\xe9"}'), "config.json is not readable as JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json is no mapping with a model_type"),
+        (lambda f: (f / "config.json").write_text("{}"), "config.json is no mapping with a model_type"),
+        (lambda f: (f / "model.safetensors").unlink(), "it holds no weights (model.safetensors)"),
+        (lambda f: os.truncate(f / "model.safetensors", 0), "model.safetensors does not begin as safetensors do"),
+        (lambda f: os.truncate(f / "model.safetensors", 99_999), "model.safetensors has 99,999 bytes, not "),
+        (
+            lambda f: (f / "model.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+            ),
+            "model.safetensors does not begin as safetensors do",
+        ),
+        (
+            lambda f: (f / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "model-1-of-2.safetensors"}}'
+            ),
+            "model-1-of-2.safetensors is missing",
+        ),
+    ],
+    ids=range(9),
+)
+def test_a_model_folder_that_cannot_be_loaded(micro_run, recipe, tmp_path, harm, said):
+    import shutil
+
+    folder = shutil.copytree(micro_run / "pretrain", tmp_path / "model")
+    (folder / "stage.json").unlink()
+    command = [recipe(), "--out", tmp_path / "out", "--set", f"midtrain.model.from={folder}"]
+    hfpipe("plan", *command)
+    harm(folder)
+    for name in ("plan", "run"):
+        told = hfpipe(name, *command, check=2).stderr
+        assert f"{folder} is no model that can be loaded: " in told
+        assert said in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (b'"num_hidden_layers": 2', b'"num_hidden_layers": 4', "would start at random. Give a whole language model."),
+        (b'"hidden_size": 64', b'"hidden_size": 128', "Its weights have not the sizes that its config.json gives."),
+        (b'"model_type": "llama"', b'"model_type": "lama"', "transformers says: The checkpoint you are trying to load"),
+    ],
+)
+def test_weights_that_do_not_go_with_their_config(micro_run, recipe, tmp_path, old, new, said):
+    import shutil
+
+    folder = shutil.copytree(micro_run / "midtrain", tmp_path / "model")
+    (folder / "stage.json").unlink()
+    config = (folder / "config.json").read_bytes()
+    assert old in config
+    (folder / "config.json").write_bytes(config.replace(old, new))
+    (recipe() / "pipeline.yaml").write_text("name: x\nstages: [sft]\n")
+    out = tmp_path / "out"
+    told = hfpipe("run", recipe(), "--out", out, "--set", f"sft.model.from={folder}", check=2).stderr
+    assert f"sft.yaml: model.from = '{folder}'" in told
+    assert said in told
+    assert {p.name for p in out.iterdir()} == {".lock", "logs", "run.json"}
+
+
+def test_a_tokenizer_is_no_model(micro_run, recipe, tmp_path):
+    given = f"sft.model.from={micro_run / 'tokenizer'}"
+    done = hfpipe("run", recipe(), "--out", tmp_path / "out", "--set", given, check=2)
+    assert f"{micro_run / 'tokenizer'} holds a tokenizer, expected a model." in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("template", "said"),
     [
         (None, "mine.jinja`: expected one of chatml, hfpipe or the path"),

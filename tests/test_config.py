@@ -51,6 +51,32 @@ def test_all_errors_of_all_stages_at_once(recipe):
     assert "tokenizer.yaml: tokenizer.vocab_size = 'many' is str; expected int." in told
 
 
+def test_a_faulty_section_hides_no_other_fault(recipe):
+    folder = recipe(
+        {
+            "sft": "stage: sft\nmodel: {from: midtran}\ndata: {max_bad_row: 1}\nguards: 3\nadapter: {type: lora, rr: 3}\n"
+            "trainer: {learing_rate: 1}\n",
+            "pretrain": "stage: pretrain\nmodel: {from: tokenizer, form: x, config: {model_type: lama}}\n",
+        }
+    )
+    (folder / "pipeline.yaml").write_text("name: a/b\nstages: [tokenizer, pretrain, sft]\nfoo: 1\nhub: {repo_id: x}\n")
+    told = problems(folder)
+    for words in (
+        "sft.yaml: data.max_bad_row = 1 is not a key here",
+        "sft.yaml: guards = 3: expected a mapping.",
+        "sft.yaml: trainer.learing_rate = 1 is not a field",
+        "sft.yaml: adapter.rr = 3 is not a field",
+        "sft.yaml: model.from = 'midtran' is neither a stage",
+        "pretrain.yaml: model.form = 'x' is not a key here",
+        "pretrain.yaml: model.config.model_type = 'lama'",
+        "pipeline.yaml: foo = 1 is not a key here",
+        "pipeline.yaml: name = 'a/b'",
+        "pipeline.yaml: hub.repo_id = 'x'",
+    ):
+        assert words in told, told
+    assert told.startswith("10 problems")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -83,6 +109,17 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("sft.trainer", "expected stage.section.key=value"),
         ("launch.processes=two", "pipeline.yaml: launch.processes = 'two' is str; expected int."),
         ("sft.trainer.learning_rate=-1e-3", "trainer.learning_rate = -0.001: expected 0 or more."),
+        ("sft.trainer.learning_rate=.inf", "trainer.learning_rate = inf: expected a finite number."),
+        ("sft.trainer.max_grad_norm=.nan", "trainer.max_grad_norm = nan: expected a finite number."),
+        ("sft.data.train=[{path: a, weight: .nan}]", "data.train[0].weight = nan: expected a finite number."),
+        ("sft.data.train=[{path: a, weight: .inf}]", "give every source a weight above 0, or none"),
+        ("sft.data.train=[{path: ' '}]", "sft.yaml: data.train[0].path = ' ' cannot be looked up: it is empty."),
+        ("sft.data.train=[{path: ~nobody-here/a}]", "cannot be looked up: Could not determine home directory."),
+        (
+            "sft.model.from=" + "a" * 5000,
+            f"sft.yaml: model.from = '{'a' * 80}' cannot be looked up: File name too long.",
+        ),
+        ("sft.trainer.max_length=" + "[" * 3000, "is not readable as a YAML value."),
         ("sft.trainer.max_length=null", "trainer.max_length is null: give a number of tokens"),
         ("sft.stage=[sft]", "stage = ['sft']: expected one of"),
         ("sft.adapter.type=[lora]", "adapter.type = ['lora']: expected one of"),
@@ -106,6 +143,8 @@ def test_all_errors_of_all_stages_at_once(recipe):
         ("name=a/../b", "it names a folder"),
         ("seed=-1", "seed = -1: expected 0 or more."),
         ("stages=[sft]", "select among them with --from, --to and --only"),
+        ("evaluate=3", "evaluate = 3: expected a mapping with keys of its own."),
+        ("synth=[1]", "pipeline.yaml: synth = [1]"),
         ("sft=3", "`sft` is a whole stage; name a key of it"),
         ("launch.processes=0", "expected 1 or more"),
         ("launch.processes=7", "pretrain.yaml: data.batch_tokens = 2048 is not a multiple of 896 tokens"),
@@ -165,6 +204,9 @@ def test_yaml_reads_numbers_words_and_refuses_duplicates(tmp_path):
         load_yaml(file)
     with pytest.raises(UserError, match="'2026-13-45' is not readable as a YAML value"):
         parse_value("2026-13-45")
+    file.write_text("[" * 3000)
+    with pytest.raises(UserError, match=r"a\.yaml: not readable as YAML: brackets stand too deep"):
+        load_yaml(file)
     file.write_text("a: [1, 2\nb: 3\n")
     with pytest.raises(UserError, match=r"a\.yaml:2:\d+: not readable as YAML"):
         load_yaml(file)
@@ -200,8 +242,11 @@ def test_overrides_set_values_and_settings(recipe):
 
 
 def test_a_setting_without_a_value_names_itself():
-    with pytest.raises(ConfigErrors, match="--set data_dir=VALUE"):
+    with pytest.raises(ConfigErrors, match="--set data_dir=VALUE") as caught:
         load_recipe("real-small", stage_types())
+    assert len(caught.value.problems) == 1
+    told = problems("real-small", ["data_dir=x", "sft.data.train=[{path: '{dta}/a'}, {path: '{dta}/b'}]"])
+    assert told.count("needs the setting `dta`: add it to `settings` in pipeline.yaml.") == 2
 
 
 @pytest.mark.parametrize(
@@ -211,6 +256,7 @@ def test_a_setting_without_a_value_names_itself():
         (["run", "tinny"], "Did you mean `tiny`?"),
         (["run", "tests"], "tests has no pipeline.yaml, so it is not a recipe"),
         (["run", "micro", "--from", "stf", "--out", "x"], "Did you mean `sft`?"),
+        (["plan", "micro", "--set", "sft.seed=[", "--set", "dpo.seed=1"], "2 problems in the recipe"),
         (["run", "micro", "--from", "sft", "--out", "x"], "which is not finished"),
         (["run", "micro", "--from", "dpo", "--to", "sft", "--out", "x"], "comes before"),
         (["plan", "micro", "--set", "sft.trainer.x=1"], "trainer.x = 1 is not a field of trl.SFTConfig"),

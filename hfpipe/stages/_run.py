@@ -66,7 +66,12 @@ def run_stage(job: Job, progress: Progress) -> None:
             if job.processes != processes_now(job.recipe):
                 progress.note(f"goes on what {job.processes} processes began, with another number of rows in a step")
         spent = energy_meter()
-        metrics = train_guarded(module.train, job, progress)
+        try:
+            metrics = train_guarded(module.train, job, progress)
+        except UserError:
+            if is_main_process():
+                job.drop_untrained()
+            raise
         energy = spent()
         if energy and not metrics.get("resumed_from_step"):  # that of an attempt that was killed is not known
             metrics["energy"] = energy

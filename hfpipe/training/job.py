@@ -155,6 +155,11 @@ class Job:
         artifact.write_record(self.work / artifact.BEGUN_FILE, begun)
         return True
 
+    def drop_untrained(self) -> None:
+        """Remove the working folder of an attempt that was refused before it left anything."""
+        if all(path.is_dir() or path.name == artifact.BEGUN_FILE for path in self.work.rglob("*")):
+            shutil.rmtree(self.work, ignore_errors=True)
+
     def trained(self) -> dict[str, Any] | None:
         """The metrics of a training that is finished and whose evaluation is not."""
         record = artifact.read_record(self.work / artifact.TRAINED_FILE)

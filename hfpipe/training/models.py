@@ -155,7 +155,8 @@ def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: A
     if scales(section):
         labels = {key: options.pop(key) for key in ("num_labels",) if key in options}
         options["config"] = _scaled(job, _from_pretrained(AutoConfig, job, **labels))
-    model = _from_pretrained(auto_class, job, **options)
+    loaded = _from_pretrained(auto_class, job, output_loading_info=True, **options)
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # a rehearsal's stand-in
     if model._hf_peft_config_loaded:
         raise UserError(
             f"{job.stage.file}: model.from = {section.from_!r} holds an adapter alone, and a stage starts from a whole "
@@ -165,6 +166,12 @@ def _load_and_resize(job: Job, tokenizer: PreTrainedTokenizerBase, auto_class: A
         raise UserError(
             f"{job.stage.file}: model.from = {section.from_!r} is quantised already, and a stage trains and merges whole "
             "weights. Give the model that it was made from; adapter.type: qlora keeps it in 4 bits while it trains."
+        )
+    missing = sorted(info.get("missing_keys", ())) if "CausalLM" in auto_class.__name__ else []  # others get a new head
+    if missing:
+        raise UserError(
+            f"{job.stage.file}: model.from = {section.from_!r}: {len(missing)} of the tensors that its config.json asks for, such "
+            f"as {missing[0]}, are not among its weights and would start at random. Give a whole language model."
         )
     old = parent_tokenizer(job)
     if added := len(tokenizer) - len(old):
@@ -287,14 +294,25 @@ def _from_scratch(job: Job, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 def _from_pretrained(auto_class: Any, job: Job, **options: Any) -> Any:
     if job.rehearsal and not _is_here(job):
         return job.rehearsal.load(auto_class, **options)
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
+
     path = job.parent_path
     try:
         return auto_class.from_pretrained(path, trust_remote_code=job.stage.model.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if "ignore_mismatched_sizes" in str(error):
+            told = "Its weights have not the sizes that its config.json gives."
+        elif isinstance(error, RuntimeError):
+            raise  # such as memory that runs out
+        elif isinstance(error, UnpicklingError):
+            told = "Its weights are a pickle of more than tensors. Give them as safetensors."
+        else:
+            told = f"transformers says: {_first_line(error)}"
         what = "tokenizer" if "Tokenizer" in auto_class.__name__ else "model"
         raise UserError(
-            f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from it. "
-            f"transformers says: {_first_line(error)}"
+            f"{job.stage.file}: model.from = {job.stage.model.from_!r}: no {what} could be loaded from it. {told}"
         ) from error
 
 
