@@ -310,12 +310,12 @@ def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
             f"{folder} is not a model folder: it holds {there}, but no config.json. "
             "Give a folder written by save_pretrained, or a stage's folder of a run."
         )
-    if fault := _model_fault(folder, "tokenizer" not in leaves):
+    if fault := model_fault(folder, "tokenizer" not in leaves):
         raise UserError(f"{folder} is no model that can be loaded: {fault}. Fetch or save it again.")
     return digest(found)
 
 
-def _model_fault(folder: Path, whole: bool) -> str | None:
+def model_fault(folder: Path, whole: bool) -> str | None:
     """What is wrong with the configuration or the weights of a folder, as far as their beginnings tell; a `whole` model has weights."""
     if (config := folder / "config.json").is_file():
         try:

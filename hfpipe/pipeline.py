@@ -119,12 +119,14 @@ def _status(
     why += [
         f"{name} changed" for name in hashes if name in ours and record["data"].get(name) not in (None, hashes[name])
     ]
+    why = why or [
+        f"{name} {'added' if name in ours else 'removed'}" for name in sorted(ours ^ record["data"].keys() - {guided})
+    ]
     if why:
         return Planned(stage, fingerprint, "changed", (*why, *lost))
     if again:
         return Planned(stage, fingerprint, "downstream", (f"`{again[0]}` runs again", *lost))
-    reason = "its parent changed" if record["data"].keys() == hashes.keys() else "its data changed"
-    return Planned(stage, fingerprint, "downstream", (reason, *lost))
+    return Planned(stage, fingerprint, "downstream", ("its parent changed", *lost))
 
 
 def select(planned: list[Planned], start: str | None, end: str | None, only: str | None) -> list[Planned]:

@@ -148,6 +148,7 @@ def test_a_model_folder_that_cannot_be_loaded(micro_run, recipe, tmp_path, harm,
         told = hfpipe(name, *command, check=2).stderr
         assert f"{folder} is no model that can be loaded: " in told
         assert said in told
+    assert said in hfpipe("chat", folder, "--prompt", "hi", check=2).stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -173,6 +174,8 @@ def test_weights_that_do_not_go_with_their_config(micro_run, recipe, tmp_path, o
     assert f"sft.yaml: model.from = '{folder}'" in told
     assert said in told
     assert {p.name for p in out.iterdir()} == {".lock", "logs", "run.json"}
+    if b"layers" not in old:  # a chat takes weights as transformers does
+        assert f"{folder}: no model there" in hfpipe("chat", folder, "--prompt", "hi", check=2).stderr
 
 
 def test_a_tokenizer_is_no_model(micro_run, recipe, tmp_path):

@@ -127,6 +127,8 @@ def test_plan_names_what_changed_and_what_follows(micro_run):
     assert [rows[name]["status"] for name in STAGES] == ["done", "done", "done", "changed", "downstream"]
     assert rows["sft"]["why"] == ["trainer.learning_rate 0.001 -> 1e-05"]
     assert rows["dpo"]["why"] == ["`sft` runs again"]
+    rows = plan("micro", "--out", micro_run, "--set", "sft.data.eval=[]")
+    assert (rows["sft"]["status"], rows["sft"]["why"]) == ("changed", ["eval[0] tinyworld/sft removed"])
     rows = plan("micro", "--out", micro_run, "--set", "sft.trainer.logging_steps=1")
     assert {row["status"] for row in rows.values()} == {"done"}
 

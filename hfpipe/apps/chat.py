@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.adapter_types import ADAPTER_FILE
+from hfpipe.artifact import model_fault
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
@@ -31,6 +33,8 @@ def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedMod
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f" It holds those of {', '.join(inside)}: name one, {source.rstrip('/')}/{inside[-1]}." if inside else ""
         raise UserError(f"{source} is not a model's folder: it has no config.json.{hint}")
+    if is_folder and (fault := model_fault(folder, whole=True)):
+        raise UserError(f"{source} is no model that can be loaded: {fault}. Fetch or save it again.")
 
     quiet_imports()
     import torch
@@ -46,7 +50,9 @@ def load(source: str, head: str = "AutoModelForCausalLM") -> tuple[PreTrainedMod
         with _no_bars() if is_folder else contextlib.nullcontext():
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
             model = load_pretrained(getattr(transformers, head), folder)
-    except (UserError, OSError, ValueError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise  # such as memory that runs out
         reason = str(error).splitlines()[0]
         raise UserError(f"{source}: no model there, neither in a folder nor to be had from the Hub: {reason}") from None
     scores = any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ())
