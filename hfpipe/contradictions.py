@@ -283,6 +283,12 @@ def _rewards(stage: Stage) -> Iterator[str]:
             yield f"rewards.functions[{number}]: give one of `check` and `function`."
         if item.function and item.value is not None:
             yield f"rewards.functions[{number}].value belongs to a check; a function reads the row itself."
+    asked = (stage.raw.get("limits") or {}).get("max_kl")
+    if asked is not None and not stage.trainer.get("beta", 0 if stage.type.name == "grpo" else 1):
+        yield (
+            f"limits.max_kl = {asked} with trainer.beta = 0: there is no reference to measure from. Set trainer.beta above 0, "
+            "or leave the limit out."
+        )
 
 
 def _pieces(stage: Stage) -> Iterator[str]:

@@ -72,7 +72,8 @@ def lines(path):
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_what_is_rewarded_is_learnt(steered, tmp_path, kind):
-    hfpipe("run", steered(kind), "--out", tmp_path / "run")
+    told = hfpipe("run", steered(kind), "--out", tmp_path / "run").stdout
+    assert "limits.max_kl is not watched: with trainer.beta = 0" in told
     left = tmp_path / "run" / "rl"
     metrics = stage_json(left)["metrics"]
     assert metrics["held_out_before"]["n"] == metrics["held_out"]["n"] == 32
@@ -153,11 +154,25 @@ def test_a_hacked_reward_stops_the_stage(steered, tmp_path, limits, said):
     [
         ("{}", "rewards: nothing to learn from"),
         ("{functions: [{check: nunber}]}", "No check `nunber`"),
+        (
+            "{functions: [{check: length}]}",
+            "functions[0]: check `length` reads no value from a row's answer: give `value`",
+        ),
+        ("{functions: [{check: length, value: 5}]}", "`length` cannot take the value 5: expected {min_words: 1, max"),
+        ("{functions: [{check: length, value: {max_word: 5}}]}", "cannot take the value {'max_word': 5}"),
+        ("{functions: [{check: number, value: twelve}]}", "`number` cannot take the value 'twelve'"),
+        ("{functions: [{check: json_schema, value: {type: objekt}}]}", "cannot take the value {'type': 'objekt'}"),
+        ("{functions: [{check: json_schema}]}", "check `json_schema` reads no value"),
+        ("{functions: [{check: tool_call, value: calculator}]}", "`tool_call` cannot take the value 'calculator'"),
         ("{functions: [{function: nowhere:reward}]}", "function 'nowhere:reward': ModuleNotFoundError"),
         ("{functions: [{function: nowhere.py:reward}]}", "no such file, neither beside rl.yaml nor in the working"),
         ("{functions: [{function: mine.py:vowls}]}", "mine.py has no function `vowls`. Did you mean `vowels`?"),
         ("{functions: [{function: mine.py:closed}]}", "log_metric by name: let it take **columns."),
         ("{functions: [{check: number, function: a:b}]}", "give one of `check` and `function`"),
+        (
+            "{functions: [{check: stops}]}\nlimits: {max_kl: 9}",
+            "limits.max_kl = 9 with trainer.beta = 0: there is no reference",
+        ),
         ("{model: nowhere}", "rewards.model = 'nowhere' is neither a stage of this recipe"),
         ("{model: rl}", "`rl` leaves a model, not a reward model"),
     ],
@@ -248,6 +263,9 @@ def test_checks_as_rewards():
     assert scored("tool_call", called, called) == 1
     assert scored("tool_call", "12 * 34", called) == 0
     assert scored("tool_call", called, "no call") is None
+    both = {**called, "tool_calls": [CALL, {**CALL, "function": {**CALL["function"], "arguments": "5 + 6"}}]}
+    assert scored("tool_call", both, both) == 1  # a turn may make several calls
+    assert scored("tool_call", called, both) == scored("tool_call", both, called) == 0
     schema = {"type": "object", "required": ["a"]}
     assert scored("json_schema", '{"a": 1}', None, value=schema) == 1
     assert scored("json_schema", '{"b": 1}', None, value=schema) == 0

@@ -49,11 +49,16 @@ class Answer:
         return "" if last.get("role") == "tool" else str(last.get("content") or "").strip()
 
     @property
-    def call(self) -> dict[str, Any] | None:
-        """The one tool call that the first turn consists of: `{"name", "arguments"}`."""
+    def calls(self) -> list[dict[str, Any]]:
+        """The tool calls that the first turn consists of, each `{"name", "arguments"}`; none where it says something too."""
         first = self.messages[0] if self.messages else {}
-        calls = first.get("tool_calls") or []
-        return calls[0]["function"] if len(calls) == 1 and not str(first.get("content") or "").strip() else None
+        silent = not str(first.get("content") or "").strip()
+        return [call["function"] for call in first.get("tool_calls") or ()] if silent else []
+
+    @property
+    def call(self) -> dict[str, Any] | None:
+        """The one of `calls`; None where there is none, or more."""
+        return self.calls[0] if len(self.calls) == 1 else None
 
     def turns(self) -> list[str]:
         """Each message in words, a tool call as `calculator(2 * 3)`."""

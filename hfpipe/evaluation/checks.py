@@ -48,18 +48,19 @@ def number(answer: Answer, value: float) -> bool:
     return bool(found) and Decimal(found[-1]) == Decimal(str(value))
 
 
-def tool_call(answer: Answer, value: dict[str, Any]) -> bool:
-    """The one call of the first turn: the same function with the same arguments, as parsed; blanks of text aside."""
-    call = answer.call
-    return call is not None and call["name"] == value["name"] and _plain(call) == _plain(value)
+def tool_call(answer: Answer, value: dict[str, Any] | list[dict[str, Any]]) -> bool:
+    """The calls of the first turn, one or a list in their order: the same functions with the same arguments, as parsed."""
+    wanted = [_plain(call) for call in (value if isinstance(value, list) else [value])]
+    return [_plain(call) for call in answer.calls] == wanted
 
 
-def _plain(call: dict[str, Any]) -> Any:
+def _plain(call: dict[str, Any]) -> tuple[str, Any]:
+    """Its name and arguments; blanks of text aside."""
     arguments = call["arguments"]
-    if not isinstance(arguments, str):
-        return arguments
-    parsed = _parse(arguments)  # OpenAI writes them as text
-    return parsed if isinstance(parsed, dict) else re.sub(r"\s+", "", arguments)
+    if isinstance(arguments, str):
+        parsed = _parse(arguments)  # OpenAI writes them as text
+        arguments = parsed if isinstance(parsed, dict) else re.sub(r"\s+", "", arguments)
+    return call["name"], arguments
 
 
 def tool_format(answer: Answer, value: str) -> bool:
@@ -140,6 +141,8 @@ def prefers(answer: Answer, value: dict[str, str]) -> float:
 
 def length(answer: Answer, value: dict[str, int]) -> bool:
     """As many words as `value` allows: `{"min_words": 1, "max_words": 20}`, either of them left out."""
+    if not isinstance(value, dict) or not value or not value.keys() <= {"min_words", "max_words"}:
+        raise ValueError("expected {min_words: 1, max_words: 20}, or one of the two")
     words = len(answer.text.split())
     return value.get("min_words", 1) <= words <= value.get("max_words", words)
 
@@ -191,12 +194,13 @@ NO_VALUE = frozenset(
 
 _TEXT = {"type": "string", "minLength": 1}
 _COUNT = {"type": "integer", "minimum": 0}
+_CALL = {"type": "object", "required": ["name", "arguments"], "properties": {"name": _TEXT}}
 # JSON schemas of the values that checks compare with.
 VALUES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("contains", "starts", "helps", "polite", "regex", "tool_format"), _TEXT),
     "exact": {"type": ["string", "number"]},
     "number": {"type": ["number", "string"], "pattern": r"^[-+]?\d*\.?\d+$"},
-    "tool_call": {"type": "object", "required": ["name", "arguments"], "properties": {"name": _TEXT}},
+    "tool_call": {"anyOf": [_CALL, {"type": "array", "items": _CALL, "minItems": 1}]},
     "choice": {"type": "object", "required": ["letter", "text"], "properties": {"letter": _TEXT, "text": _TEXT}},
     "json": {"type": "array", "items": {"type": "string"}},
     "json_equals": {"type": "object"},

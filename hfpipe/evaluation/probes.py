@@ -108,7 +108,7 @@ def try_check(row: dict[str, Any], where: str) -> None:
             jsonschema.Draft202012Validator.check_schema(wanted.get("value"))
         if wanted["type"] == "prefers":  # its judge is not asked before there is an answer
             return _check_judge(wanted.get("value"))
-        check(row, Answer("1", [{"role": "assistant", "content": "1"}], True))
+        check(row, Answer("1", [{"role": "assistant", "content": "1"}], True, row=row))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except Exception as error:  # a check may be anybody's function
@@ -166,9 +166,11 @@ def _from_known_form(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
 def reference_value(check: str, answers: Sequence[dict[str, Any]]) -> Any:
     """What a check compares with, from a row's own answer; None where that holds nothing of the kind."""
     if check in ("tool_call", "tool_format"):
-        calls = [call["function"] for answer in answers for call in answer.get("tool_calls") or ()]
-        wanted = calls[0] if calls else None
-        return wanted["name"] if wanted and check == "tool_format" else wanted
+        turns = [[call["function"] for call in answer.get("tool_calls") or ()] for answer in answers]
+        calls = next(filter(None, turns), [])  # of the first turn that has any
+        if check == "tool_format":
+            return calls[0]["name"] if calls else None
+        return calls if len(calls) > 1 else calls[0] if calls else None
     text = str(answers[-1].get("content") or "") if answers else ""
     if check == "number":
         found = numbers(text)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.evaluation.answers import Answer
-from hfpipe.evaluation.checks import NO_VALUE, find_check, score_answer
-from hfpipe.evaluation.probes import reference_value
+from hfpipe.evaluation.checks import CHECKS, NO_VALUE, find_check, score_answer
+from hfpipe.evaluation.probes import reference_value, try_check
 from hfpipe.training.identity import file_of_function
 
 if TYPE_CHECKING:
@@ -42,11 +42,29 @@ def check_rewards(recipe: Recipe) -> None:
     for stage in recipe.stages.values():
         for number, item in enumerate(_functions(stage)):
             try:
-                find_check(item.check) if item.check else _import(str(item.function), stage)
+                _try_value(item) if item.check else _import(str(item.function), stage)
             except UserError as error:
                 problems.append(f"{stage.file}: rewards.functions[{number}]: {error}")
     if problems:
         raise ConfigErrors(problems)
+
+
+def _try_value(item: RewardFunction) -> None:
+    """UserError where the check can't take its value, or what it would read from a row's answer, here a number."""
+    name, value = str(item.check), item.value
+    find_check(name)
+    if name not in CHECKS:  # anybody's, which may read the row
+        return
+    if value is None and name not in NO_VALUE:
+        value = reference_value(name, [{"role": "assistant", "content": "1"}])
+        if value is None:  # it reads calls or JSON from the answer, of which there is none here
+            return
+    try:
+        try_check({"check": {"type": name, "value": value}}, "value")
+    except UserError:
+        if item.value is None:
+            raise UserError(f"check `{name}` reads no value from a row's answer: give `value`.") from None
+        raise
 
 
 def _functions(stage: Stage) -> tuple[RewardFunction, ...]:

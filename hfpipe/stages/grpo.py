@@ -97,8 +97,11 @@ def train_by_rewards(
         processing_class=tokenizer,
         **more(rewards),
     )
+    limits = job.stage.sections["limits"]
+    if limits.max_kl is not None and not args.beta:
+        progress.note("limits.max_kl is not watched: with trainer.beta = 0 there is no reference to measure from")
     trainer.random_reward = job.stage.sections["rewards"].control == "random_reward"
-    trainer.add_callback(Watched(job, trainer, job.stage.sections["limits"], kl_per_token))
+    trainer.add_callback(Watched(job, trainer, limits, kl_per_token))
     before = held_out_reward(trainer, data.eval) if scores_before(trainer, progress) else None
     metrics = fit(job, trainer, data, progress)
     metrics["tokens"] = trainer.state.num_input_tokens_seen
