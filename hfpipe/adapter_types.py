@@ -193,6 +193,11 @@ def _prompts(stage: Stage, adapter: Adapter, kind: Kind) -> Iterator[str]:
             f"adapter.type = '{adapter.type}' with trainer.packing: its virtual tokens let packed documents see each "
             "other. Set trainer.packing: false."
         )
+    if stage.type.name == "distill":
+        yield (
+            f"adapter.type = '{adapter.type}' in a distill stage: upstream's loss asks the layers without PEFT, which puts the "
+            "virtual tokens there. Take lora, ia3 or bottleneck."
+        )
     if stage.type.leaves == "reward_model" and kind.method not in KEPT_IN_CACHE:
         yield (
             f"adapter.type = '{adapter.type}' in a reward stage: its rows reach the model as vectors, among which "

@@ -541,6 +541,7 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
         ([f"dpo.adapter={PREFIX}", "dpo.trainer.gradient_checkpointing=true"], "with trainer.gradient_checkpointing"),
         (["dpo.adapter={type: prefix, num_virtual_tokens: 4, prefix_projection: true}"], "could not go on from them"),
         ([f"dpo.stage=reward dpo.adapter={PROMPT}"], "scores would be read from padding"),
+        ([f"dpo.stage=distill dpo.adapter={PREFIX}"], "adapter.type = 'prefix' in a distill stage: upstream's loss"),
         ([f"dpo.stage=reward dpo.adapter={ADAPTION}"], "PEFT would neither train nor save the new head"),
         ([f"dpo.adapter={ADAPTION}", "pretrain.model.config.model_type=qwen3"], "and this model is a qwen3"),
         (["dpo.adapter={type: lora, target_modules: [lm_head]}"], "holds lm_head, whose weights TRL reads directly"),
@@ -555,7 +556,7 @@ ADAPTION = "{type: llama_adapter, adapter_len: 4, adapter_layers: 2}"
 def test_what_cannot_be_is_told_before_anything_loads(recipe, settings, expected):
     settings = [part for item in settings for part in item.split(" dpo.")]
     settings = [part if "." in part.partition("=")[0] else f"dpo.{part}" for part in settings]
-    if settings[0] == "dpo.stage=reward":  # without the keys that a dpo stage alone has
+    if settings[0].startswith("dpo.stage="):  # without the keys that a dpo stage alone has
         recipe({"dpo": "stage: reward\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/preferences}]}\n"})
     assert expected in problems(recipe(), settings)
 
