@@ -247,6 +247,32 @@ def test_steps_of_the_critic_by_hand(make, critic, max_grad_norm, accumulated, p
 
 
 @pytest.mark.parametrize("critic", ["separate", "head"])
+@torch.no_grad()
+def test_the_loss_by_hand(make, critic):
+    """Policy and critic together, after both have left the rollout's so far that tokens of both signs are clipped."""
+    trainer = make(critic, vf_coef=0.5, num_iterations=2, cliprange_value=0.05, per_device_train_batch_size=16)
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in range(16)])
+    for parameter in (*trainer.model.parameters(), *trainer.critic.parameters()):
+        parameter += 0.1 * torch.randn(parameter.shape)
+    trainer.current_gradient_accumulation_steps = 1
+    mask, advantages = batch["completion_mask"], batch["advantages"]
+    ratio = (log_probs_of(trainer.model, batch) - batch["old_per_token_logps"]).exp()
+    surrogate = torch.where(advantages > 0, ratio.clamp(max=1.2), ratio.clamp(min=0.8)) * advantages
+    for clipped in ((ratio > 1.2) & (advantages > 0), (ratio < 0.8) & (advantages < 0)):
+        assert (clipped & mask.bool()).any()
+    values, old, returns = (
+        values_of(trainer, trainer.critic, trainer.model, batch),
+        batch["old_values"],
+        batch["returns"],
+    )
+    errors = torch.stack([values - returns, old + (values - old).clamp(-0.05, 0.05) - returns]).square()
+    assert (errors[1] > errors[0]).any()
+    assert (errors[1] < errors[0]).any()
+    expected = ((-surrogate + 0.5 * 0.5 * errors.max(dim=0).values) * mask).sum() / mask.sum()
+    assert trainer._compute_loss(trainer.model, batch).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["separate", "head"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_resumed_critic_goes_on_to_the_same_bits(make, critic, adapted):
     def trainer(steps):
