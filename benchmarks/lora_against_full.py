@@ -62,7 +62,7 @@ def write_recipe(folder: Path, real: str | None, steps: int, rates: list[float],
     variants = {}
     for rate in rates:
         variants[f"full_{rate:g}"] = text.replace("RATE", str(rate))
-        variants[f"inner_{rate:g}"] = variants[f"full_{rate:g}"] + "freeze: {embeddings: true}\n"
+        variants[f"inner_{rate:g}"] = variants[f"full_{rate:g}"] + "regularize: {freeze_embeddings: true}\n"
     for rank in ranks:
         for rate in [10 * rate for rate in rates]:
             adapter = f"adapter: {{preset: lora_without_regret, r: {rank}}}\n"
