@@ -71,7 +71,8 @@ def load_run(folder: str | Path) -> Run:
 
 def load_model(source: str | Path) -> Model:
     """Any model: a folder, or `org/model@revision` of the Hub. Nothing is loaded before it is used."""
-    return Model(str(source))
+    folder = Path(source).expanduser()
+    return Model(str(folder.absolute() if folder.exists() else source))
 
 
 def pull(source: str, out: str | Path | None = None) -> Run | Model:
@@ -225,7 +226,7 @@ class Run:
     """A run's folder. `run["sft"]` is a finished stage, and iterating goes through their names in the recipe's order."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder.absolute()  # the working folder may change
 
     def __iter__(self) -> Iterator[str]:
         listed = (artifact.read_json(self.folder / "run.json") or {}).get("stages", [])
@@ -256,10 +257,11 @@ class Run:
         return DataFrame(status_rows(self.folder)).set_index("stage").fillna("")
 
     def push(
-        self, repo_id: str | None = None, *, private: bool = True, stages: Sequence[str] | None = None
+        self, repo_id: str | None = None, *, private: bool | None = None, stages: Sequence[str] | None = None
     ) -> DataFrame:
         """`hfpipe push`: publish the finished stages, or those named, that the Hub does not hold as they are here.
 
+        `private`: as the recipe says where it is None, and private where that says nothing.
         Returns `repo_id`, `revision` and `commit` of each. With nothing to send it changes nothing.
 
         Raises:
@@ -271,8 +273,8 @@ class Run:
         # A process of its own: its watchdog ends it where the Hub hangs.
         command = [sys.executable, "-m", "hfpipe", "push", str(self.folder), "--json"]
         command += ["--repo-id", repo_id] if repo_id else []
-        command += [] if private else ["--public"]
-        for stage in stages or []:
+        command += [] if private is None else ["--no-public" if private else "--public"]
+        for stage in [stages] if isinstance(stages, str) else stages or []:
             command += ["--stage", stage]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

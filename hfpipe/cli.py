@@ -159,7 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, help="a run's folder, such as runs/tiny")
     command.add_argument("--stage", action="append", metavar="STAGE", help="this stage; may be given several times")
     command.add_argument("--repo-id", metavar="ID", help="where to: me/tiny; default: the recipe's hub.repo_id")
-    command.add_argument("--public", action="store_true", help="where a repo is made, make it public; default: private")
+    command.add_argument(
+        "--public", action=argparse.BooleanOptionalAction, help="of a repo that is made; default: the recipe's"
+    )
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_push)
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+
+
+def hide_tokens(text: str) -> str:
+    """Text without what looks like a token of the Hub."""
+    return _TOKEN.sub("hf_...", text)
 
 
 class _Told:
-    """What a person is told in one message, in a notebook too."""
+    """What a person is told in one message, in a notebook too; it may quote a recipe, and so a token that stands there."""
+
+    def __str__(self) -> str:
+        return hide_tokens(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
         """IPython shows this in the place of a traceback."""

@@ -14,18 +14,18 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from hfpipe import artifact
-from hfpipe.errors import UserError
+from hfpipe.errors import UserError, hide_tokens
 from hfpipe.paths import cache_dir
 
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 _REFUSED = (400, 401, 403, 404, 413, 422)  # answers that waiting does not change
 # What a model is loaded from: no pickles, no weights of other frameworks.
 _MODEL_FILES = (
@@ -40,6 +40,7 @@ _MODEL_FILES = (
     "*.py",
     "*.jsonl",
 )
+_LISTING_S = 120
 ABOUT_FILES = ("config.json", "tokenizer_config.json", "*.jinja")  # what a model is, without its weights
 
 _notes: list[str] = []  # what this process has had to take from memory
@@ -65,7 +66,7 @@ def scrub(text: str) -> str:
     from huggingface_hub import get_token
 
     token = get_token()
-    return _TOKEN.sub("hf_...", text.replace(token, "hf_...") if token else text)
+    return hide_tokens(text.replace(token, "hf_...") if token else text)
 
 
 def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -82,6 +83,10 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return call(*arguments, **options)
     except HFValidationError as error:
         raise Refused(scrub(str(error))) from None
+    except UnicodeEncodeError:  # of the header that a token is sent in
+        raise Refused(
+            "the token holds a letter that no token has: it was not copied whole, or something else was"
+        ) from None
     except (OSError, RuntimeError, ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         # HfHubHTTPError is an OSError, uploads through LFS raise RuntimeError, through Xet ConnectionError.
         causes = [error]  # of a RuntimeError about an upload the Hub's answer is the cause
@@ -99,6 +104,27 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             raise
         wait = getattr(response, "headers", {}).get("Retry-After", "")
         raise Unreachable(said, float(wait) if wait.isdigit() else None, status in (409, 412)) from None
+
+
+def within(seconds: float, act: Callable[[], None]) -> None:
+    """Act in a thread, and stop waiting for it after a while: the client has no time limit of its own."""
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise Unreachable(f"no answer within {seconds:g} s")
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _first_line(error: BaseException) -> str:
@@ -193,7 +219,9 @@ def list_files(repo_id: str, commit: str, repo_type: RepoType = "model") -> dict
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    tree = ask(lambda: list(HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)))
+    tree: list[Any] = []
+    options = {"recursive": True, "revision": commit, "repo_type": repo_type}
+    within(_LISTING_S, lambda: ask(lambda: tree.extend(HfApi().list_repo_tree(repo_id, **options))))
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -206,11 +234,9 @@ def fetch(repo_id: str, commit: str, repo_type: RepoType = "model", only: tuple[
         UserError: files differ from their digests twice, or are not here and the Hub is not reached.
     """
     memory = _memory(repo_id, repo_type)
-    record = memory / f"{commit}{'-' + artifact.digest(only)[:8] if only else ''}.json"
     with _alone(memory):  # one of several processes fetches, the others find it here
-        known = artifact.read_record(record)
-        if known and not artifact.damage(Path(known["folder"]), known["files"], trust_times=True):
-            return Path(known["folder"])
+        if folder := verified(repo_id, commit, repo_type, only):
+            return folder
         try:
             folder, files = _fetch(repo_id, commit, repo_type, only)
         except Refused as error:
@@ -220,8 +246,21 @@ def fetch(repo_id: str, commit: str, repo_type: RepoType = "model", only: tuple[
                 f"{repo_id}@{commit[:12]} was never verified here, and the Hub is not reached ({error}). "
                 "Connect, or give a local folder."
             ) from None
-        artifact.write_record(record, {"folder": str(folder), "files": files})
+        artifact.write_record(_verified_file(memory, commit, only), {"folder": str(folder), "files": files})
         return folder
+
+
+def verified(
+    repo_id: str, commit: str, repo_type: RepoType = "model", only: tuple[str, ...] | None = None
+) -> Path | None:
+    """What `fetch` left here before, where it is still as it was; asks nothing of the Hub."""
+    known = artifact.read_record(_verified_file(_memory(repo_id, repo_type), commit, only))
+    fine = known and not artifact.damage(Path(known["folder"]), known["files"], trust_times=True)
+    return Path(known["folder"]) if known and fine else None
+
+
+def _verified_file(memory: Path, commit: str, only: tuple[str, ...] | None) -> Path:
+    return memory / f"{commit}{'-' + artifact.digest(only)[:8] if only else ''}.json"
 
 
 def _fetch(

@@ -15,6 +15,7 @@ from .conftest import ROOT, hfpipe
 from .test_house import HEAVY
 
 MODELS = ["pretrain", "midtrain", "sft", "dpo"]
+STAGES = ["tokenizer", *MODELS]
 
 
 def script(text: str, cwd, check: bool = True) -> subprocess.CompletedProcess:
@@ -66,6 +67,21 @@ print(list(first), second, list(pipe.plan("out")["status"]), "TQDM_DISABLE" in o
     assert (tmp_path / "out" / "report.html").is_file()
     assert list((tmp_path / "other").iterdir())
     assert "Traceback" not in done.stderr
+
+
+def test_the_working_folder_may_change_in_between(micro_run, tmp_path):
+    text = f"""
+import os
+from hfpipe import load_model, load_run
+
+os.chdir({str(micro_run.parent)!r})
+run, model = load_run("micro"), load_model("micro/sft")
+before = run.scorecard()
+os.chdir({str(tmp_path)!r})
+assert run.scorecard().equals(before), run
+print(list(run), run["sft"].tokenizer().eos_token == model.tokenizer().eos_token, list(run.status()["state"]))
+"""
+    assert script(text, tmp_path).stdout.splitlines()[-1] == f"{STAGES} True {['finished'] * 5}"
 
 
 def test_a_stage_that_dies_is_told_as_on_the_command_line(tmp_path):

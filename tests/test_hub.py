@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, ModelCard
 
-from hfpipe import artifact
+from hfpipe import artifact, load_pipeline, load_run
 from hfpipe.errors import UserError
 from hfpipe.hub_client import Unreachable
 from hfpipe.publishing.card import build_card
@@ -160,6 +161,7 @@ def test_a_repo_for_each_stage(hub, hub_env, repo_id, own_run):
         ("", "alice/x", "no token to publish with"),
         ("hf_nobody_knows", "alice/x", "Invalid user token"),
         ("hf_alice_read", "alice/x", "may only read"),
+        ("hf_alice_wröte", "alice/x", "the token holds a letter that no token has"),
         ("hf_bob_write", "alice/x", "403"),
         (TOKEN, "bob/x", "403"),
     ],
@@ -184,6 +186,18 @@ def test_a_private_run_does_not_go_to_a_public_repo(hub, hub_env, repo_id, own_r
     assert set(hub.files(repo_id)) <= {".gitattributes"}
 
 
+@LFS
+def test_in_python_private_is_private_whatever_the_recipe_says(hub, hub_env, repo_id, short_run, monkeypatch):
+    record = artifact.read_json(short_run / "run.json")
+    artifact.write_json(short_run / "run.json", {**record, "hub": {"repo_id": repo_id, "private": False}})
+    for name, value in hub_env.items():
+        monkeypatch.setenv(name, value)
+    assert list(load_run(short_run).push(private=True, stages="sft").index) == ["sft"]
+    assert hub.store.repos["model", repo_id].private
+    load_run(short_run).push(f"{repo_id}-open", stages=["sft"])
+    assert not hub.store.repos["model", f"{repo_id}-open"].private
+
+
 def test_bad_arguments(micro_run, tmp_path):
     for arguments, found in (
         (("push", micro_run), "no repo to push to"),
@@ -195,6 +209,18 @@ def test_bad_arguments(micro_run, tmp_path):
         (("plan", "micro", "--set", "hub.repo_id=tiny"), "expected NAMESPACE/NAME, such as me/micro"),
     ):
         assert found in hfpipe(*arguments, check=2).stderr
+
+
+@pytest.mark.parametrize("key", ["hub.token", "hub.repo_id", "sft.model.from"])
+def test_a_token_in_a_recipe_is_not_repeated(key):
+    secret = "AbCdEfGhIjKlMnOpQrStUvWxYz12345678"
+    told = hfpipe("plan", "micro", "--set", f"{key}=https://me:hf_{secret}@there/", check=2).stderr
+    assert key.partition(".")[2] in told
+    assert "hf_..." in told
+    assert secret not in told
+    with pytest.raises(UserError) as error:
+        load_pipeline("micro", {key: f"hf_{secret}"})
+    assert secret not in "".join(traceback.format_exception(error.value))
 
 
 # --- faults ---
@@ -276,8 +302,9 @@ def test_a_killed_push_is_done_again_once(hub, hub_env, repo_id, own_run, moment
     assert made(hub, repo_id) == 1
 
 
-def test_a_hub_that_hangs_holds_nobody_up(hub, hub_env, repo_id, own_run):
-    hub.fault("POST .*/commit/", delay=60.0, times=100)
+@pytest.mark.parametrize("moment", ["POST .*/commit/", "GET .*/refs"], ids=["at a commit", "at the first question"])
+def test_a_hub_that_hangs_holds_nobody_up(hub, hub_env, repo_id, own_run, moment):
+    hub.fault(moment, delay=60.0, times=100)
     began = time.monotonic()
     settings = ["--set", f"hub.repo_id={repo_id}", "--set", "hub.timeout_minutes=0.05"]
     done = hfpipe("run", "micro", "--out", own_run, *settings, env=hub_env)

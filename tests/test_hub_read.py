@@ -121,10 +121,16 @@ def test_with_the_hub_away_only_what_was_verified_is_used_and_it_is_said(
     assert stage_json(tmp_path / "b" / "sft")["parent"]["revision"] == stage_json(own_run / "midtrain")["hub"]["commit"]
 
 
-def test_a_corrupt_download_is_fetched_again_or_refused(hub, hub_env, repo_id, own_run, tmp_path):
+CONTENT = {
+    "small": r"GET .*/resolve/.*/tokenizer.json|GET .*/resolve-cache/.*/tokenizer.json",
+    "large": "GET /get/|GET /cas/xorb/",  # LFS, Xet
+}
+
+
+@pytest.mark.parametrize("size", CONTENT)
+def test_a_corrupt_download_is_fetched_again_or_refused(hub, hub_env, repo_id, own_run, tmp_path, size):
     push(own_run, hub_env, "--repo-id", repo_id)
-    content = r"GET .*/resolve/.*/tokenizer.json|GET .*/resolve-cache/.*/tokenizer.json"
-    rule = hub.fault(content, corrupt=True)
+    rule = hub.fault(CONTENT[size], corrupt=True)
     out = tmp_path / "pulled"
     hfpipe("pull", repo_id, "--out", out, env=hub_env)
     assert rule["fired"]
@@ -133,10 +139,44 @@ def test_a_corrupt_download_is_fetched_again_or_refused(hub, hub_env, repo_id, o
             assert (out / stage / name).read_bytes() == (own_run / stage / name).read_bytes()
     shutil.rmtree(out)
     shutil.rmtree(hub_env["HF_HOME"])
-    hub.fault(content, corrupt=True, times=10_000)
+    hub.fault(CONTENT[size], corrupt=True, times=10_000)
     done = hfpipe("pull", repo_id, "--out", out, env=hub_env, check=2)
-    assert "tokenizer.json arrived twice with other bytes than the Hub names" in done.stderr
-    assert not list(out.glob("*/"))
+    name, whole = ("tokenizer.json", []) if size == "small" else ("model.safetensors", ["tokenizer"])
+    assert f"{name} arrived twice with other bytes than the Hub names" in done.stderr
+    assert [folder.name for folder in out.glob("*/")] == whole
+
+
+@LFS
+def test_a_run_that_was_verified_is_restored_without_the_hub(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    down = hub_env | {"HF_HUB_OFFLINE": "1"}
+    hfpipe("pull", f"{repo_id}@{hub.commits(repo_id)[0].id}", "--out", tmp_path / "never", env=down, check=2)
+    hfpipe("pull", repo_id, "--out", tmp_path / "a", env=hub_env)
+    done = hfpipe("pull", repo_id, "--out", tmp_path / "b", env=down)
+    assert f"the Hub is not reached: {repo_id} is taken as it stood" in done.stderr
+    assert done.stdout.count("restored, every file verified") == len(STAGES)
+    # of `main` alone a model was verified: it is a run's all the same
+    elsewhere = {"HF_HOME": str(tmp_path / "home"), "HFPIPE_CACHE": str(tmp_path / "cache")}
+    code = "import sys, hfpipe; hfpipe.load_model(sys.argv[1]).model()"
+    subprocess.run([sys.executable, "-c", code, repo_id], env=os.environ | hub_env | elsewhere, check=True)
+    done = hfpipe("pull", repo_id, "--out", tmp_path / "c", env=down | elsewhere, check=2)
+    assert "was never verified here" in done.stderr
+    assert not list((tmp_path / "c").glob("*/"))
+
+
+@LFS
+def test_a_hub_that_hangs_at_a_listing_is_not_reached(hub, hub_env, repo_id, own_run):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    hub.fault("GET .*/tree/", delay=60.0, times=100)
+    code = (
+        "import sys, hfpipe.hub_client as client; client._LISTING_S = 1\n"  # two minutes are long for a test
+        "from hfpipe.cli import main; sys.exit(main(['pull', sys.argv[1]]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, repo_id], env=os.environ | hub_env, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no answer within 1 s" in done.stderr
 
 
 def test_a_model_that_somebody_changed_is_told_by_its_lineage(hub, hub_env, repo_id, own_run, tmp_path):

@@ -104,7 +104,7 @@ def push_stages(
         ) from None
 
 
-def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool, as_json: bool) -> None:
+def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool | None, as_json: bool) -> None:
     """Publish, and print what was sent."""
     told: list[str] = []
 
@@ -113,7 +113,7 @@ def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool,
         if not as_json:
             print(f"{stage:<10} {text}", flush=True)
 
-    done = push_stages(run, say, stages, repo_id, False if public else None)
+    done = push_stages(run, say, stages, repo_id, None if public is None else not public)
     if as_json:
         print(json.dumps(done, indent=2))
     elif not told:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import Refused, Unreachable, ask, list_files
+from hfpipe.hub_client import Refused, Unreachable, ask, list_files, within
 from hfpipe.publishing.package import RUN_FILE, TOLD, Package, finished_stages, hub_of, pack, place_of, published_at
 from hfpipe.run_folder import damage_at
 from hfpipe.sections import Hub
@@ -73,27 +72,6 @@ def _probe(api: Any, hub: Hub, stages: list[str], where: str) -> None:
         else:  # that of a repo is there already, whoever made it
             _make_branch(api, repo_id, _SCRATCH)
             ask(api.delete_branch, repo_id, branch=_SCRATCH)
-
-
-def within(seconds: float, act: Callable[[], None]) -> None:
-    """Act in a thread, and stop waiting for it after a while: the client has no time limit of its own."""
-    ended: list[BaseException | None] = []
-
-    def run() -> None:
-        try:
-            act()
-        except BaseException as error:
-            ended.append(error)
-        else:
-            ended.append(None)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not ended:
-        raise Unreachable(f"no answer within {seconds:g} s")
-    if ended[0] is not None:
-        raise ended[0]
 
 
 def _make_repo(api: Any, repo_id: str, hub: Hub, where: str) -> None:
@@ -214,7 +192,8 @@ def push_run(
     with _alone(run):
         (run / "logs" / ERROR_FILE).unlink(missing_ok=True)
         try:
-            heads = patiently(lambda: _heads(api, run, hub))
+            with watch(str(hub.repo_id), hub.timeout_minutes * 60 if hub.timeout_minutes is not None else 600):
+                heads = patiently(lambda: _heads(api, run, hub))
             for stage in stages if stages is not None else finished_stages(run):
                 if reason := damage_at(run / stage):
                     raise UserError(f"{run / stage} is not published: {reason}. Make that stage again.")

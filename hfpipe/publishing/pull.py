@@ -9,7 +9,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.hub_client import Refused, Unreachable, fetch, is_commit, list_files, resolve, split_id
+from hfpipe.hub_client import Refused, Unreachable, fetch, is_commit, list_files, resolve, split_id, verified
 from hfpipe.publishing.package import RUN_FILE, pack, place_of
 from hfpipe.run_folder import complete_at, damage_at, lock
 from hfpipe.sections import Hub
@@ -22,15 +22,20 @@ def read_run(source: str) -> tuple[str, str, dict[str, Any] | None]:
     """Repo, commit and `run.json` of `me/tiny@revision`; None where that revision is not a run's but a model's."""
     repo_id, revision = split_id(source)
     commit = resolve(repo_id, revision)
-    try:
-        holds_run = RUN_FILE in list_files(repo_id, commit)
-    except Refused as error:
-        raise UserError(f"{source}: the Hub does not give it: {error}") from None
-    except Unreachable:
-        holds_run = False  # what was verified here before may be had all the same
-    if not holds_run:
-        return repo_id, commit, None
-    record = artifact.read_json(fetch(repo_id, commit, only=(RUN_FILE,)) / RUN_FILE)
+    # A commit never changes: what was verified here needs no Hub.
+    folder = verified(repo_id, commit, only=(RUN_FILE,)) or verified(repo_id, commit)
+    if folder is None:
+        try:
+            if RUN_FILE not in list_files(repo_id, commit):
+                return repo_id, commit, None
+        except Refused as error:
+            raise UserError(f"{source}: the Hub does not give it: {error}") from None
+        except Unreachable as error:
+            raise UserError(
+                f"{repo_id}@{commit[:12]} was never verified here, and the Hub is not reached ({error}). Connect first."
+            ) from None
+        folder = fetch(repo_id, commit, only=(RUN_FILE,))
+    record = artifact.read_json(folder / RUN_FILE)
     return repo_id, commit, record if _is_run(record) else None
 
 
