@@ -226,7 +226,7 @@ class Run:
     """A run's folder. `run["sft"]` is a finished stage, and iterating goes through their names in the recipe's order."""
 
     def __init__(self, folder: Path):
-        self.folder = folder.absolute()  # the working folder may change
+        self.folder, self._given = folder.absolute(), folder  # the working folder may change
 
     def __iter__(self) -> Iterator[str]:
         listed = (artifact.read_json(self.folder / "run.json") or {}).get("stages", [])
@@ -235,12 +235,12 @@ class Run:
     def __getitem__(self, name: str) -> Stage:
         if name not in self:
             raise UserError(
-                f"{name} is no finished stage of {self.folder}, which has {', '.join(self) or 'none'}.{nearest(name, self)}"
+                f"{name} is no finished stage of {self._given}, which has {', '.join(self) or 'none'}.{nearest(name, self)}"
             )
         return Stage(self.folder / name, artifact.read_record(self.folder / name / artifact.STAGE_FILE) or {})
 
     def __repr__(self) -> str:
-        return f"Run({str(self.folder)!r}: {', '.join(self) or 'no finished stage'})"
+        return f"Run({str(self._given)!r}: {', '.join(self) or 'no finished stage'})"
 
     def scorecard(self, long: bool = False) -> DataFrame:
         """Share of held-out questions answered rightly, 0 to 1: capabilities down, stages across.
