@@ -133,8 +133,9 @@ def _fields_in(path: Path, class_name: str) -> dict[str, Field]:
     node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
     found: dict[str, Field] = {}
     for base in node.bases:
-        if ast.unparse(base) in {**_FILES, **_peft_files()}:
-            found |= fields(ast.unparse(base))
+        name = ast.unparse(base)
+        if name in _FILES or (path.is_relative_to(_package_file("peft", "")) and name in _peft_files()):
+            found |= fields(name)
     for item in node.body:
         if not (isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)):
             continue

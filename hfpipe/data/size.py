@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hfpipe.data.readers import files_of
@@ -29,26 +30,41 @@ class Size:
 
 def estimate_size(source: Any, wanted: str | None, split: str, seed: int) -> Size:
     """What is known of a source before it is read: no more of a file than its first rows."""
+    generated = source.path.startswith("tinyworld/")
     try:
         if is_hub_id(source.path):
             return Size(source.limit, exact=False)
-        loaded = load_source(source, wanted=wanted, split=split, seed=seed)
-        rows = list(itertools.islice(loaded.rows(), _SAMPLED))
+        if generated:  # asked for by several stages, and never another
+            first = replace(source, limit=min(source.limit or _SAMPLED, _SAMPLED), weight=None)
+            number, means = _look_again(first, wanted, split, seed)
+        else:
+            loaded = load_source(source, wanted=wanted, split=split, seed=seed)
+            number, means = _look(loaded)
     except UserError:  # told with its reason when the source is checked; or a file that is made on the way
         return Size(None, exact=False)
+    if number < _SAMPLED:
+        return Size(number, True, **means)
+    if generated:
+        return Size(_generated(source, source.split or split), True, **means)
+    count = _reckon(source, source.split or split, loaded)
+    return Size(min(count, source.limit or count), False, **means)
+
+
+def _look(loaded: Any) -> tuple[int, dict[str, Any]]:
+    """How many of the first rows there are, and what they say."""
+    rows = list(itertools.islice(loaded.rows(), _SAMPLED))
     sample = tuple((_said(row), len(_messages(row))) for row in rows)
-    means = {
+    return len(rows), {
         "bytes_per_row": _mean(size for size, _ in sample),
         "messages_per_row": _mean(count for _, count in sample),
         "answers_per_row": 2.0 if rows and "chosen" in rows[0] else 1.0,
         "sample": sample,
     }
-    if len(rows) < _SAMPLED:
-        return Size(len(rows), True, **means)
-    if source.path.startswith("tinyworld/"):
-        return Size(_generated(source, source.split or split), True, **means)
-    count = _reckon(source, source.split or split, loaded)
-    return Size(min(count, source.limit or count), False, **means)
+
+
+@functools.cache
+def _look_again(source: Any, wanted: str | None, split: str, seed: int) -> tuple[int, dict[str, Any]]:
+    return _look(load_source(source, wanted=wanted, split=split, seed=seed))
 
 
 def _generated(source: Any, split: str) -> int:
