@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 
+import numpy
 import pytest
 from huggingface_hub import HfApi
+from safetensors.numpy import save_file
 
 from hfpipe.config import load_recipe
 from hfpipe.data import tinyworld
@@ -253,6 +255,7 @@ def base(tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(BASE))
+    save_file({"model.norm.weight": numpy.ones(64, "float32")}, folder / "model.safetensors")
     return folder
 
 

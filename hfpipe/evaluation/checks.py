@@ -206,11 +206,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "json_equals": {"type": "object"},
     "json_schema": {"type": ["object", "boolean"]},
     "max_words": {"type": "object", "required": ["words", "text"], "properties": {"words": _COUNT, "text": _TEXT}},
-    "length": {
-        "type": "object",
-        "properties": {"min_words": _COUNT, "max_words": _COUNT},
-        "additionalProperties": False,
-    },
+    "length": {"properties": {"min_words": _COUNT, "max_words": _COUNT}, "additionalProperties": False},
     "contains_all": {"type": "array", "items": _TEXT, "minItems": 1},
 }  # fmt: skip
 
