@@ -49,8 +49,8 @@ _NO_ADAPTER = {
 
 def recipe_folder(name: str) -> Path:
     """The folder of a shipped recipe or of a path; UserError names the recipes there are."""
-    if not name.strip():
-        raise UserError(f"No recipe named. The shipped ones: {', '.join(shipped_recipes())}.")
+    if fault := place_fault(name):
+        raise UserError(f"No recipe `{name[:80]}`: {fault}. The shipped ones: {', '.join(shipped_recipes())}.")
     for folder in (Path(name), stage_configs_dir() / name):
         if (folder / "pipeline.yaml").is_file():
             return folder
@@ -164,19 +164,20 @@ def _read_files(head: dict[str, Any], folder: Path, problems: list[str]) -> None
 
 def _check_launch(pipeline: Pipeline, file: Path) -> list[str]:
     name, shipped = pipeline.launch.accelerate_config, upstream.accelerate_configs()
+    if name and (fault := place_fault(name)):
+        return [f"{file}: launch.accelerate_config = {name[:80]!r} cannot be looked up: {fault}."]
     if name is None or name in shipped or Path(name).is_file():
         return []
     known = ", ".join(sorted(shipped))
-    return [
-        f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}.{nearest(name, shipped)}"
-    ]
+    told = f"{file}: launch.accelerate_config = {name!r} is neither a file nor one of {known}."
+    return [told + nearest(name, shipped)]
 
 
 def _distributed_type(pipeline: Pipeline) -> str | None:
     """What the recipe's accelerate configuration makes of several processes: MULTI_GPU, FSDP, DEEPSPEED ..."""
     name = pipeline.launch.accelerate_config
     file = upstream.accelerate_configs().get(name or "", Path(name or ""))
-    return load_yaml(file).get("distributed_type") if file.is_file() else None
+    return load_yaml(file).get("distributed_type") if not place_fault(str(file)) and file.is_file() else None
 
 
 def _override(text: str, head: dict, raws: dict[str, dict], listed: set[str]) -> list[str]:

@@ -113,14 +113,12 @@ def test_a_check_of_another_package_comes_by_entry_point(learned, tmp_path):
     path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json", env=path).stdout
     assert {name: entry["score"] for name, entry in json.loads(told)["capabilities"].items()} == {"a": 1, "b": 0}
-    (tmp_path / "mypackage" / "checks.py").write_text(
-        "def brief(answer, value): return answer.row['capability'] == 'b'\n"
-    )
-    told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", "--json", env=path).stdout
-    assert {name: entry["score"] for name, entry in json.loads(told)["capabilities"].items()} == {"a": 0, "b": 1}
     for gives, said in (
         ("9", "cannot take the value 20: it gave 9.0, expected a number from 0 to 1"),
-        ("1 if answer.text == '1' else None", "failed on the answer 'Hello! How can I help you?' to 'Hello!'"),
+        (
+            "1 if answer.text == '1' and answer.row['kind'] else None",
+            "failed on the answer 'Hello! How can I help you?' to 'Hello!'",
+        ),
     ):
         (tmp_path / "mypackage" / "checks.py").write_text(f"def brief(answer, value): return {gives}\n")
         told = hfpipe("eval", learned[0], "--probes", tmp_path / "mine.jsonl", env=path, check=2).stderr

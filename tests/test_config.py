@@ -255,6 +255,11 @@ def test_a_setting_without_a_value_names_itself():
         (["run", "tinny"], "No recipe `tinny`: neither a folder nor one of"),
         (["run", "tinny"], "Did you mean `tiny`?"),
         (["run", "tests"], "tests has no pipeline.yaml, so it is not a recipe"),
+        (["run", "r" * 5000], "File name too long. The shipped ones: anneal"),
+        (
+            ["plan", "micro", "--set", f"launch.accelerate_config={'c' * 5000}"],
+            "cannot be looked up: File name too long",
+        ),
         (["run", "micro", "--from", "stf", "--out", "x"], "Did you mean `sft`?"),
         (["plan", "micro", "--set", "sft.seed=[", "--set", "dpo.seed=1"], "2 problems in the recipe"),
         (["run", "micro", "--from", "sft", "--out", "x"], "which is not finished"),

@@ -179,6 +179,14 @@ def test_a_hub_that_hangs_at_a_listing_is_not_reached(hub, hub_env, repo_id, own
     assert "no answer within 1 s" in done.stderr
 
 
+def test_a_model_that_is_its_own_parent_is_told_by_its_lineage(own_run):
+    file = own_run / "sft" / "stage.json"
+    record = stage_json(own_run / "sft")
+    artifact.write_record(file, {**record, "parent": {**record["parent"], "from": "sft"}})
+    told = hfpipe("lineage", own_run / "sft", check=2).stdout
+    assert f"{own_run / 'sft'} stands among its own parents" in told
+
+
 def test_a_model_that_somebody_changed_is_told_by_its_lineage(hub, hub_env, repo_id, own_run, tmp_path):
     push(own_run, hub_env, "--repo-id", repo_id)
     forged = tmp_path / "config.json"

@@ -66,6 +66,9 @@ def trace(source: str) -> list[Link]:
         if folder_of_parent is None:
             link.checks.append(("parent", UNKNOWN, where))
             break
+        if where in (link.where for link in links):
+            link.checks.append(("parent", BROKEN, f"{where} stands among its own parents"))
+            break
         record, folder = _record(folder_of_parent), folder_of_parent
         if record is None:  # a model from outside, which has no record of ours
             known = is_commit(parent.get("revision")) or artifact.folder_identity(folder, ("model", "tokenizer"))
