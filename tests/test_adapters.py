@@ -592,3 +592,14 @@ def test_the_preset_says_what_it_sets_and_gives_way(recipe):
         "dpo"
     ]
     assert other.trainer["learning_rate"] == pytest.approx(1e-5)  # ten times upstream's: pairs are not conversations
+
+
+def test_a_mistake_of_ours_is_not_told_as_the_users():
+    """A trainer that is called with what it does not take, and one that refuses a value as upstream's do."""
+    from hfpipe.training.adapters import build_trainer
+
+    job = SimpleNamespace(stage=load_recipe("micro", stage_types()).stages["sft"])
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        build_trainer(job, None, json.JSONDecoder, None, no_such_argument=1)
+    with pytest.raises(UserError, match="trainer is refused upstream for this model: TypeError"):
+        build_trainer(job, None, json.loads, 5)

@@ -674,7 +674,26 @@ def test_a_killed_rank_and_another_number_of_processes(micro_run, tmp_path):
 # --- the order on the disk ---
 
 
-def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+@pytest.fixture
+def done(monkeypatch) -> list[tuple[str, str]]:
+    """What is synced and renamed, in its order, which stands for a power cut: that can't be had in a test."""
+    calls: list[tuple[str, str]] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def sync(fd: int) -> None:
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def move(path: Path, to: Path) -> Path:
+        calls.append(("rename", str(path)))
+        return rename(path, to)
+
+    monkeypatch.setattr(os, "fsync", sync)  # watched, not replaced: the real one is called
+    monkeypatch.setattr(Path, "rename", move)  # likewise
+    return calls
+
+
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, done):
     from hfpipe.training.checkpoints import _put_in_place
 
     made = tmp_path / "writing" / "checkpoint-5"
@@ -682,11 +701,6 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monke
     files = ("model.safetensors", "optimizer.pt", "adapter/adapter_model.safetensors")
     for name in files:
         (made / name).write_bytes(b"weights")
-    done: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, Path.rename  # both are still called: what is looked at is their order
-    # A power cut can't be had in a test: the order of the calls, which all reach the disk, stands for it.
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", str(self))), rename(self, to))[1])
     _put_in_place(made, tmp_path)
     renamed = done.index(("rename", str(made)))
     for name in (*files, "checksums.json.tmp", "adapter", ""):
@@ -695,18 +709,13 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk(tmp_path, monke
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
-def test_stage_json_is_written_when_all_that_it_names_is_on_the_disk(tmp_path, monkeypatch):
+def test_stage_json_is_written_when_all_that_it_names_is_on_the_disk(tmp_path, done):
     from hfpipe.config import load_recipe
     from hfpipe.stages import stage_types
     from hfpipe.training.job import Job
 
     recipe = load_recipe("micro", stage_types())
     job = Job(recipe, recipe.stages["sft"], tmp_path, "f", {}, None)
-    done: list[tuple[str, str]] = []
-    fsync, rename = os.fsync, Path.rename  # both are still called: what is looked at is their order
-    # A power cut can't be had in a test: the order of the calls, which all reach the disk, stands for it.
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append(("rename", str(self))), rename(self, to))[1])
     job.start(print)
     (job.work / "model.safetensors").write_bytes(b"weights")
     (job.work / "adapter").mkdir()

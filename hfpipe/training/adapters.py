@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter"
 ENCODER_FILE = "prompt_encoder.safetensors"
+_OURS = Path(__file__).parents[1]
 
 
 def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
@@ -64,7 +66,11 @@ def build_trainer(
     if stage.adapter is None:
         try:
             return trainer_class(model, *args, **options)
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, ImportError) as error:
+        # In all of these upstream's constructors refuse a value; raised in hfpipe's own code, the last three are faults of ours.
+        except (ValueError, NotImplementedError, ImportError, TypeError, KeyError, AttributeError) as error:
+            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            if isinstance(error, (TypeError, KeyError, AttributeError)) and raised_in.is_relative_to(_OURS):
+                raise
             told = f"{type(error).__name__}: {error}"
             raise UserError(f"{stage.file}: trainer is refused upstream for this model: {told}") from error
     config = build_adapter(stage, job.parent_path)
