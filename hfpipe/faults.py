@@ -17,6 +17,7 @@ LESS_MEMORY = (
 )
 _LESS_DISK = "The last whole checkpoint is kept. Free some space, or lower trainer.save_total_limit."
 _DISK = re.compile(r"No space left on device|os error 28|Disk quota exceeded|PytorchStreamWriter failed writing", re.I)
+_TOO_LARGE = re.compile(r"File too large|os error 27\b")
 _MEMORY = re.compile(
     r"out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc|HIP out of memory", re.I
 )
@@ -41,6 +42,8 @@ def explain(error: BaseException) -> str:
     text = f"{type(error).__name__}: {error}"
     if any(map(full, causes)):
         return f"the disk is full ({text.splitlines()[0]}). {_LESS_DISK}"
+    if any(_TOO_LARGE.search(str(cause)) for cause in causes):
+        return f"a file may not become as large as that here, by the limit on files (ulimit -f) or the file system: {text.splitlines()[0]}"
     if any(map(no_memory, causes)):
         return f"there is not enough memory ({text.splitlines()[0]}). {LESS_MEMORY}"
     return text

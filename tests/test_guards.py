@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from hfpipe import StageFailed, UserError, artifact, load_pipeline
 from hfpipe.config import load_recipe
 from hfpipe.stages import stage_types
+from hfpipe.training.guards import spike
 
 from .conftest import stage_json
 from .sequences import newest_child
@@ -180,6 +181,23 @@ UNEVEN = {
 }
 
 
+@pytest.mark.parametrize(
+    ("late", "loss", "high"),
+    [
+        ([1.0] * 20, 3.1, True),
+        ([1.0] * 20, 2.9, False),
+        ([0.1] * 20, 0.9, False),  # near 0, many times the median is little
+        ([0.1] * 20, 1.2, True),
+        ([1.0] * 17 + [2.5] * 3, 3.1, False),  # rows of a rare kind: they come again and again
+        ([1.0] * 17 + [2.5] * 3, 3.8, True),
+        ([1.0] * 18 + [9.0] * 2, 3.1, True),  # one or two that were high hide no other
+    ],
+)
+def test_a_spike_is_told_from_what_comes_again(late, loss, high):
+    assert bool(spike(loss, [2.0] * 10 + late, 3.0)) == high
+    assert not spike(loss, [], 3.0)
+
+
 @pytest.mark.parametrize("kind", UNEVEN)
 def test_rows_that_become_harder_by_plan_are_no_spike(place, kind):
     easy = [{"text": text, "hard": 0} for text in SENTENCES * 2]
@@ -308,6 +326,25 @@ def little_memory(run):
     resource.prlimit(server, resource.RLIMIT_AS, (int(has.split()[1]) * 1024 + 1_500_000_000, before[1]))
     yield
     resource.prlimit(server, resource.RLIMIT_AS, before)
+
+
+def test_a_save_that_fails_does_so_before_training(place, run):
+    """The fork server's children, the stages, may write no file beyond 64 kB (`ulimit -f`): the weights take more."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid
+    before = resource.prlimit(server, resource.RLIMIT_FSIZE)
+    resource.prlimit(server, resource.RLIMIT_FSIZE, (64_000, before[1]))
+    try:
+        with pytest.raises(StageFailed, match="may not become as large as that"):
+            load_pipeline(place / "recipe").run(place / "unsaved", to="nan")
+    finally:
+        resource.prlimit(server, resource.RLIMIT_FSIZE, before)
+    events = [json.loads(line) for line in (place / "unsaved" / "logs" / "nan.jsonl").read_text().splitlines()]
+    assert "rehearsing" in [event["text"] for event in events if event["event"] == "doing"][-1]
+    assert "step" not in {event["event"] for event in events}
+    load_pipeline(place / "recipe").run(place / "unsaved", to="nan")
+    assert stage_json(place / "unsaved" / "nan")["weights"] == stage_json(run / "nan")["weights"]
 
 
 LARGE = """stage: pretrain

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 ROLLBACKS_FILE = "rollbacks.json"
 _STATE = "guards"  # in a checkpoint's trainer_state.json, under `stateful_callbacks`
 _WINDOW = 50  # steps whose median is the usual loss
-# A loss near 0 may triple and mean nothing: a spike is this much higher too (nats), and than any other of late by this
-# factor: rows of a rare kind come again and again. Until there are losses enough for a median, the highest one is taken
-# instead, with a wider berth. Of pairs and judgements one false label outweighs all others: there it takes so many in a row.
-_ENOUGH, _RISE, _ABOVE, _EARLY_RISE, _IN_A_ROW = 10, 1.0, 1.5, 3.0, 3
+# A loss near 0 may triple and mean nothing: a spike is this much higher too (nats), and than what has come this often of
+# late by this factor: rows of a rare kind come again and again. Until there are losses enough for a median, the highest one
+# is taken instead, with a wider berth. Of pairs and judgements one false label outweighs all others: there it takes so many
+# in a row.
+_ENOUGH, _RISE, _ABOVE, _AGAIN, _EARLY_RISE, _IN_A_ROW = 10, 1.0, 1.5, 3, 3.0, 3
 
 
 class Diverged(FloatingPointError):
@@ -58,6 +59,20 @@ def train_guarded(train: Callable[[Job, Progress], dict[str, Any]], job: Job, pr
 def read_rollbacks(job: Job) -> list[dict[str, Any]]:
     """What this stage has gone back from so far: `step`, `why`, `to`, `skipped` [first, last], `lr_factor`, `text`."""
     return (artifact.read_json(job.checkpoints / ROLLBACKS_FILE) or {}).get("rollbacks", [])
+
+
+def spike(loss: float, losses: list[float], times: float) -> str | None:
+    """Why `loss` is no usual one after `losses` (nats, the oldest first), by `guards.loss_spike`; None where it is."""
+    if not losses:
+        return None
+    enough = len(losses) >= _ENOUGH
+    usual, rise = (statistics.median(losses), _RISE) if enough else (max(losses), _EARLY_RISE)
+    late = sorted(losses[_ENOUGH:], reverse=True)  # those of the first steps aside, which are high
+    again = late[_AGAIN - 1] if len(late) >= _AGAIN else 0.0
+    if loss <= max(times * usual, usual + rise, _ABOVE * again):
+        return None
+    what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
+    return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {times:g})"
 
 
 class Guard(TrainerCallback):
@@ -161,7 +176,10 @@ class Guard(TrainerCallback):
         if not math.isfinite(norm):
             self._go_back(step, f"its gradient is {norm}")
         losses, high, since = self.kept["losses"], self.kept["high"], self.kept["since"]
-        if problem := self._spike(loss):
+        section = self.section
+        # From easy to hard rows the loss jumps by plan.
+        watched = section and section.loss_spike is not None and not self.job.stage.data.curriculum
+        if problem := watched and spike(loss, losses, section.loss_spike):
             high.append(loss)
             if len(high) == (_IN_A_ROW if self.job.stage.type.rows in ("preference", "unpaired") else 1):
                 self._go_back(step, problem, high=len(high))
@@ -170,19 +188,6 @@ class Guard(TrainerCallback):
             high.clear()
             del losses[:-_WINDOW]
         since[:] = [since[0] + loss, since[1] + 1]
-
-    def _spike(self, loss: float) -> str | None:
-        losses, section = self.kept["losses"], self.section
-        # From easy to hard rows the loss jumps by plan.
-        if not losses or section is None or section.loss_spike is None or self.job.stage.data.curriculum:
-            return None
-        enough = len(losses) >= _ENOUGH
-        usual, rise = (self._usual(), _RISE) if enough else (max(losses), _EARLY_RISE)
-        highest = max(losses[_ENOUGH:], default=0.0)  # those of the first steps aside, which are high
-        if loss <= max(section.loss_spike * usual, usual + rise, _ABOVE * highest):
-            return None
-        what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
-        return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {section.loss_spike:g})"
 
     def _go_back(self, step: int, problem: str, high: int = 0) -> None:
         """Set aside what was saved since the step before, write down what to leave out, and have the stage begin anew.
