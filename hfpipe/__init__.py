@@ -4,7 +4,7 @@ In Python: `load_pipeline`, `load_run`, `load_model`, `pull` and `lineage`; what
 
 Import order, left may import right (tests/test_house.py holds it):
 cli, api > apps > pipeline > processes > stages > synthesis > publishing, evaluation > training > plan > data > run_folder, hub_client
-> artifact > config > synth_config > graph, contradictions, annealing, adapter_types, rope, upstream, strict, yaml_files > sections
+> artifact > config > synth_config > graph, contradictions, model_config, annealing, adapter_types, rope, upstream, strict, yaml_files > sections
 > paths, progress > errors, faults
 """
 

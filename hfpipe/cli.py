@@ -221,7 +221,7 @@ def _check_data(options: argparse.Namespace) -> None:
 def _prepare_data(options: argparse.Namespace) -> None:
     from hfpipe.apps.prepare import prepare_data
 
-    prepare_data(options.file, options.tokenizer, options.json)
+    prepare_data(options.what, options.tokenizer, options.set, options.out, options.json)
 
 
 def _synth(options: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ from hfpipe.adapter_types import apply_preset, read_adapter
 from hfpipe.contradictions import contradictions, needle, sharded, split_batch
 from hfpipe.errors import ConfigErrors, UserError, nearest
 from hfpipe.graph import check_graph, unknown_source
+from hfpipe.model_config import model_faults
 from hfpipe.paths import place_fault, stage_configs_dir
-from hfpipe.sections import Evaluate, Pipeline, Recipe, Stage, StageType
+from hfpipe.sections import SHARDS, Curation, Evaluate, Pipeline, Recipe, Stage, StageType
 from hfpipe.strict import build
 from hfpipe.synth_config import place_synth, read_synth
 from hfpipe.yaml_files import load_yaml, parse_value
@@ -106,6 +107,8 @@ def load_recipe(
         head_raw = needed | sound
         pipeline = build(Pipeline, head_raw, "", [])
     settings = head_raw.get("settings") if isinstance(head_raw.get("settings"), dict) else {}
+    run = run or Path("runs") / pipeline.name
+    curation, settings = _curation(head_raw.get("curate"), settings, run, f"{head_file}: curate.", problems)
     stages = {}
     for stage, raw in raws.items():
         raw = _fill_settings(raw, settings, f"{files[stage]}: ", problems)
@@ -122,8 +125,8 @@ def load_recipe(
     evaluate = build(Evaluate, filled, f"{head_file}: evaluate.", [])
     filled = _fill_settings(head_raw.get("synth") or {}, settings, f"{head_file}: synth.", problems)
     synths = read_synth(filled, f"{head_file}: synth.", listed, stages, problems)
-    stages = place_synth(stages, synths, run or Path("runs") / pipeline.name, problems)
-    pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate(), synth=synths)
+    stages = place_synth(stages, synths, run, problems)
+    pipeline = dataclasses.replace(pipeline, evaluate=evaluate or Evaluate(), synth=synths, curate=curation)
     problems += (f"{head_file}: evaluate.needle: {problem}" for problem in needle(pipeline.evaluate))
     problems += _check_launch(pipeline, head_file)
     repo_id = pipeline.hub.repo_id
@@ -139,6 +142,18 @@ def load_recipe(
     return Recipe(pipeline.name, folder, pipeline, stages, tuple(overrides))
 
 
+def _curation(
+    raw: Any, settings: dict, run: Path, where: str, problems: list[str]
+) -> tuple[Curation | None, dict[str, Any]]:
+    """What `hfpipe data prepare` makes for the recipe, and the settings with `{shards}`, its place."""
+    if not isinstance(raw, dict) or not raw:
+        return None, settings
+    built = build(Curation, _fill_settings(raw, settings, where, problems), where, problems)
+    folder = (built and built.output_folder) or str(run / SHARDS)
+    curation = dataclasses.replace(built, output_folder=folder) if built else None
+    return curation, {**settings, "shards": folder}
+
+
 def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> list[str]:
     listed = head.get("stages")
     if not isinstance(listed, list) or not listed or not all(isinstance(s, str) for s in listed):
@@ -152,8 +167,8 @@ def _listed_stages(head: dict[str, Any], file: Path, problems: list[str]) -> lis
 
 
 def _read_files(head: dict[str, Any], folder: Path, problems: list[str]) -> None:
-    """`evaluate: probes.yaml` stands for the mapping in that file of the recipe, and so does `synth`."""
-    for key in ("evaluate", "synth"):
+    """`evaluate: probes.yaml` stands for the mapping in that file of the recipe, and so do `synth` and `curate`."""
+    for key in ("evaluate", "synth", "curate"):
         if isinstance(head.get(key), str):
             try:
                 head[key] = load_yaml(folder / head[key])
@@ -291,7 +306,7 @@ def _stage(
         adapter = read_adapter(raw["adapter"], f"{where}adapter", problems)
     model = raw.get("model") if "model" in sections else None
     if isinstance(model, dict) and isinstance(config := model.get("config"), dict) and config:
-        problems += _model_config(config, f"{where}model.config")
+        problems += model_faults(config, f"{where}model.config")
     if None in sections.values():
         if isinstance(model, dict) and isinstance(source := model.get("from"), str):
             problems += unknown_source(f"{where}model.from", source, listed)
@@ -310,41 +325,3 @@ def _upstream_section(value: Any, where: str, problems: list[str]) -> dict[str, 
         problems.append(f"{where} = {value!r}: expected a mapping.")
         return {}
     return value
-
-
-def _model_config(config: dict, where: str) -> list[str]:
-    model_type = config.get("model_type")
-    try:
-        known = upstream.model_config_fields(str(model_type))
-    except KeyError:
-        near = nearest(model_type, upstream.model_types())
-        return [
-            f"{where}.model_type = {model_type!r} is not a model type with a causal language model in transformers.{near}"
-        ]
-    rest = {k: v for k, v in config.items() if k != "model_type"}
-    return upstream.check(rest, known, f"the {model_type} configuration", where) or _heads(
-        model_type, rest, known, where
-    )
-
-
-# Types of which transformers (5.23) wants heads that share the whole width; others leave some of it out.
-_EXACT_HEADS = ("llama", "arcee", "aria_text", "bitnet", "hyperclovax", "jais2", "moshi", "olmoe", "stablelm")
-
-
-def _heads(model_type: str, config: dict, known: dict[str, upstream.Field], where: str) -> list[str]:
-    """Sizes that attention's heads can't share: transformers tells of them when it makes the model, or when that trains."""
-    width, heads = (
-        ("n_embd", "n_head") if {"n_embd", "n_head"} <= known.keys() else ("hidden_size", "num_attention_heads")
-    )
-    usual = {name: field.default for name, field in known.items() if isinstance(field.default, int)}
-    full = {name: value for name, value in (usual | config).items() if isinstance(value, int)}  # null: no such number
-    if not {width, heads} <= full.keys():
-        return []
-    problems = []
-    exact = width == "n_embd" or model_type in _EXACT_HEADS
-    if exact and not any(name.endswith("head_dim") for name in full) and full[width] % full[heads]:
-        problems.append(f"{where}.{width} = {full[width]} is not a multiple of {heads} = {full[heads]}.")
-    shared = 1 if "kv_lora_rank" in known else full.get("num_key_value_heads", 1)
-    if full[heads] % shared:
-        problems.append(f"{where}.{heads} = {full[heads]} is not a multiple of num_key_value_heads = {shared}.")
-    return problems

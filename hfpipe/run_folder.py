@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hfpipe import artifact
 from hfpipe.errors import UserError
-from hfpipe.sections import Recipe
+from hfpipe.sections import SHARDS, Recipe
 
 CHECKPOINTS = "checkpoints"  # in a stage's working folder
 
@@ -61,7 +61,7 @@ def check_owner(recipe: Recipe, run: Path) -> None:
     if record is None and run.is_dir():
         ends = ("", ".partial", ".old", ".damaged", ".partial.damaged")
         known = {name + end for name in recipe.stages for end in ends}
-        known |= {"logs", "synth", "run.json", f"run.json{artifact.BESIDE}", "report.html"}
+        known |= {"logs", "synth", SHARDS, f"{SHARDS}.partial", "run.json", f"run.json{artifact.BESIDE}", "report.html"}
         foreign = sorted(p.name for p in run.iterdir() if not p.name.startswith(".") and p.name not in known)
         if foreign:
             raise UserError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet
@@ -10,8 +13,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hfpipe.cli import main
+from hfpipe.data.tinyworld import rows
 
-from .conftest import hfpipe
+from .conftest import ROOT, hfpipe, stage_json
 
 TEXTS = [
     "Ana sings in the garden, and the others listen to the end.",
@@ -104,9 +108,46 @@ def test_what_cannot_be_prepared_is_told_and_leaves_nothing(curate, tmp_path, ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_in_the_place_of_the_file_is_told(tmp_path, capsys):
+def test_a_folder_that_is_no_recipe_and_a_recipe_without_a_curation_are_told(tmp_path, capsys):
     assert main(["data", "prepare", str(tmp_path)]) == 2
-    assert f"{tmp_path} is a folder, expected a YAML file" in capsys.readouterr().err
+    assert f"{tmp_path} has no pipeline.yaml, so it is not a recipe" in capsys.readouterr().err
+    assert main(["data", "prepare", "micro"]) == 2
+    assert "micro/pipeline.yaml has no `curate`: name a file, curate: curate.yaml." in capsys.readouterr().err
+    assert main(["data", "prepare", str(tmp_path / "curate.yaml"), "--set", "curate.minhash=null"]) == 2
+    assert "--set and --out are for a recipe" in capsys.readouterr().err
+
+
+def test_the_recipe_curate_is_prepared_and_then_run(tmp_path):
+    """The two lines of its header, from a folder of one's own, with sources and steps that are few."""
+    clean, pages = list(rows("pretrain", size=150)), list(rows("web", size=150))
+    write(tmp_path / "text.jsonl", [*clean, *pages, *clean[:20]])
+    own = f"[{{path: {tmp_path}/text.jsonl}}]"
+    settings = [f"curate.sources={own}", f"tokenizer.data.train={own}", f"raw.data.train={own}"]
+    settings += ["curate.executor.workers=1", *(f"{name}.trainer.max_steps=2" for name in ("raw", "curated"))]
+    options = ["--out", "mine", *(word for setting in settings for word in ("--set", setting))]
+    for command in ("plan", "run"):
+        told = hfpipe(command, "curate", *options, cwd=tmp_path, check=2).stderr.splitlines()
+        assert told == [
+            "hfpipe: mine/shards is not there yet. It is made by: hfpipe data prepare curate (with the same --out and --set, "
+            "if any)"
+        ]
+    assert not (tmp_path / "mine").exists()
+    found = json.loads(hfpipe("data", "prepare", "curate", "--json", *options, cwd=tmp_path).stdout)
+    assert found["documents"] == 320
+    left_out = {item["step"]: item["documents"] for item in found["left_out"]}
+    assert left_out["FineWebQualityFilter"] > 120
+    junk = {row["text"] for row in pages}
+    texts = kept(tmp_path / "mine" / "shards")
+    assert len(texts) == len(set(texts)) == 320 - sum(left_out.values()) > 80
+    assert len(junk & {*texts}) < 20
+    made = (tmp_path / "mine" / "shards" / "_summary.json").stat().st_mtime_ns
+    hfpipe("run", "curate", *options, cwd=tmp_path)
+    planned = hfpipe("plan", "curate", *options, cwd=tmp_path).stdout
+    assert [line.split()[1] for line in planned.splitlines() if line[:1].isalpha()][1:4] == ["done", "done", "done"]
+    curated = stage_json(tmp_path / "mine" / "curated")
+    assert curated["data"].keys() == {"train[0] mine/shards", "eval[0] mine/shards"}
+    hfpipe("data", "prepare", "curate", *options, cwd=tmp_path)  # nothing to do
+    assert (tmp_path / "mine" / "shards" / "_summary.json").stat().st_mtime_ns == made
 
 
 def test_a_file_of_which_nothing_can_be_used_does_not_end_the_others(curate, tmp_path):
@@ -136,3 +177,33 @@ def test_exact_duplicates_go_whatever_their_length(curate, tmp_path, minhash, st
     summary = json.loads((tmp_path / "out" / "_summary.json").read_text())
     assert [(item["step"], item["documents"]) for item in summary["left_out"]] == [(step, 12)]
     assert len(list((tmp_path / "out" / "_excluded" / step.replace(" ", "_")).glob("*.jsonl"))) >= 1
+
+
+PEAKS = """
+import re, sys
+from pathlib import Path
+from hfpipe.cli import main
+
+for file in sys.argv[1:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    assert main(["data", "prepare", file, "--json"]) == 0
+    peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
+    print(int(peak[1]) / 1024, file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a part of a process is Linux's to tell"
+)
+def test_memory_does_not_grow_with_the_corpus(curate, tmp_path):
+    """Six megabytes more of text take less than half of that: nothing of a document is held. The first two warm the process up."""
+    rng, words, files = random.Random(0), " ".join(TEXTS).split(), []
+    for number, megabytes in enumerate((2, 2, 8)):
+        texts = [" ".join(rng.choices(words, k=150)) for _ in range(1300 * megabytes)]
+        write(tmp_path / f"{number}.jsonl", [{"text": text} for text in texts])
+        own = {"sources": f"[{{path: {tmp_path}/{number}.jsonl}}]", "output_folder": f"{tmp_path}/out-{number}"}
+        files.append(curate(**own).rename(tmp_path / f"{number}.yaml"))
+    done = subprocess.run([sys.executable, "-c", PEAKS, *files], cwd=ROOT, capture_output=True, text=True, check=True)
+    _, small, large = map(float, done.stderr.split())
+    assert len(kept(tmp_path / "out-2")) > 1300 * 8 * 0.9
+    assert large - small < 3, f"{small} and {large} MiB"

@@ -11,14 +11,16 @@ from hfpipe.yaml_files import load_yaml
 
 
 def list_recipes(as_json: bool) -> None:
-    recipes = {name: load_yaml(stage_configs_dir() / name / "pipeline.yaml")["stages"] for name in shipped_recipes()}
+    heads = {name: load_yaml(stage_configs_dir() / name / "pipeline.yaml") for name in shipped_recipes()}
+    recipes = {name: head["stages"] for name, head in heads.items()}
     stages = {name: kind.teaches for name, kind in stage_types().items()}
     if as_json:
         print(json.dumps({"recipes": recipes, "stages": stages, "folder": str(stage_configs_dir())}, indent=2))
         return
     print(f"Recipes (hfpipe run NAME), in {stage_configs_dir()}:")
     for name, listed in recipes.items():
-        print(f"  {name:<12} {' -> '.join(listed)}")
+        first = f" (after hfpipe data prepare {name})" if "curate" in heads[name] else ""
+        print(f"  {name:<12} {' -> '.join(listed)}{first}")
     print("Stages:")
     for name, teaches in stages.items():
         print(f"  {name:<12} {teaches}")

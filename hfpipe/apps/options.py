@@ -108,7 +108,9 @@ def add_check_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_prepare_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("file", type=Path, help="a YAML file, such as curate.yaml beside a recipe's stages")
+    command.add_argument("what", metavar="RECIPE | FILE", help="a recipe with `curate`, or a YAML file of its own")
+    command.add_argument("--out", type=Path, help="the run's folder; default: runs/RECIPE")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for run; curate.KEY too")
     command.add_argument(
         "--tokenizer", type=Path, metavar="FOLDER", help="default: what the file says, else the recipe's"
     )

@@ -1,44 +1,47 @@
-"""`hfpipe data prepare`: corpora -> filtered, deduplicated, tokenised shards, by datatrove, as one YAML file says."""
+"""`hfpipe data prepare`: corpora -> filtered, deduplicated, tokenised shards, by datatrove, as a recipe or a YAML file says."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
-import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hfpipe import artifact, upstream
+from hfpipe import artifact
+from hfpipe.apps.curation import TASKS, build_steps, build_upstream, choose_executor
 from hfpipe.config import load_recipe
 from hfpipe.data.sources import content_hash, is_hub_id, local_path, named, open_rows
-from hfpipe.errors import ConfigErrors, UserError, nearest
-from hfpipe.progress import quantity
-from hfpipe.run_folder import lock
+from hfpipe.errors import ConfigErrors, UserError
+from hfpipe.pipeline import run_recipe
+from hfpipe.progress import Display, quantity
+from hfpipe.run_folder import check_owner, claim, lock
 from hfpipe.sections import Curation, Recipe
 from hfpipe.stages import stage_types
+from hfpipe.stages._run import check_recipe
 from hfpipe.strict import build
 from hfpipe.training.identity import hash_held_out
 from hfpipe.training.shards import EXCLUDED, MADE, SCRATCH, SUMMARY_FILE
 from hfpipe.yaml_files import load_yaml
 
-_FILTERS = ("GopherQualityFilter", "GopherRepetitionFilter", "C4QualityFilter", "FineWebQualityFilter")
-_EXECUTORS = {"local": "LocalPipelineExecutor", "slurm": "SlurmPipelineExecutor", "ray": "RayPipelineExecutor"}
-_MANAGED = (
-    "exclusion_writer", "language", "pipeline", "logging_dir", "depends", "skip_completed", "local_tasks",
-    "local_rank_offset", "norm_config", "hash_config",
-)  # fmt: skip
 _IMPORTED = ("hfpipe.training.curate", "hfpipe.training.gopher", "tokenizers", "py3langid.langid")  # by all workers
-_TASKS = 8
 _VERSION = 2  # raise when the same inputs come to give other shards
 
 
-def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> None:
-    """Prepare what `file` describes, or go on where it was stopped; print what was left out, and why.
+def prepare_data(
+    what: str,
+    tokenizer: Path | None = None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Prepare what a recipe's `curate` or a file describes, or go on where it was stopped; print what was left out, and why.
+
+    The tokenizer of a recipe is made first, where it is not there.
 
     Raises:
         UserError: the file, a source or the tokenizer is at fault, or datatrove is not installed.
@@ -47,22 +50,23 @@ def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> N
         from datatrove.pipeline.dedup import MinhashConfig
     except ImportError:
         raise UserError('data prepare needs datatrove: pip install -c constraints.txt "hfpipe[curate]".') from None
-    section, recipe, problems = _read(file)
+    file, section, recipe, problems = _read(what, overrides, out)
     folder = Path(section.output_folder).expanduser().absolute()
     root = folder.with_name(f"{folder.name}.partial")
-    problems += _misplaced(section, folder, str(file))
-    steps = _steps(section, recipe, root, str(file), problems)
+    problems += _misplaced(section, folder, file)
+    steps = build_steps(section, recipe, root, file, problems)
     if section.minhash is not None:
-        _built(MinhashConfig, section.minhash, {}, f"{file}: minhash", problems)
-    executor = _executor(section, str(file), problems)
+        build_upstream(MinhashConfig, section.minhash, {}, f"{file}: minhash", problems)
+    executor = choose_executor(section, file, problems)
     if problems:
         raise ConfigErrors(problems)
-    vocabulary = _tokenizer(section, recipe, tokenizer, str(file))
-    with named(str(file)):
+    vocabulary = tokenizer or _tokenizer(section, recipe, out, file, as_json)
+    vocabulary = vocabulary.expanduser().absolute()
+    with named(file):
         identity = _identity(section, recipe, vocabulary)
         if folder.exists() and artifact.read_record(folder / SUMMARY_FILE) is None:
             raise UserError(f"output_folder {folder} holds something else. Name a folder that is not there yet.")
-    with lock(root), named(str(file)):
+    with lock(root), named(file):
         done = artifact.read_record(folder / SUMMARY_FILE)
         if done is None or done["identity"] != identity:
             _clear_other(root, identity)
@@ -82,19 +86,35 @@ def prepare_data(file: Path, tokenizer: Path | None, as_json: bool = False) -> N
 # --- what the file says ---
 
 
-def _read(file: Path) -> tuple[Curation, Recipe | None, list[str]]:
+def _read(what: str, overrides: Sequence[str], out: Path | None) -> tuple[str, Curation, Recipe | None, list[str]]:
+    """(the file that an error begins with, what it says, the recipe that it belongs to, what is wrong with it)."""
+    if Path(what).suffix not in (".yaml", ".yml") and not Path(what).is_file():
+        recipe = load_recipe(what, stage_types(), overrides, out)
+        file, section = str(recipe.folder / "pipeline.yaml"), recipe.pipeline.curate
+        if section is None:
+            raise UserError(f"{file} has no `curate`: name a file, curate: curate.yaml.")
+        return f"{file}: curate", section, recipe, _no_sources(section, f"{file}: curate")
+    if overrides or out:
+        raise UserError(f"--set and --out are for a recipe; {what} is a file: change it, or give its recipe's folder.")
     problems: list[str] = []
-    section = build(Curation, load_yaml(file), f"{file}: ", problems)
+    section = build(Curation, load_yaml(Path(what)), f"{what}: ", problems)
     if section is None:
         raise ConfigErrors(problems)
-    recipe = load_recipe(file.parent, stage_types()) if (file.parent / "pipeline.yaml").is_file() else None
-    if not section.sources:
-        problems.append(f"{file}: sources is empty: a list such as [{{path: corpus}}].")
+    beside = Path(what).parent
+    recipe = load_recipe(beside, stage_types()) if (beside / "pipeline.yaml").is_file() else None
+    if section.output_folder is None:
+        hint = f", or prepare the whole recipe: hfpipe data prepare {beside}" if recipe else ""
+        raise UserError(f"{what}: output_folder is missing: name a folder{hint}.")
+    problems += _no_sources(section, what)
     if section.decontaminate and recipe is None:
         problems.append(
-            f"{file}: decontaminate removes what a recipe holds out, and no pipeline.yaml is beside this file."
+            f"{what}: decontaminate removes what a recipe holds out, and no pipeline.yaml is beside this file."
         )
-    return section, recipe, problems
+    return what, section, recipe, problems
+
+
+def _no_sources(section: Curation, file: str) -> list[str]:
+    return [] if section.sources else [f"{file}: sources is empty: a list such as [{{path: corpus}}]."]
 
 
 def _misplaced(section: Curation, folder: Path, file: str) -> Iterator[str]:
@@ -120,107 +140,35 @@ def _misplaced(section: Curation, folder: Path, file: str) -> Iterator[str]:
             )
 
 
-def _steps(
-    section: Curation, recipe: Recipe | None, root: Path, file: str, problems: list[str]
-) -> list[tuple[str, Any]]:
-    """(name, step) of all that is done to a document alone, in order."""
-    import datatrove.pipeline.filters as filters
-
-    from hfpipe.training import curate
-    from hfpipe.training.gopher import GopherQualityFilter, GopherRepetitionFilter
-
-    excluded = root / MADE / EXCLUDED
-    known = {name: getattr(filters, name) for name in _FILTERS}
-    known |= {cls.__name__: cls for cls in (GopherQualityFilter, GopherRepetitionFilter, curate.LanguageFilter)}
-    steps: list[tuple[str, Any]] = [("mask_personal", curate.MaskPersonal())] if section.mask_personal else []
-    for number, given in enumerate(section.filters):
-        where, name = f"{file}: filters[{number}]", str(given.get("type"))
-        if name not in known:
-            problems.append(f"{where}.type = {name!r}: expected one of {', '.join(known)}.{nearest(name, known)}")
-            continue
-        writer = curate.Jsonl(str(excluded / f"{number}-{name}"))
-        words = {"language": curate.Words()} if name in _FILTERS else {}
-        rest = {key: value for key, value in given.items() if key != "type"}
-        built = _built(known[name], rest, {"exclusion_writer": writer, **words}, where, problems)
-        steps.append((name, built))
-    if section.decontaminate and recipe:
-        writer = curate.Jsonl(str(excluded / "decontaminate"))
-        steps.append(("decontaminate", curate.Decontaminate(recipe, section.output_folder, writer)))
-    return steps
-
-
-def _built(cls: type, given: dict[str, Any], ours: dict[str, Any], where: str, problems: list[str]) -> Any:
-    """An upstream object from a section, its fields checked; None with the reasons added to `problems`."""
-    known = {name: field for name, field in upstream.arguments(cls).items() if name not in _MANAGED}
-    found = upstream.check(given, known, f"datatrove's {cls.__name__}", where)
-    found += [
-        f"{where}.{key} = {value!r}: expected a list of {of}."
-        for key, value in given.items()
-        if isinstance(value, list) and key in known and (of := _strangers(value, known[key].annotation))
-    ]
-    problems += found
-    if found:
-        return None
-    tuples = {key: tuple(v) for key, v in given.items() if isinstance(v, list) and "tuple" in known[key].annotation}
-    try:
-        return cls(**{**given, **tuples, **ours})
-    except (TypeError, ValueError) as error:
-        problems.append(f"{where} is refused by datatrove's {cls.__name__}: {error}")
-
-
-def _strangers(given: list[Any], annotation: str) -> str | None:
-    """What a list's items were expected to be, where one of them is something else."""
-    if "tuple[tuple[" in annotation:
-        pairs = all(isinstance(one, list) and [type(x) for x in one] in ([int, float], [int, int]) for one in given)
-        return None if pairs else "pairs of a length and a share, such as [[2, 0.2], [3, 0.18]]"
-    return None if all(isinstance(one, str) for one in given) else "texts"
-
-
-def _executor(section: Curation, file: str, problems: list[str]) -> Any:
-    """A function: pipeline, number of tasks, folder of its logs, the executor before it -> datatrove's executor."""
-    import datatrove.executor as executors
-
-    kind = str(section.executor.get("type", "local"))
-    if kind not in _EXECUTORS:
-        problems.append(f"{file}: executor.type = {kind!r}: expected one of {', '.join(_EXECUTORS)}.")
-        return None
-    cls = getattr(executors, _EXECUTORS[kind])
-    given = {key: value for key, value in section.executor.items() if key not in ("type", "tasks")}
-    known = {name: field for name, field in upstream.arguments(cls).items() if name not in _MANAGED}
-    checked = {**given, "tasks": section.executor.get("tasks", _TASKS)}
-    problems += upstream.check(checked, known, f"datatrove's {_EXECUTORS[kind]}", f"{file}: executor")
-    workers, methods = given.get("workers", 1), multiprocessing.get_all_start_methods()
-    if isinstance(workers, int) and (workers == 0 or workers < -1):
-        problems.append(f"{file}: executor.workers = {workers}: expected 1 or more, or -1 for as many as tasks.")
-    if given.get("start_method", methods[0]) not in methods:
-        problems.append(
-            f"{file}: executor.start_method = {given['start_method']!r}: expected one of {', '.join(methods)}."
+def _tokenizer(section: Curation, recipe: Recipe | None, out: Path | None, file: str, quiet: bool) -> Path:
+    """The folder of the tokenizer that the file names, else of the recipe's, which is brought up to date."""
+    stage = next((s for s in recipe.stages.values() if s.type.leaves == "tokenizer"), None) if recipe else None
+    if section.tokenizer or stage is None:
+        if section.tokenizer is None:
+            raise UserError(f"{file}: no tokenizer: name its folder, by `tokenizer` or --tokenizer.")
+        return Path(section.tokenizer)
+    run = out or Path("runs") / recipe.name
+    if recipe.pipeline.curate is None:  # a file beside a recipe that does not know it: as it stands
+        return run / stage.name
+    alone = dataclasses.replace(recipe, stages={stage.name: stage})
+    read = [*stage.data.train, *stage.data.eval, *recipe.pipeline.evaluate.text]
+    if any(source.path == section.output_folder for source in read):
+        raise UserError(
+            f"{file}: {section.output_folder} is made with the tokenizer of `{stage.name}`, which reads it."
         )
-    needed = {p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty}
-    missing = sorted(needed - checked.keys() - {"pipeline"})
-    problems += [f"{file}: executor.{name} is missing, which {kind} needs." for name in missing]
-    if kind == "local":
-        given.setdefault("workers", os.cpu_count())
-
-    def make(pipeline: list[Any], tasks: int, logs: Path, before: Any) -> Any:
-        alone = {"workers": 1} if kind == "local" and tasks == 1 else {}  # in this process: none is started for it
-        return cls(pipeline, tasks=tasks, logging_dir=str(logs), depends=before, **given | alone)
-
-    return make
-
-
-def _tokenizer(section: Curation, recipe: Recipe | None, given: Path | None, file: str) -> Path:
-    made = next((s.name for s in recipe.stages.values() if s.type.leaves == "tokenizer"), None) if recipe else None
-    folder = given or section.tokenizer or (Path("runs") / recipe.name / made if recipe and made else None)
-    if folder is None:
-        raise UserError(f"{file}: no tokenizer: name its folder, by `tokenizer` or --tokenizer.")
-    return Path(folder).expanduser().absolute()
+    check_owner(recipe, run)
+    check_recipe(alone)
+    with contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext():
+        run_recipe(alone, run, Display())
+    with lock(run):
+        claim(recipe, run)  # of all its stages
+    return run / stage.name
 
 
 def _identity(section: Curation, recipe: Recipe | None, tokenizer: Path) -> str:
     from hfpipe.training.shards import TextEncoder
 
-    written = {**dataclasses.asdict(section), "executor": section.executor.get("tasks", _TASKS), "tokenizer": None}
+    written = {**dataclasses.asdict(section), "executor": section.executor.get("tasks", TASKS), "tokenizer": None}
     content = [content_hash(s.path, revision=s.revision, name=s.name) for s in section.sources]
     held_out = hash_held_out(recipe, section.output_folder) if recipe and section.decontaminate else {}
     return artifact.digest([_VERSION, written, content, held_out, TextEncoder(tokenizer).identity])
@@ -246,7 +194,7 @@ def _chain(
 
     from hfpipe.training import curate
 
-    tasks, made = section.executor.get("tasks", _TASKS), root / MADE
+    tasks, made = section.executor.get("tasks", TASKS), root / MADE
     places = ("documents", "signatures", "pairs", "removed")
     documents, signatures, pairs, removed = (str(root / SCRATCH / name) for name in places)
     first = [("sources", curate.ReadDocuments(section.sources)), *steps]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
+from hfpipe.paths import stage_configs_dir
 from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source
 from hfpipe.synth_config import section_of
 
@@ -15,7 +17,9 @@ def check_sources(recipe: Recipe) -> None:
 
     Raises:
         ConfigErrors: what is wrong with each.
+        UserError: `hfpipe data prepare` comes first.
     """
+    check_shards(recipe)
     problems = []
     listed = [
         (stage.file, f"data.{role}", source, source.as_ or stage.type.rows, split)
@@ -44,6 +48,18 @@ def check_sources(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise ConfigErrors(list(dict.fromkeys(problems)))
+
+
+def check_shards(recipe: Recipe) -> None:
+    """UserError where the recipe's curation was not made yet, and one of its stages reads it."""
+    curation = recipe.pipeline.curate
+    read = [s.path for stage in recipe.stages.values() for s in (*stage.data.train, *stage.data.eval)]
+    if curation and curation.output_folder in read and not Path(curation.output_folder).expanduser().exists():
+        shipped = recipe.folder.parent == stage_configs_dir()
+        raise UserError(
+            f"{curation.output_folder} is not there yet. It is made by: hfpipe data prepare "
+            f"{recipe.folder.name if shipped else recipe.folder} (with the same --out and --set, if any)"
+        )
 
 
 def held_out_sources(recipe: Recipe, without: str | None = None) -> Iterator[tuple[str, Source, str]]:

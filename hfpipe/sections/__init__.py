@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hfpipe.sections.data import (
     DEFAULT_SPLIT,
+    SHARDS,
     Corpus,
     Curation,
     Curriculum,
@@ -193,6 +194,7 @@ class Pipeline:
     hub: Hub = Hub()
     plan: Plan = Plan()
     synth: dict[str, Any] = field(default_factory=dict)  # name -> hfpipe.synth_config.Synth, or a file of them
+    curate: dict[str, Any] | None = None  # Curation, or a file of it; the folder it fills is `{shards}` in a path
 
 
 @dataclass(frozen=True)

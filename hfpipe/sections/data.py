@@ -87,12 +87,15 @@ class Corpus:
     revision: str | None = None
 
 
+SHARDS = "shards"  # in the run's folder
+
+
 @dataclass(frozen=True)
 class Curation:
     """The file of `hfpipe data prepare`; fields of the classes that are named are datatrove's own."""
 
-    output_folder: str
     sources: tuple[Corpus, ...]
+    output_folder: str | None = None  # of a recipe's curation: shards in the run's folder
     filters: tuple[dict[str, Any], ...] = ()  # in this order: [{type: GopherQualityFilter, min_doc_words: 50}, ...]
     mask_personal: bool = False  # e-mail addresses, phone numbers and keys, as `hfpipe data check` finds them
     decontaminate: bool = False  # leave out what shows the held-out rows of the recipe whose folder the file is in
