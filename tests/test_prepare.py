@@ -17,6 +17,7 @@ from hfpipe.data.tinyworld import rows
 
 from .conftest import ROOT, hfpipe, stage_json
 
+CURATED = ROOT / "stage_configs" / "curate" / "curated.yaml"
 TEXTS = [
     "Ana sings in the garden, and the others listen to the end.",
     "Before noon a small boat came up the river with bread for the village.",
@@ -123,10 +124,12 @@ def test_the_recipe_curate_is_prepared_and_then_run(tmp_path):
     write(tmp_path / "text.jsonl", [*clean, *pages, *clean[:20]])
     own = f"[{{path: {tmp_path}/text.jsonl}}]"
     settings = [f"curate.sources={own}", f"tokenizer.data.train={own}", f"raw.data.train={own}"]
-    settings += ["curate.executor.workers=1", *(f"{name}.trainer.max_steps=2" for name in ("raw", "curated"))]
+    settings += ["curate.executor.workers=1", "evaluate.samples=1"]
+    settings += ["curated.trainer.max_steps=2"]
     options = ["--out", "mine", *(word for setting in settings for word in ("--set", setting))]
-    for command in ("plan", "run"):
-        told = hfpipe(command, "curate", *options, cwd=tmp_path, check=2).stderr.splitlines()
+    commands = (["plan", "curate"], ["run", "curate"], ["data", "check", "curate"], ["inspect", CURATED])
+    for command in commands:
+        told = hfpipe(*command, *options, cwd=tmp_path, check=2).stderr.splitlines()
         assert told == [
             "hfpipe: mine/shards is not there yet. It is made by: hfpipe data prepare curate (with the same --out and --set, "
             "if any)"
@@ -135,15 +138,15 @@ def test_the_recipe_curate_is_prepared_and_then_run(tmp_path):
     found = json.loads(hfpipe("data", "prepare", "curate", "--json", *options, cwd=tmp_path).stdout)
     assert found["documents"] == 320
     left_out = {item["step"]: item["documents"] for item in found["left_out"]}
-    assert left_out["FineWebQualityFilter"] > 120
+    assert left_out["FineWebQualityFilter"] > 140
     junk = {row["text"] for row in pages}
     texts = kept(tmp_path / "mine" / "shards")
-    assert len(texts) == len(set(texts)) == 320 - sum(left_out.values()) > 80
-    assert len(junk & {*texts}) < 20
+    assert len(texts) == len(set(texts)) == 320 - sum(left_out.values()) > 140
+    assert len(junk & {*texts}) < 5
     made = (tmp_path / "mine" / "shards" / "_summary.json").stat().st_mtime_ns
-    hfpipe("run", "curate", *options, cwd=tmp_path)
+    hfpipe("run", "curate", "--only", "curated", *options, cwd=tmp_path)  # `raw` is trained as any other stage
     planned = hfpipe("plan", "curate", *options, cwd=tmp_path).stdout
-    assert [line.split()[1] for line in planned.splitlines() if line[:1].isalpha()][1:4] == ["done", "done", "done"]
+    assert [line.split()[1] for line in planned.splitlines() if line[:1].isalpha()][1:4] == ["done", "new:", "done"]
     curated = stage_json(tmp_path / "mine" / "curated")
     assert curated["data"].keys() == {"train[0] mine/shards", "eval[0] mine/shards"}
     hfpipe("data", "prepare", "curate", *options, cwd=tmp_path)  # nothing to do

@@ -11,6 +11,7 @@ from typing import Any
 
 from hfpipe.config import load_recipe, recipe_folder
 from hfpipe.data.advice import TOPICS, Finding, Use, advice
+from hfpipe.data.check import check_shards
 from hfpipe.data.held_out import HeldOut, index_held_out, probe_rows
 from hfpipe.data.personal import mask, masked
 from hfpipe.data.profile import CountTokens, Profile, profile
@@ -71,6 +72,7 @@ def _recipe(name: str, overrides: Sequence[str], run: Path | None) -> Recipe | N
 
 
 def _of_recipe(recipe: Recipe, run: Path) -> list[Use]:
+    check_shards(recipe)
     _progress("what is held out")
     held_out = index_held_out(recipe)
     known: dict[Any, Profile] = {}

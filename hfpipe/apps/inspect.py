@@ -159,11 +159,13 @@ def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> li
 def inspect_stage(file: Path, overrides: list[str], run: Path | None, row: int | None, as_json: bool) -> None:
     """Print one row of a stage, or the first five."""
     from hfpipe.config import load_recipe
+    from hfpipe.data.check import check_shards
     from hfpipe.stages import stage_types
 
     if not file.is_file() or file.name == "pipeline.yaml":
         raise UserError(f"{file} is not a stage's file. Give one, such as stage_configs/tiny/sft.yaml.")
     recipe = load_recipe(file.parent, stage_types(), overrides, run)
+    check_shards(recipe)
     first, last = (1, 5) if row is None else (row, row)
     found = find_rows(recipe, run or Path("runs") / recipe.name, file.stem, first, last)
     for item in found:
