@@ -149,6 +149,10 @@ def test_the_recipe_curate_is_prepared_and_then_run(tmp_path):
     assert [line.split()[1] for line in planned.splitlines() if line[:1].isalpha()][1:4] == ["done", "new:", "done"]
     curated = stage_json(tmp_path / "mine" / "curated")
     assert curated["data"].keys() == {"train[0] mine/shards", "eval[0] mine/shards"}
+    told = hfpipe("plan", "curate", *options, "--set", "curate.mask_personal=false", cwd=tmp_path, check=2).stderr
+    assert told.startswith(
+        "hfpipe: mine/shards was made by another `curate` (mask_personal True -> False). It is made by: "
+    )
     hfpipe("data", "prepare", "curate", *options, cwd=tmp_path)  # nothing to do
     assert (tmp_path / "mine" / "shards" / "_summary.json").stat().st_mtime_ns == made
 

@@ -15,6 +15,7 @@ from typing import Any
 from hfpipe import artifact
 from hfpipe.apps.curation import TASKS, build_steps, build_upstream, choose_executor
 from hfpipe.config import load_recipe
+from hfpipe.data.check import SUMMARY_FILE, curation_of
 from hfpipe.data.sources import content_hash, is_hub_id, local_path, named, open_rows
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.pipeline import run_recipe
@@ -25,7 +26,7 @@ from hfpipe.stages import stage_types
 from hfpipe.stages._run import check_recipe
 from hfpipe.strict import build
 from hfpipe.training.identity import hash_held_out
-from hfpipe.training.shards import EXCLUDED, MADE, SCRATCH, SUMMARY_FILE
+from hfpipe.training.shards import EXCLUDED, MADE, SCRATCH
 from hfpipe.yaml_files import load_yaml
 
 _IMPORTED = ("hfpipe.training.curate", "hfpipe.training.gopher", "tokenizers", "py3langid.langid")  # by all workers
@@ -204,7 +205,8 @@ def _chain(
     duplicates = "near duplicates" if near else "duplicates"
     left_out = curate.Jsonl(str(made / EXCLUDED / duplicates.replace(" ", "_")))
     shards = curate.WriteShards(str(made), str(tokenizer))
-    finish = curate.Finish(str(root), str(folder), [name for name, _ in first], duplicates, identity)
+    made_by = {"identity": identity, "curation": curation_of(section)}
+    finish = curate.Finish(str(root), str(folder), [name for name, _ in first], duplicates, made_by)
     listed: list[tuple[str, list[Any], int]] = [
         ("read", [*(step for _, step in first), curate.Jsonl(documents), sign], tasks),
         ("buckets", [MinhashDedupBuckets(signatures, pairs, config=config, lines_to_buffer=1000)], config.num_buckets),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from hfpipe import artifact
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.paths import stage_configs_dir
-from hfpipe.sections import DEFAULT_SPLIT, Recipe, Source
+from hfpipe.sections import DEFAULT_SPLIT, Curation, Recipe, Source
 from hfpipe.synth_config import section_of
+
+SUMMARY_FILE = "_summary.json"  # in a folder of shards: what they were made of, and how
 
 
 def check_sources(recipe: Recipe) -> None:
@@ -51,15 +57,27 @@ def check_sources(recipe: Recipe) -> None:
 
 
 def check_shards(recipe: Recipe) -> None:
-    """UserError where the recipe's curation was not made yet, and one of its stages reads it."""
-    curation = recipe.pipeline.curate
+    """UserError where one of a recipe's stages reads its curation, and that was not made yet or of another `curate`."""
+    section = recipe.pipeline.curate
     read = [s.path for stage in recipe.stages.values() for s in (*stage.data.train, *stage.data.eval)]
-    if curation and curation.output_folder in read and not Path(curation.output_folder).expanduser().exists():
-        shipped = recipe.folder.parent == stage_configs_dir()
+    if section is None or section.output_folder not in read:
+        return
+    folder = Path(section.output_folder).expanduser()
+    made = artifact.read_record(folder / SUMMARY_FILE) or {}
+    changed = artifact.changes(made["curation"], curation_of(section)) if "curation" in made else []
+    if not folder.exists() or changed:
+        problem = f"was made by another `curate` ({', '.join(changed)})" if changed else "is not there yet"
+        name = recipe.folder.name if recipe.folder.parent == stage_configs_dir() else recipe.folder
         raise UserError(
-            f"{curation.output_folder} is not there yet. It is made by: hfpipe data prepare "
-            f"{recipe.folder.name if shipped else recipe.folder} (with the same --out and --set, if any)"
+            f"{section.output_folder} {problem}. It is made by: hfpipe data prepare {name} (with the same --out and "
+            "--set, if any)"
         )
+
+
+def curation_of(section: Curation) -> dict[str, Any]:
+    """What decides the shards of a curation, beside the content of its sources, what is held out and the tokenizer."""
+    whole = dataclasses.asdict(section) | {"executor": {"tasks": section.executor.get("tasks")}}
+    return json.loads(json.dumps({key: whole[key] for key in whole if key not in ("output_folder", "tokenizer")}))
 
 
 def held_out_sources(recipe: Recipe, without: str | None = None) -> Iterator[tuple[str, Source, str]]:

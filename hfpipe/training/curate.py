@@ -33,6 +33,7 @@ from datatrove.utils.text import TERMINAL_PUNCTUATION
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
 from hfpipe import artifact
+from hfpipe.data.check import SUMMARY_FILE
 from hfpipe.data.held_out import HeldOut, index_held_out
 from hfpipe.data.personal import mask
 from hfpipe.data.readers import files_of
@@ -42,7 +43,7 @@ from hfpipe.data.splits import SPLITS, digest, split_of
 from hfpipe.errors import NothingUsable, UserError
 from hfpipe.run_folder import put_in_place
 from hfpipe.sections import Corpus, Recipe, Source
-from hfpipe.training.shards import MADE, SCRATCH, SHARD_COLUMN, SUMMARY_FILE, TextEncoder
+from hfpipe.training.shards import MADE, SCRATCH, SHARD_COLUMN, TextEncoder
 
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 _SAMPLE = 500  # characters of a document whose language is asked
@@ -264,15 +265,16 @@ class WriteShards(PipelineStep):
 class Finish(PipelineStep):
     """Writes `_summary.json` and gives the finished folder its place; UserError where no row of the sources was usable.
 
-    `steps`: what the first executor's steps are called; `duplicates`: what those that are left out are.
+    `steps`: what the first executor's steps are called; `duplicates`: what those that are left out are; `made_by`: what
+    stands in the summary beside the counts.
     """
 
     type, name = "WRITER", "summary"
 
-    def __init__(self, root: str, folder: str, steps: list[str], duplicates: str, identity: str):
+    def __init__(self, root: str, folder: str, steps: list[str], duplicates: str, made_by: dict[str, Any]):
         super().__init__()
         self.root, self.folder = Path(root), Path(folder)
-        self.steps, self.duplicates, self.identity = steps, duplicates, identity
+        self.steps, self.duplicates, self.made_by = steps, duplicates, made_by
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         made, scratch = self.root / MADE, self.root / SCRATCH
@@ -292,7 +294,7 @@ class Finish(PipelineStep):
         summary = {"documents": read[1].get("total", 0), "left_out": left_out, "splits": splits}
         summary["masked"] = sum(counts.get("masked", 0) for _, counts in filters)
         made.mkdir(exist_ok=True)  # not there where nothing was kept
-        artifact.write_record(made / SUMMARY_FILE, {"identity": self.identity, **summary})
+        artifact.write_record(made / SUMMARY_FILE, {**self.made_by, **summary})
         artifact.sync_tree(made)
         put_in_place(made, self.folder)
         yield from ()

@@ -13,8 +13,8 @@ from hfpipe.training.templates import neutralise, special_among
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What `hfpipe data prepare` leaves beside its shards, and where it works on them until they are whole.
-SUMMARY_FILE, EXCLUDED, MADE, SCRATCH = "_summary.json", "_excluded", "made", "scratch"
+# What `hfpipe data prepare` leaves beside its shards and their summary, and where it works on them until they are whole.
+EXCLUDED, MADE, SCRATCH = "_excluded", "made", "scratch"
 SHARD_COLUMN = "tokenizer_sha256"  # beside `text` and `input_ids`
 
 
