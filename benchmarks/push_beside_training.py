@@ -1,10 +1,12 @@
 """How much a stage's training is held up while the stages before it are published: sft of `tiny`, with and without, in turns.
 
-    python benchmarks/push_beside_training.py runs/tiny [--pairs 5] [--xet] [--megabytes 200]
+    python benchmarks/push_beside_training.py runs/tiny [--pairs 5] [--xet] [--megabytes 200] [--steps 150]
 
 Copies the stages before sft from a finished run and runs sft alone, once publishing them to a Hub on this machine (the
 tests' own, in a process of its own at the lowest priority, since a real one costs other machines' time) and once not.
-`--megabytes` is put beside pretrain's weights, so that there is something to send. Prints a ratio for each pair.
+`--megabytes` is put beside midtrain's weights: sent to its branch, and looked at again for `main`. Prints for each pair
+the seconds of training and their ratio, and how many seconds of a processor the pushing process took until sft was
+trained: on a machine whose processors are all busy, no push can hold a training up by more than those.
 """
 
 from __future__ import annotations
@@ -17,28 +19,61 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from hfpipe import artifact
 
 ROOT = Path(__file__).parent.parent
+TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def prepare(finished: Path, run: Path, megabytes: int, number: int) -> None:
+def prepare(finished: Path, run: Path, megabytes: int) -> None:
     for stage in ("tokenizer", "pretrain", "midtrain"):
         shutil.copytree(finished / stage, run / stage)
     shutil.copy(finished / "run.json", run)
-    ballast = run / "pretrain" / "ballast.safetensors"
+    ballast = run / "midtrain" / "ballast.safetensors"
     ballast.write_bytes(os.urandom(megabytes * 10**6))  # other bytes each time: a Hub takes the same ones only once
-    record = artifact.read_record(run / "pretrain" / artifact.STAGE_FILE) or {}
-    record["files"] |= artifact.checksums(run / "pretrain", [ballast.name])
-    artifact.write_record(run / "pretrain" / artifact.STAGE_FILE, record)
+    record = artifact.read_record(run / "midtrain" / artifact.STAGE_FILE) or {}
+    record["files"] |= artifact.checksums(run / "midtrain", [ballast.name])
+    artifact.write_record(run / "midtrain" / artifact.STAGE_FILE, record)
 
 
-def train(run: Path, env: dict[str, str], *settings: str) -> float:
+def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, dict[int, tuple[float, int]]]:
+    """Seconds of training, and of each process that pushed beside it: its seconds of a processor, and its priority."""
     command = [sys.executable, "-m", "hfpipe", "run", "tiny", "--out", str(run), "--only", "sft", *settings]
-    subprocess.run(command, cwd=ROOT, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL)
+    pushed = {}
+    while process.poll() is None:
+        if not (run / "sft").is_dir():  # what is sent afterwards holds nothing up
+            pushed |= pushing(run)
+        time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"], pushed
+
+
+def pushing(run: Path) -> dict[int, tuple[float, int]]:
+    """By Linux' own count: process -> its seconds of a processor until now, and how nice it is."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\0push\0{run}\0" in (folder / "cmdline").read_text():
+                told = (folder / "stat").read_text().rpartition(")")[2].split()
+                found[int(folder.name)] = (int(told[11]) + int(told[12])) / TICKS, int(told[16])
+        except (OSError, UnicodeDecodeError):  # it has ended
+            continue
+    return found
+
+
+def serve(folder: str, xet: bool) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    command = [sys.executable, "-m", "tests.localhub", "--root", f"{folder}/hub", *(["--xet"] if xet else [])]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(19))
+    env, last = {"HF_HOME": f"{folder}/home"}, "HF_XET_XORB_COMPRESSION_POLICY" if xet else "no_proxy"
+    while last not in env:
+        name, _, value = server.stdout.readline().strip().removeprefix("export ").partition("=")
+        env[name] = value.strip("'\"")
+    return server, env
 
 
 def main() -> None:
@@ -47,34 +82,39 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--xet", action="store_true")
     parser.add_argument("--megabytes", type=int, default=200)
+    parser.add_argument("--steps", type=int, help="of sft; by default all of the recipe's")
     options = parser.parse_args()
-    ratios = []
+    common = ["--set", "evaluate={samples: 0}"]  # what comes after the training is not measured
+    common += ["--set", f"sft.trainer.max_steps={options.steps}"] if options.steps else []
+    ratios, shares = [], []
     with tempfile.TemporaryDirectory() as folder:
-        hub = [sys.executable, "-m", "tests.localhub", "--root", f"{folder}/hub", *(["--xet"] if options.xet else [])]
-        server = subprocess.Popen(hub, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(19))
+        server, env = serve(folder, options.xet)
         try:
-            env = {"HF_HOME": f"{folder}/home"}
-            for line in server.stdout:
-                name, equals, value = line.strip().removeprefix("export ").partition("=")
-                if not equals:
-                    break
-                env[name] = value.strip("'\"")
-                if name == "no_proxy":
-                    break
             for number in range(options.pairs):
-                took = {}
+                took, pushed = {}, {}
                 for way in ("without", "with") if number % 2 else ("with", "without"):
                     run = Path(folder) / f"{way}-{number}"
                     run.mkdir()
-                    prepare(options.run, run, options.megabytes, number)
-                    settings = ["--set", f"hub.repo_id=alice/run{number}"] if way == "with" else []
-                    took[way] = train(run, env, *settings)
+                    prepare(options.run, run, options.megabytes)
+                    publish = ["--set", f"hub.repo_id=alice/run{number}"] if way == "with" else []
+                    took[way], found = train(run, env, *common, *publish)
+                    pushed |= found
                     shutil.rmtree(run)
+                assert pushed, "nothing was pushed beside the training"
+                cpu = sum(seconds for seconds, _ in pushed.values())
                 ratios.append(took["with"] / took["without"])
-                print(f"with {took['with']:.2f} s, without {took['without']:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
+                shares.append(cpu / took["without"])
+                print(
+                    f"with {took['with']:.2f} s, without {took['without']:.2f} s, ratio {ratios[-1]:.3f}; the push took "
+                    f"{cpu:.2f} s of a processor at priority {max(nice for _, nice in pushed.values())}, {shares[-1]:.1%}",
+                    flush=True,
+                )
         finally:
             server.terminate()
-    print(f"median of {len(ratios)}: {statistics.median(ratios):.3f}")
+    print(
+        f"median of {len(ratios)}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); the push's "
+        f"seconds of a processor are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most)"
+    )
 
 
 if __name__ == "__main__":

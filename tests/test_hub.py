@@ -353,6 +353,21 @@ def test_what_changed_is_published_anew_and_what_is_gone_goes(hub, hub_env, repo
     assert made(hub, repo_id) == 2
 
 
+@LFS
+def test_a_push_reads_no_file_of_ours_more_than_twice(hub, hub_env, repo_id, own_run):
+    code = (
+        "import collections, sys; from hfpipe import artifact; from hfpipe.cli import main\n"
+        "read, sha256 = collections.Counter(), artifact.file_sha256\n"
+        "artifact.file_sha256 = lambda path: (read.update([str(path)]), sha256(path))[1]\n"
+        "code = main(sys.argv[1:]); print(max(read.values())); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "push", own_run, "--repo-id", repo_id]
+    command += [word for stage in STAGES for word in ("--stage", stage)]  # as a run names them
+    done = subprocess.run(command, env=os.environ | hub_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) == 2
+
+
 # --- other people's repos, and repos that went away ---
 
 

@@ -87,17 +87,18 @@ def push_stages(
         StageFailed: not everything got through; what did is written down, and the same call sends the rest.
     """
     known = _stages(run)
+    finished = finished_stages(run)
     for stage in stages or []:
         if stage not in known:
             raise UserError(f"--stage {stage}: no such stage; the run has {', '.join(known)}.{nearest(stage, known)}")
-        if stage not in finished_stages(run):
+        if stage not in finished:
             raise UserError(
                 f"--stage {stage}: it is {_state(run, stage)['state']}, and only what is finished is published."
             )
-    if not finished_stages(run):
+    if not finished:
         raise UserError(f"{run}: no stage is finished yet.")
     try:
-        return push_run(run, say, functools.partial(_watch, run), stages, hub_of(run, repo_id, private))
+        return push_run(run, say, functools.partial(_watch, run), stages or finished, hub_of(run, repo_id, private))
     except Unreachable as error:
         raise StageFailed(
             f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.hub_client import Refused, Unreachable, ask, list_files, within
-from hfpipe.publishing.package import RUN_FILE, TOLD, Package, finished_stages, hub_of, pack, place_of, published_at
+from hfpipe.publishing.package import RUN_FILE, TOLD, Package, pack, place_of, published_at
 from hfpipe.run_folder import damage_at
 from hfpipe.sections import Hub
 
@@ -169,10 +169,10 @@ def push_run(
     run: Path,
     say: Callable[[str, str], None],
     watch: Callable[[str, float], contextlib.AbstractContextManager[Any]],
-    stages: list[str] | None = None,
-    hub: Hub | None = None,
+    stages: list[str],
+    hub: Hub,
 ) -> list[dict[str, Any]]:
-    """Publish the finished stages of a run, or of these those named, in order; idempotent.
+    """Publish finished stages of a run, in order; idempotent.
 
     Args:
         watch: of a stage and the seconds it may take, a context that ends the process when they are over.
@@ -185,7 +185,6 @@ def push_run(
     """
     from huggingface_hub import HfApi
 
-    hub = hub or hub_of(run)
     if hub.repo_id is None:
         raise UserError(f"{run}: no repo to push to. Give --repo-id me/NAME, or set hub.repo_id in the recipe.")
     api, done = HfApi(), []
@@ -193,10 +192,8 @@ def push_run(
         (run / "logs" / ERROR_FILE).unlink(missing_ok=True)
         try:
             with watch(str(hub.repo_id), hub.timeout_minutes * 60 if hub.timeout_minutes is not None else 600):
-                heads = patiently(lambda: _heads(api, run, hub))
-            for stage in stages if stages is not None else finished_stages(run):
-                if reason := damage_at(run / stage):
-                    raise UserError(f"{run / stage} is not published: {reason}. Make that stage again.")
+                heads = patiently(lambda: _heads(api, hub, stages))
+            for stage in stages:
                 with watch(stage, _patience_s(hub, run / stage)):
                     done.append(_push_stage(api, run, hub, stage, heads, say))
             if done:
@@ -213,10 +210,10 @@ def push_run(
     return done
 
 
-def _heads(api: Any, run: Path, hub: Hub) -> dict[tuple[str, str], str]:
-    """Where the branches of a run's repos stand now; none of a repo that is not there."""
+def _heads(api: Any, hub: Hub, stages: list[str]) -> dict[tuple[str, str], str]:
+    """Where the branches of stages' repos stand now; none of a repo that is not there."""
     heads = {}
-    for repo_id in dict.fromkeys(place_of(hub, stage)[0] for stage in finished_stages(run)):
+    for repo_id in dict.fromkeys(place_of(hub, stage)[0] for stage in stages):
         with contextlib.suppress(Refused):
             refs = ask(api.list_repo_refs, repo_id)
             heads |= {(repo_id, branch.name): branch.target_commit for branch in refs.branches}
@@ -235,6 +232,8 @@ def _push_stage(
     repo_id, branch = place_of(hub, stage)
     commit = published_at(run, hub, stage)
     if commit is None or heads.get((repo_id, branch)) != commit:  # `main` of a repo of its own moves on with run.json
+        if reason := damage_at(run / stage):  # hours after it was found whole, perhaps
+            raise UserError(f"{run / stage} is not published: {reason}. Make that stage again.")
         package, where = pack(run, hub, stage), f"--repo-id {hub.repo_id}"
         patiently(lambda: _make_repo(api, repo_id, hub, where))
         patiently(lambda: _check_is_ours(api, repo_id, where))

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -80,10 +80,10 @@ def place_of(hub: Hub, stage: str) -> tuple[str, str]:
     return (f"{hub.repo_id}-{stage}", "main") if hub.layout == "repos" else (str(hub.repo_id), stage)
 
 
-def finished_stages(run: Path) -> list[str]:
-    """The stages of a run that stand whole on the disk, in the recipe's order."""
+def finished_stages(run: Path, known: Collection[str] = ()) -> list[str]:
+    """The stages of a run that stand whole on the disk, in the recipe's order; of those `known` to, the files are not read."""
     stages = (artifact.read_json(run / RUN_FILE) or {}).get("stages", [])
-    return [stage for stage in stages if (run / stage).is_dir() and damage_at(run / stage) is None]
+    return [s for s in stages if (run / s).is_dir() and (s in known or damage_at(run / s) is None)]
 
 
 def published_at(run: Path, hub: Hub, stage: str) -> str | None:

@@ -28,6 +28,7 @@ class Publisher:
         self.hub, self.run, self.display, self.waiting = recipe.pipeline.hub, run, display, list(waiting)
         self.stages = list(recipe.stages)
         self._sending: list[str] = []  # what that process was told to send
+        self._whole: set[str] = set()  # read once: nobody else works in this folder, and what sends them reads them too
         self._process: subprocess.Popen[str] | None = None
         self._log = run / "logs" / "push.log"
         self._shown = 0
@@ -75,7 +76,7 @@ class Publisher:
     def _send(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        stages = [stage for stage in finished_stages(self.run) if stage not in self.waiting]
+        stages = [stage for stage in self._finished() if stage not in self.waiting]
         if not any(published_at(self.run, self.hub, stage) is None for stage in stages):
             return
         command = [sys.executable, "-m", "hfpipe", "push", str(self.run)]
@@ -103,7 +104,12 @@ class Publisher:
         self._show()
 
     def _left(self) -> list[str]:
-        return [stage for stage in finished_stages(self.run) if published_at(self.run, self.hub, stage) is None]
+        return [stage for stage in self._finished() if published_at(self.run, self.hub, stage) is None]
+
+    def _finished(self) -> list[str]:
+        found = finished_stages(self.run, self._whole)
+        self._whole.update(stage for stage in found if stage not in self.waiting)
+        return found
 
     def _show(self) -> None:
         """Lines of the log that say what has been published."""
