@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,8 @@ from hfpipe import artifact
 from hfpipe.apps.chat import Session, check_takes_turns, load
 from hfpipe.apps.hub import restore, status_rows
 from hfpipe.config import load_recipe
-from hfpipe.errors import Interrupted, StageFailed, UserError, nearest
-from hfpipe.evaluation.scorecard import read_scorecard
+from hfpipe.errors import Interrupted, StageFailed, UserError, check_type, nearest
+from hfpipe.evaluation.scorecard import Scorecard, read_scorecard, result
 from hfpipe.pipeline import open_recipe, plan_rows, report_run, run_and_report
 from hfpipe.progress import find_display, quiet_imports
 from hfpipe.publishing.figures import build_figure
@@ -58,20 +60,25 @@ def load_pipeline(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[st
     """
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    expected = 'a mapping, such as {"sft.trainer.learning_rate": 5e-4}'
+    check_type("overrides", overrides, Sequence, expected)
     overrides = [overrides] if isinstance(overrides, str) else list(overrides)
+    for text in overrides:
+        check_type("overrides", text, str, expected)
     check_recipe(load_recipe(recipe, stage_types(), overrides))
     return Pipeline(recipe, overrides)
 
 
 def load_run(folder: str | Path) -> Run:
     """A run's folder, such as `runs/tiny`, finished or not; UserError where it is none."""
-    check_is_run(Path(folder))
-    return Run(Path(folder))
+    run = _path("folder", folder)
+    check_is_run(run)
+    return Run(run)
 
 
 def load_model(source: str | Path) -> Model:
     """Any model: a folder, or `org/model@revision` of the Hub. Nothing is loaded before it is used."""
-    folder = Path(source).expanduser()
+    folder = _path("source", source)
     return Model(str(folder.absolute() if folder.exists() else source))
 
 
@@ -80,7 +87,8 @@ def pull(source: str, out: str | Path | None = None) -> Run | Model:
 
     UserError where there is no such repo, where its files differ from their digests, or `out` holds something else.
     """
-    told = restore(source, Path(out) if out else None)
+    check_type("source", source, str, "org/model@revision of the Hub")
+    told = restore(source, _path("out", out) if out else None)
     return Run(told["run"]) if "run" in told else Model(str(told["folder"]))
 
 
@@ -103,7 +111,10 @@ class Pipeline:
         self._recipe, self._overrides = recipe, overrides
 
     def _open(self, out: str | Path | None) -> tuple[Recipe, Path]:
-        return open_recipe(self._recipe, self._overrides, Path(out) if out else None)
+        return open_recipe(self._recipe, self._overrides, _path("out", out) if out else None)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join([repr(str(self._recipe)), *self._overrides])})"
 
     def plan(self, out: str | Path | None = None) -> DataFrame:
         """What `run(out)` would do, and why: a row a stage, with `status`, `why` and `notes`."""
@@ -138,6 +149,7 @@ class Pipeline:
         """
         from hfpipe.apps.inspect import find_rows
 
+        check_type("row", row, Integral, "a number, counted from 1")
         return find_rows(*self._open(out), stage, row, row)[0]
 
 
@@ -146,6 +158,9 @@ class Model:
 
     def __init__(self, source: str):
         self._source, self._since = source, time.time_ns()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._source!r})"
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         written = tuple(p.stat().st_mtime_ns for p in sorted(Path(self._source).expanduser().glob("*.safetensors")))
@@ -201,7 +216,11 @@ class Stage(Model):
         """Sampled answers, one a row: `asked`, `answer`, and where there is one the `reference`."""
         from pandas import DataFrame
 
-        return DataFrame(read_lines(self.folder / "samples.jsonl"))
+        rows = read_lines(self.folder / "samples.jsonl")
+        return DataFrame(rows, columns=None if rows else ["asked", "answer"])
+
+    def __repr__(self) -> str:
+        return f"Stage({self._source!r}: {result(self.metrics)})"
 
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self._leaves != "model":
@@ -242,13 +261,22 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self._given)!r}: {', '.join(self) or 'no finished stage'})"
 
+    def _card(self) -> Scorecard:
+        check_is_run(self.folder)
+        card = read_scorecard(self.folder)
+        if not card.stages:
+            raise UserError(
+                f"{self._given} holds no finished stage that left a language model; status() tells how far it is."
+            )
+        return card
+
     def scorecard(self, long: bool = False) -> DataFrame:
         """Share of held-out questions answered rightly, 0 to 1: capabilities down, stages across.
 
         With `long` a row a score, with its 95% interval `low` to `high`, `n` questions, the `change` from the stage it
-        starts from, and an `arrow` where 0 lies outside that change's interval.
+        starts from, and an `arrow` where 0 lies outside that change's interval. UserError where no model is finished.
         """
-        return read_scorecard(self.folder).as_frame(long)
+        return self._card().as_frame(long)
 
     def status(self) -> DataFrame:
         """`hfpipe status`: where each stage stands, and its `commit` where the Hub holds it as it is here."""
@@ -270,12 +298,15 @@ class Run:
         """
         from pandas import DataFrame
 
+        check_type("repo_id", repo_id, (str, type(None)), "NAMESPACE/NAME, such as me/tiny")
+        check_type("private", private, (bool, type(None)), "True or False")
+        check_type("stages", stages, (Sequence, type(None)), "names of stages")
         # A process of its own: its watchdog ends it where the Hub hangs.
         command = [sys.executable, "-m", "hfpipe", "push", str(self.folder), "--json"]
         command += ["--repo-id", repo_id] if repo_id else []
         command += [] if private is None else ["--no-public" if private else "--public"]
         for stage in [stages] if isinstance(stages, str) else stages or []:
-            command += ["--stage", stage]
+            command += ["--stage", str(stage)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().removeprefix("hfpipe: ") or done.stdout.strip()
@@ -286,15 +317,21 @@ class Run:
         """What was logged in training, a row each: `stage`, `step`, `loss` in nats per token, `learning_rate` and so on."""
         from pandas import DataFrame
 
-        return DataFrame([{"stage": s, **line} for s in self for line in read_lines(self.folder / s / "metrics.jsonl")])
+        rows = [{"stage": s, **line} for s in self for line in read_lines(self.folder / s / "metrics.jsonl")]
+        return DataFrame(rows, columns=None if rows else ["stage", "step", "loss"])
 
     def plot(self) -> Figure:
         """The report's curves above its heat map; a notebook shows the figure where it is a cell's last value."""
-        return build_figure(read_stages(self.folder), read_scorecard(self.folder))
+        return build_figure(read_stages(self.folder), self._card())
 
     def report(self) -> Path:
         """Write `report.html` anew, one file with the whole story in it; its path."""
         return report_run(self.folder)[1]
+
+
+def _path(name: str, value: Any) -> Path:
+    check_type(name, value, (str, os.PathLike), "a folder's path")
+    return Path(value).expanduser()
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from numbers import Integral
 
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
@@ -48,6 +49,12 @@ class StageFailed(_Told, Exception):
 
 class Interrupted(_Told, KeyboardInterrupt):
     """Stopped by hand, exit code 130; what was done is on disk."""
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """UserError where a value given in Python is of another kind; True and False are no numbers."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is Integral):
+        raise UserError(f"{name} = {hide_tokens(repr(value))[:80]}: expected {expected}.")
 
 
 def nearest(name: object, names: Iterable[str]) -> str:

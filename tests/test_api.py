@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hfpipe import StageFailed, UserError, artifact, load_model, load_pipeline, load_run
+from hfpipe import StageFailed, UserError, artifact, load_model, load_pipeline, load_run, pull
 
 from .conftest import ROOT, hfpipe
 from .test_house import HEAVY
@@ -245,6 +245,54 @@ def test_faults_are_told_in_the_words_of_the_command_line(micro_run, tmp_path):
     with pytest.raises(UserError, match="Did you mean `sft`"):
         load_run(micro_run)["stf"]
     assert not issubclass(StageFailed, UserError)
+
+
+def test_what_no_command_line_could_be_given_is_told(run, micro_run):
+    pipe, sft = load_pipeline("micro"), run["sft"]
+    for act, told in (
+        (lambda: sft.chat(5), "text = 5: expected a text"),
+        (lambda: sft.chat([{"role": "user", "content": "Hi"}]), "text = [{'role': 'user'"),
+        (lambda: sft.chat("Hi", system=5), "system = 5: expected a text"),
+        (lambda: sft.chat("Hi", max_new_tokens=0), "max_new_tokens = 0: expected 1 or more"),
+        (lambda: sft.session(max_new_tokens="5"), "max_new_tokens = '5': expected a number"),
+        (lambda: run[5], "5 is no finished stage of"),
+        (lambda: load_pipeline("micro", 5), "overrides = 5: expected a mapping, such as"),
+        (lambda: load_pipeline("micro", [5]), "overrides = 5: expected a mapping, such as"),
+        (lambda: load_run(None), "folder = None: expected a folder's path"),
+        (lambda: load_model(5), "source = 5: expected a folder's path"),
+        (lambda: pull(5), "source = 5: expected org/model@revision"),
+        (lambda: pipe.plan(5), "out = 5: expected a folder's path"),
+        (lambda: pipe.inspect("sft", "1", micro_run), "row = '1': expected a number, counted from 1"),
+        (lambda: run.push(5), "repo_id = 5: expected NAMESPACE/NAME"),
+        (lambda: run.push("me/x", private="no"), "private = 'no': expected True or False"),
+        (lambda: run.push("me/x", stages=5), "stages = 5: expected names of stages"),
+    ):
+        with pytest.raises(UserError) as error:
+            act()
+        assert told in str(error.value)
+
+
+def test_a_run_without_a_model_yet(micro_run, tmp_path):
+    shutil.copytree(micro_run / "tokenizer", tmp_path / "tokenizer")
+    shutil.copy(micro_run / "run.json", tmp_path)
+    run = load_run(tmp_path)
+    for act in (run.scorecard, run.plot, run.report):
+        with pytest.raises(UserError, match="holds no finished stage that left a language model"):
+            act()
+    assert list(run.curves().groupby("stage")["loss"].max()) == []
+    assert list(run["tokenizer"].samples["answer"]) == []
+    assert list(run.status()["state"]) == ["finished", *["not begun"] * 4]
+    shutil.rmtree(tmp_path)
+    for act in (run.scorecard, run.plot, run.report, run.status):
+        with pytest.raises(UserError, match="is not a run's folder"):
+            act()
+
+
+def test_what_a_bare_name_shows(run, micro_run):
+    assert repr(load_pipeline("micro", {"seed": 1})) == "Pipeline('micro', seed=1)"
+    assert repr(run) == f"Run({str(micro_run)!r}: {', '.join(STAGES)})"
+    assert repr(run["sft"]).startswith(f"Stage({str(micro_run / 'sft')!r}: {run['sft'].metrics['steps']} steps, ")
+    assert repr(load_model("org/model@main")) == "Model('org/model@main')"
 
 
 def test_a_row_inspected_reads_as_in_the_terminal(micro_run):

@@ -6,13 +6,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.adapter_types import ADAPTER_FILE
 from hfpipe.artifact import model_fault
-from hfpipe.errors import UserError
+from hfpipe.errors import UserError, check_type
 from hfpipe.evaluation.answers import MAX_CALLS, Answer, Question, carry_out, parse, positions, prompt_ids, stop_ids
 from hfpipe.evaluation.tools import TOOLS
 from hfpipe.hub_client import ask_anew, locate, tell_notes
@@ -91,11 +92,16 @@ class Session:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self._special = special_strings(tokenizer)
         self.messages: list[dict[str, Any]] = []
+        check_type("system", system, (str, type(None)), "a text")
+        check_type("max_new_tokens", max_new_tokens, Integral, "a number of tokens")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {max_new_tokens}: expected 1 or more.")
         if system:
             self.messages.append({"role": "system", "content": self._clean(system)})
 
     def say(self, text: str, write: Callable[[str], object] | None = None) -> Answer:
         """The answer to what the user says, piece by piece to `write`; tool calls are carried out on the way."""
+        check_type("text", text, str, "a text, what the user says")
         write = write or (lambda piece: None)
         self.messages.append({"role": "user", "content": self._clean(text)})
         self._make_room()
