@@ -286,6 +286,12 @@ _DECIDING = (
 )  # fmt: skip
 
 
+def content_of(record: dict[str, Any]) -> str:
+    """One digest of what a stage left, by its record; published it is the same, so without an adapter's base, renamed there."""
+    names = [name for name in record["files"] if name in _DECIDING or name.endswith(".safetensors")]
+    return digest({name: record["files"][name]["sha256"] for name in names if name != ADAPTER_FILE})
+
+
 def folder_identity(folder: Path, leaves: tuple[str, ...]) -> str:
     """Fingerprint of a parent outside the run: its `stage.json`'s, else a hash of weights, configuration and tokenizer.
 

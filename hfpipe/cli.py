@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--stage", action="append", metavar="STAGE", help="this stage; may be given several times")
     command.add_argument("--repo-id", metavar="ID", help="where to: me/tiny; default: the recipe's hub.repo_id")
     command.add_argument(
-        "--public", action=argparse.BooleanOptionalAction, help="of a repo that is made; default: the recipe's"
+        "--public", action=argparse.BooleanOptionalAction, help="of a repo that is made; default: hub.private"
     )
     command.add_argument("--json", action="store_true", help="machine-readable output")
     command.set_defaults(command=_push)

@@ -106,6 +106,7 @@ def own_run(micro_run, tmp_path) -> Path:
         weights, record = run / stage / "model.safetensors", stage_json(run / stage)
         save_file(load_file(weights), weights, metadata={"format": "pt", "test": str(tmp_path)})
         record["files"] |= artifact.checksums(run / stage, [weights.name])
+        record["parent"]["content"] = artifact.content_of(stage_json(run / record["parent"]["from"]))
         artifact.write_record(run / stage / artifact.STAGE_FILE, record)
     return run
 

@@ -187,6 +187,34 @@ def test_a_model_that_is_its_own_parent_is_told_by_its_lineage(own_run):
     assert f"{own_run / 'sft'} stands among its own parents" in told
 
 
+def test_a_parent_forged_with_its_record_is_told_by_what_the_child_started_from(own_run, tmp_path):
+    assert "broken" not in hfpipe("lineage", own_run / "sft").stdout
+    kept = stage_json(own_run / "midtrain")["fingerprint"]
+    for number, forge in enumerate((forge_weights, forge_settings)):
+        run = shutil.copytree(own_run, tmp_path / f"forged-{number}")
+        record = artifact.read_record(run / "midtrain" / "stage.json")
+        forge(run / "midtrain", record)
+        artifact.write_record(run / "midtrain" / "stage.json", record)  # its own seal and hashes hold again
+        assert "broken" not in hfpipe("lineage", run / "midtrain").stdout
+        told = hfpipe("lineage", run / "sft", check=2).stdout
+        held = ("other files than those that sft started from", f"{record['fingerprint'][:12]}, not {kept[:12]}")[
+            number
+        ]
+        assert re.findall("broken +(.*)", told) == [f"parent: {run / 'midtrain'} holds {held}"]
+
+
+def forge_weights(folder: Path, record: dict) -> None:
+    weights = folder / "model.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(weights).items()}, weights)
+    record["files"] |= artifact.checksums(folder, [weights.name])
+    record["weights"] = {weights.name: record["files"][weights.name]["sha256"]}
+
+
+def forge_settings(folder: Path, record: dict) -> None:
+    record["config"]["trainer"]["learning_rate"] = 1.0
+    record["fingerprint"] = artifact.fingerprint(record["config"], record["data"], record["parent"]["fingerprint"])
+
+
 def test_a_model_that_somebody_changed_is_told_by_its_lineage(hub, hub_env, repo_id, own_run, tmp_path):
     push(own_run, hub_env, "--repo-id", repo_id)
     forged = tmp_path / "config.json"

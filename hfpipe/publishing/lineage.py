@@ -82,6 +82,8 @@ def trace(source: str) -> list[Link]:
         why = (
             where if fine else f"{where} holds {str(record.get('fingerprint'))[:12]}, not {parent['fingerprint'][:12]}"
         )
+        if fine and parent.get("content", found := artifact.content_of(record)) != found:  # older records have none
+            fine, why = False, f"{where} holds other files than those that {link.name} started from"
         link.checks.append(("parent", HOLDS if fine else BROKEN, why))
     return links
 

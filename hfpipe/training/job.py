@@ -195,13 +195,18 @@ class Job:
         put_in_place(self.work, self.folder)
 
     def parent_record(self) -> dict[str, Any] | None:
-        """What `stage.json` says of the parent: where it is and exactly which one it was."""
+        """What `stage.json` says of the parent: where it is and exactly which one it was, with what it held."""
         if self.stage.model.from_ is None:
             return None
+        made_by = self.recipe.parent(self.stage)
+        folder = self.run / made_by.name if made_by else Path(self.stage.model.from_).expanduser()
+        record = artifact.read_record(folder / artifact.STAGE_FILE)
+        told = {"content": artifact.content_of(record)} if record and "files" in record else {}
         return {
             "from": self.stage.model.from_,
             "revision": self.parent_revision,
             "fingerprint": self.parent_fingerprint,
+            **told,
         }
 
 
