@@ -34,7 +34,7 @@ from hfpipe.run_folder import (
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages import stage_types
 from hfpipe.stages._run import check_recipe
-from hfpipe.training.identity import identify, parent_identity, processes_now, scores_missing, synth_to_make
+from hfpipe.training.identity import identify, kept_pins, parent_identity, processes_now, scores_missing, synth_to_make
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def open_recipe(name: str | Path, overrides: Sequence[str], out: Path | None) ->
 
 def plan_rows(recipe: Recipe, run: Path, devices: Devices | None = None) -> list[dict[str, Any]]:
     """What a run would do: `stage`, `status`, `why`, whether it `trains`, and what `describe_stage` says of it, a stage a row."""
-    return [
-        {"stage": p.stage.name, "status": p.status, "why": list(p.why), "trains": p.trains}
-        | describe_stage(recipe, p.stage, run, devices)
-        for p in plan_run(recipe, run)
-    ]
+    rows = []
+    for p in plan_run(recipe, run):
+        row = {"stage": p.stage.name, "status": p.status, "why": list(p.why), "trains": p.trains}
+        row |= describe_stage(recipe, p.stage, run, devices)
+        row["notes"] += kept_pins(p.stage, run) if p.trains else []
+        rows.append(row)
+    return rows
 
 
 def plan_run(recipe: Recipe, run: Path) -> list[Planned]:
@@ -178,8 +180,10 @@ def run_recipe(
         _refuse_to_pay(recipe, run, waiting)
         with Publisher(recipe, run, display, [p.stage.name for p in waiting]) as publisher:
             tell_notes(lambda note: display.line("hub", note))
-            for name, told in ((item.stage.name, note) for item in waiting for note in warn(recipe, item.stage, run)):
-                display.line(name, told)
+            for item in waiting:
+                kept = kept_pins(item.stage, run) if item.trains else []
+                for note in (*warn(recipe, item.stage, run), *kept):
+                    display.line(item.stage.name, note)
             _run_stages(recipe, run, display, chosen, publisher)
         return chosen
 

@@ -339,6 +339,8 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     assert [row["status"] for row in planned] == ["done", "done"]
     if streaming:
         return
+    if not hub.xet:  # names and commits have nothing to do with it
+        check_a_moved_branch_and_tag(api, hub_env, folder, out, repo_id, first)
     api.delete_file("more.jsonl", repo_id=repo_id, repo_type="dataset")
     hfpipe("run", folder, "--out", tmp_path / "again", env=hub_env)
     # the Hub away: what was verified is used, and it is said
@@ -350,6 +352,34 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     hub.store.repos.pop(("dataset", repo_id))
     told = hfpipe("lineage", out / "pretrain", env=hub_env, check=2).stdout
     assert "the Hub does not give" in told
+
+
+def check_a_moved_branch_and_tag(api: HfApi, env: dict, folder: Path, out: Path, repo_id: str, first: str) -> None:
+    """Made anew, a stage reads what it was begun with, and says so; under another name it reads what that stands for."""
+    there = {"repo_id": repo_id, "repo_type": "dataset"}
+    moved = api.dataset_info(repo_id).sha
+    assert moved != first
+    assert hfpipe("run", folder, "--out", out, env=env).stdout.count("done already") == 2
+    plan = ("plan", folder, "--out", out, "--set", "pretrain.trainer.max_steps=1")
+    kept = f"{repo_id} is read at commit {first[:12]}, as it stood when this stage was first begun here"
+    for command in (plan, ("run", *plan[1:])):
+        told = hfpipe(*command, env=env).stdout
+        assert kept in told
+        assert f"{repo_id}@main is read" not in told  # the tokenizer, which stays
+    assert stage_json(out / "pretrain")["data"] == {f"train[0] {repo_id}": f"{repo_id}@{first}"}
+    api.create_tag(tag="v1", revision=first, **there)
+    tagged = ("--only", "pretrain", "--set", f"pretrain.data.train=[{{path: {repo_id}, revision: v1}}]")
+    hfpipe("run", folder, "--out", out, *tagged, env=env)
+    api.delete_tag(tag="v1", **there)
+    api.create_tag(tag="v1", revision=moved, **there)
+    assert "done already" in hfpipe("run", folder, "--out", out, *tagged, env=env).stdout
+    elsewhere = out.with_name("elsewhere")
+    shutil.copytree(out, elsewhere, ignore=shutil.ignore_patterns("pretrain"))
+    hfpipe("run", folder, "--out", elsewhere, *tagged, env=env)
+    for run, commit in ((out, first), (elsewhere, moved)):
+        assert stage_json(run / "pretrain")["data"] == {f"train[0] {repo_id}": f"{repo_id}@{commit}"}
+        assert stage_json(run / "pretrain")["pins"] == {f"datasets/{repo_id}@v1": commit}
+    shutil.rmtree(elsewhere)
 
 
 # --- what must not be believed ---

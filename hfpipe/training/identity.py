@@ -228,6 +228,19 @@ def _pins_of(stage: Stage, run: Path | None) -> dict[str, str]:
     return pins
 
 
+def kept_pins(stage: Stage, run: Path) -> list[str]:
+    """A line for each branch and tag of the Hub that a stage reads as it stood when it was first begun here."""
+    named = {stage.model.from_, stage.guide[1] if stage.guide else None}
+    for source in (*stage.data.train, *stage.data.eval):
+        named.add(f"datasets/{source.path}" + (f"@{source.revision}" if source.revision else ""))
+    return [
+        f"{name.removeprefix('datasets/')} is read at commit {commit[:12]}, as it stood when this stage was first begun here; "
+        "another --out takes it as it stands then"
+        for name, commit in _pins_of(stage, run).items()
+        if name in named
+    ]
+
+
 def hub_commit(stage: Stage, key: str, source: str, run: Path | None = None) -> str:
     """The commit that a Hub id and its revision stand for.
 
