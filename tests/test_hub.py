@@ -304,11 +304,13 @@ def test_a_killed_push_is_done_again_once(hub, hub_env, repo_id, own_run, moment
 
 @pytest.mark.parametrize("moment", ["POST .*/commit/", "GET .*/refs"], ids=["at a commit", "at the first question"])
 def test_a_hub_that_hangs_holds_nobody_up(hub, hub_env, repo_id, own_run, moment):
-    hub.fault(moment, delay=60.0, times=100)
-    began = time.monotonic()
+    rule = hub.fault(moment, delay=60.0, times=100)
     settings = ["--set", f"hub.repo_id={repo_id}", "--set", "hub.timeout_minutes=0.05"]
     done = hfpipe("run", "micro", "--out", own_run, *settings, env=hub_env)
-    assert time.monotonic() - began < 40
+    # Whatever the machine's load: nobody stayed for an answer, which comes after a minute.
+    answered = [request["status"] for request in hub.requests(moment) if request["fault"] == "delay"]
+    assert rule["fired"] == len(answered) > 0
+    assert set(answered) <= {None, 499}
     assert "not published yet: tokenizer, pretrain, midtrain, sft, dpo" in done.stdout
     assert f"`hfpipe push {own_run}` sends it" in done.stdout
     assert "took more than 3 s" in (own_run / "logs" / "push.log").read_text()
