@@ -47,7 +47,7 @@ def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, dict[i
     while process.poll() is None:
         if not (run / "sft").is_dir():  # what is sent afterwards holds nothing up
             pushed |= pushing(run)
-        time.sleep(0.02)
+        time.sleep(0.1)
     if process.returncode:
         raise SystemExit(process.returncode)
     return json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"], pushed

@@ -100,6 +100,7 @@ def check_preferences(shown: Shown) -> None:
 
 
 def check_publish(shown: Shown) -> None:
+    assert shown.outputs("notebook_login()") == []  # the tests have a token
     assert "published: alice/notebook@midtrain" in shown.text("pipe.run(to=")
     for found in ("run.status()", "run.push()", "list_repo_refs"):
         table = shown.table(found)
