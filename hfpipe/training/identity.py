@@ -237,7 +237,7 @@ def kept_pins(stage: Stage, run: Path) -> list[str]:
         f"{name.removeprefix('datasets/')} is read at commit {commit[:12]}, as it stood when this stage was first begun here; "
         "another --out takes it as it stands then"
         for name, commit in _pins_of(stage, run).items()
-        if name in named
+        if name in named and not name.endswith(commit)
     ]
 
 
