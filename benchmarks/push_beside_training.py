@@ -1,12 +1,13 @@
 """How much a stage's training is held up while the stages before it are published: sft of `tiny`, with and without, in turns.
 
-    python benchmarks/push_beside_training.py runs/tiny [--pairs 5] [--xet] [--megabytes 200] [--steps 150]
+    python benchmarks/push_beside_training.py runs/tiny [--pairs 5] [--xet] [--megabytes 200] [--steps 150] [--alone]
 
 Copies the stages before sft from a finished run and runs sft alone, once publishing them to a Hub on this machine (the
 tests' own, in a process of its own at the lowest priority, since a real one costs other machines' time) and once not.
 `--megabytes` is put beside midtrain's weights: sent to its branch, and looked at again for `main`. Prints for each pair
 the seconds of training and their ratio, and how many seconds of a processor the pushing process took until sft was
-trained: on a machine whose processors are all busy, no push can hold a training up by more than those.
+trained: on a machine whose processors are all busy, no push can hold a training up by more than those. With `--alone`
+nothing trains, and only the latter are counted, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -66,6 +68,15 @@ def pushing(run: Path) -> dict[int, tuple[float, int]]:
     return found
 
 
+def push(run: Path, env: dict[str, str], repo_id: str) -> float:
+    """Seconds of a processor that one push takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "hfpipe", "push", str(run), "--repo-id", repo_id]
+    subprocess.run(command, cwd=ROOT, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def serve(folder: str, xet: bool) -> tuple[subprocess.Popen[str], dict[str, str]]:
     command = [sys.executable, "-m", "tests.localhub", "--root", f"{folder}/hub", *(["--xet"] if xet else [])]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.nice(19))
@@ -83,6 +94,7 @@ def main() -> None:
     parser.add_argument("--xet", action="store_true")
     parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--steps", type=int, help="of sft; by default all of the recipe's")
+    parser.add_argument("--alone", action="store_true")
     options = parser.parse_args()
     common = ["--set", "evaluate={samples: 0}"]  # what comes after the training is not measured
     common += ["--set", f"sft.trainer.max_steps={options.steps}"] if options.steps else []
@@ -91,6 +103,12 @@ def main() -> None:
         server, env = serve(folder, options.xet)
         try:
             for number in range(options.pairs):
+                if options.alone:
+                    run = Path(folder) / f"alone-{number}"
+                    run.mkdir()
+                    prepare(options.run, run, options.megabytes)
+                    print(f"the push took {push(run, env, f'alice/run{number}'):.2f} s of a processor", flush=True)
+                    continue
                 took, pushed = {}, {}
                 for way in ("without", "with") if number % 2 else ("with", "without"):
                     run = Path(folder) / f"{way}-{number}"
@@ -111,6 +129,8 @@ def main() -> None:
                 )
         finally:
             server.terminate()
+    if options.alone:
+        return
     print(
         f"median of {len(ratios)}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); the push's "
         f"seconds of a processor are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most)"
