@@ -241,26 +241,28 @@ def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
 
 
 def test_pairs_whose_loss_stays_high_are_gone_back_from(place, micro_run):
-    """Eight pairs a step, half of them the wrong way round, at a rate that no reward model stands."""
+    """Which answer is the better one is chance, and the head, which alone is trained, goes far with every step."""
     rng = random.Random(0)
-    asked = [f"{a} {p}?{number}" for a in ANIMALS for p in PLACES for number in range(2)]
+    asked = [f"{a} {p}?{number}" for a in ANIMALS for p in PLACES for number in range(4)]
     answers = [rng.sample(["Yes.", "No."], 2) for _ in asked]
     pairs = [{"prompt": q, "chosen": good, "rejected": bad} for q, (good, bad) in zip(asked, answers, strict=True)]
     (place / "data" / "random.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     recipe = place / "unsteady"
     recipe.mkdir()
     (recipe / "pipeline.yaml").write_text("name: unsteady\nstages: [judge]\nevaluate: {samples: 0}\n")
-    trainer = TRAINER.replace("2.0e-2", "10.0").replace("batch_size: 1", "batch_size: 8")
-    trainer = trainer.replace("num_train_epochs: 1", "num_train_epochs: 2, warmup_steps: 10")
+    trainer = TRAINER.replace("2.0e-2", "1.0e+5, max_grad_norm: 0, optim: sgd").replace("size: 1", "size: 8")
     (recipe / "judge.yaml").write_text(
-        f"stage: reward\nmodel: {{from: {micro_run / 'sft'}}}\n"
+        f"stage: reward\nmodel: {{from: {micro_run / 'sft'}}}\nguards: {{max_rollbacks: 1}}\n"
+        "regularize: {freeze_layers: [embed_tokens, layers.0, layers.1]}\n"
         f"data: {{train: [{{path: {place / 'data' / 'random.jsonl'}, split: all}}]}}\ntrainer: {{{trainer}}}\n"
     )
-    load_pipeline(recipe).run(place / "run-unsteady")
-    back = stage_json(place / "run-unsteady" / "judge")["metrics"]["rollbacks"][0]
-    assert re.match(r"its loss is [\d.]+, against (at most|a median of) [\d.]+ in the \d+ steps before it", back["why"])
-    assert back["skipped"] == [back["step"] - 3, back["step"]]  # three that were too high, and the one before them
-    assert back["text"] in notes(place / "run-unsteady", "judge")
+    with pytest.raises(StageFailed, match=r"has gone back 1 times"):
+        load_pipeline(recipe).run(place / "run-unsteady")
+    back = next(text for text in notes(place / "run-unsteady", "judge") if "has diverged" in text)
+    told = r"step (\d+) has diverged: its loss is [\d.e+]+, against (at most|a median of) [\d.]+ in the .*; steps (\d+) to (\d+) are"
+    step, _, first, last = re.match(told, back).groups()
+    assert int(last) == int(step) > 3
+    assert int(first) == int(step) - 3  # three that were too high, and the one before them
 
 
 def test_an_evaluation_after_the_last_checkpoint_finds_it_the_best(place, tmp_path):

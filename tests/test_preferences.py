@@ -88,11 +88,11 @@ def test_kto_on_answers_judged_alike(after_sft, tmp_path):
 
 
 def test_kto_unpairs_preferences(after_sft):
-    _, left = after_sft("kto", KTO.replace("SOURCE", "{path: tinyworld/preferences, limit: 128}"))
+    _, left = after_sft("kto", KTO.replace("SOURCE", "{path: tinyworld/preferences, limit: 384}"))
     metrics = stage_json(left)["metrics"]
     assert metrics["answers"]["good"] > metrics["answers"]["bad"]
     assert "validation" in metrics
-    assert stage_json(left)["sources"][0]["used"] == 256
+    assert stage_json(left)["sources"][0]["used"] == 768
 
 
 @needs_real_data

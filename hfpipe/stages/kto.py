@@ -27,6 +27,7 @@ TYPE = StageType(
     managed={
         "dataset_num_proc": "hfpipe renders the rows itself, once, before training",
         "train_sampling_strategy": "upstream reads the rows in their order, which hfpipe has shuffled",
+        "data_seed": "the order of rows is drawn by the recipe's seed",
         "model_init_kwargs": "set model.dtype or model.attn_implementation",
     },
 )
