@@ -11,6 +11,7 @@ from typing import Any
 
 from hfpipe import artifact
 from hfpipe.config import load_recipe
+from hfpipe.data.check import check_shards, shards_problem
 from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.evaluation.scorecard import Scorecard, changes, read_scorecard, result, table
 from hfpipe.faults import explain
@@ -71,6 +72,7 @@ def plan_rows(recipe: Recipe, run: Path, devices: Devices | None = None) -> list
     for p in plan_run(recipe, run):
         row = {"stage": p.stage.name, "status": p.status, "why": list(p.why), "trains": p.trains}
         row |= describe_stage(recipe, p.stage, run, devices)
+        row["notes"] += filter(None, [shards_problem(recipe, p.stage)])
         row["notes"] += kept_pins(p.stage, run) if p.trains else []
         rows.append(row)
     return rows
@@ -172,7 +174,8 @@ def run_recipe(
         UserError: a stage found the input at fault.
         StageFailed: a stage's process ended without its result; the log's place is told.
     """
-    select(plan_run(recipe, run), start, end, only)  # what is wrong is told before anything is written
+    chosen = select(plan_run(recipe, run), start, end, only)  # what is wrong is told before anything is written
+    check_shards(recipe, [item.stage for item in chosen])
     with lock(run):
         claim(recipe, run)
         chosen = select(plan_run(recipe, run), start, end, only)

@@ -72,7 +72,7 @@ def _recipe(name: str, overrides: Sequence[str], run: Path | None) -> Recipe | N
 
 
 def _of_recipe(recipe: Recipe, run: Path) -> list[Use]:
-    check_shards(recipe)
+    check_shards(recipe, recipe.stages.values())
     _progress("what is held out")
     held_out = index_held_out(recipe)
     known: dict[Any, Profile] = {}

@@ -138,6 +138,7 @@ def _sides(encoded: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) ->
 def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> list[Inspected]:
     """Rows of a stage, counted from 1; UserError where the stage has none, or trains on none."""
     quiet_imports()
+    from hfpipe.data.check import check_shards
     from hfpipe.training.job import make_job
 
     stage = recipe.stages.get(name)
@@ -146,6 +147,7 @@ def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> li
         raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
     if first < 1:
         raise UserError(f"--row {first}: rows are counted from 1.")
+    check_shards(recipe, [stage])
     by_parent = stage.data.curriculum is not None and stage.data.curriculum.by == "parent_loss"
     job = make_job(recipe, stage, run, parent_fingerprint=None if by_parent else "")
     if by_parent:
@@ -159,13 +161,11 @@ def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> li
 def inspect_stage(file: Path, overrides: list[str], run: Path | None, row: int | None, as_json: bool) -> None:
     """Print one row of a stage, or the first five."""
     from hfpipe.config import load_recipe
-    from hfpipe.data.check import check_shards
     from hfpipe.stages import stage_types
 
     if not file.is_file() or file.name == "pipeline.yaml":
         raise UserError(f"{file} is not a stage's file. Give one, such as stage_configs/tiny/sft.yaml.")
     recipe = load_recipe(file.parent, stage_types(), overrides, run)
-    check_shards(recipe)
     first, last = (1, 5) if row is None else (row, row)
     found = find_rows(recipe, run or Path("runs") / recipe.name, file.stem, first, last)
     for item in found:

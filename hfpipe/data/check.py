@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from hfpipe import artifact
 from hfpipe.data.sources import is_hub_id, load_source, named
 from hfpipe.errors import ConfigErrors, UserError
 from hfpipe.paths import stage_configs_dir
-from hfpipe.sections import DEFAULT_SPLIT, Curation, Recipe, Source
+from hfpipe.sections import DEFAULT_SPLIT, Curation, Recipe, Source, Stage
 from hfpipe.synth_config import section_of
 
 SUMMARY_FILE = "_summary.json"  # in a folder of shards: what they were made of, and how
@@ -23,9 +23,7 @@ def check_sources(recipe: Recipe) -> None:
 
     Raises:
         ConfigErrors: what is wrong with each.
-        UserError: `hfpipe data prepare` comes first.
     """
-    check_shards(recipe)
     problems = []
     listed = [
         (stage.file, f"data.{role}", source, source.as_ or stage.type.rows, split)
@@ -47,6 +45,8 @@ def check_sources(recipe: Recipe) -> None:
             with named(f"{file}: {section}"):
                 if section_of(source.path, synths):  # made, or made anew, on the way
                     continue
+                if source.path == shards_to_make(recipe):
+                    continue
                 if is_hub_id(source.path):  # its commit is looked up for the fingerprint
                     continue
                 load_source(source, wanted=wanted, split=split)
@@ -56,22 +56,34 @@ def check_sources(recipe: Recipe) -> None:
         raise ConfigErrors(list(dict.fromkeys(problems)))
 
 
-def check_shards(recipe: Recipe) -> None:
-    """UserError where one of a recipe's stages reads its curation, and that was not made yet or of another `curate`."""
+def check_shards(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    """UserError where one of `stages` reads the recipe's curation, and that was not made yet or of another `curate`."""
+    for stage in stages:
+        if problem := shards_problem(recipe, stage):
+            raise UserError(problem)
+
+
+def shards_problem(recipe: Recipe, stage: Stage) -> str | None:
+    """Why a stage cannot read the recipe's curation as it stands, and what to do; None where it can, or reads none."""
     section = recipe.pipeline.curate
-    read = [s.path for stage in recipe.stages.values() for s in (*stage.data.train, *stage.data.eval)]
-    if section is None or section.output_folder not in read:
-        return
-    folder = Path(section.output_folder).expanduser()
-    made = artifact.read_record(folder / SUMMARY_FILE) or {}
+    if section is None or section.output_folder not in [s.path for s in (*stage.data.train, *stage.data.eval)]:
+        return None
+    made = artifact.read_record(Path(section.output_folder).expanduser() / SUMMARY_FILE) or {}
     changed = artifact.changes(made["curation"], curation_of(section)) if "curation" in made else []
-    if not folder.exists() or changed:
-        problem = f"was made by another `curate` ({', '.join(changed)})" if changed else "is not there yet"
-        name = recipe.folder.name if recipe.folder.parent == stage_configs_dir() else recipe.folder
-        raise UserError(
-            f"{section.output_folder} {problem}. It is made by: hfpipe data prepare {name} (with the same --out and "
-            "--set, if any)"
-        )
+    if not shards_to_make(recipe) and not changed:
+        return None
+    problem = f"was made by another `curate` ({', '.join(changed)})" if changed else "is not there yet"
+    name = recipe.folder.name if recipe.folder.parent == stage_configs_dir() else recipe.folder
+    return (
+        f"{section.output_folder} {problem}. It is made by: hfpipe data prepare {name} (with the same --out and --set, "
+        "if any)"
+    )
+
+
+def shards_to_make(recipe: Recipe) -> str | None:
+    """The folder of the recipe's curation, where that was not made yet."""
+    folder = recipe.pipeline.curate and recipe.pipeline.curate.output_folder
+    return None if folder is None or Path(folder).expanduser().exists() else folder
 
 
 def curation_of(section: Curation) -> dict[str, Any]:

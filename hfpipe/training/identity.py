@@ -36,12 +36,14 @@ def identify(
     What `run` holds, finished or begun, keeps its fingerprint where nothing but the number of processes is another now.
     `planned`: fingerprints that other stages of the recipe will have, where they are not to be read from `run`.
     """
+    from hfpipe.data.check import shards_to_make
     from hfpipe.data.sources import named
     from hfpipe.training.templates import load_chat_template
 
     use_pins(_pins_of(stage, run))
     seed = recipe.pipeline.seed
     to_make = {str(file_of(run, name)) for name in synth_to_make(recipe, stage, run, planned)} if run else set()
+    to_make |= {shards_to_make(recipe)}
     hashes = {}
     for role, split in DEFAULT_SPLIT.items():
         for number, source in enumerate(getattr(stage.data, role)):
