@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import shlex
+import signal
 import threading
 
 from . import LocalHub
@@ -13,6 +14,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
     parser.add_argument("--xet", action="store_true", help="large files by Xet; default: by LFS")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it from the start
     with LocalHub(arguments.root, xet=arguments.xet, port=arguments.port) as hub:
         for name, value in hub.env().items():
             print(f"export {name}={shlex.quote(value)}", flush=True)
