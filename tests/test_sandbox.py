@@ -58,8 +58,7 @@ def test_a_file_outside_can_not_be_written(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-# Where the system has none (macOS) there is nothing to be kept from.
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no place here that anybody may write to")
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no place here (macOS) that anybody may write to")
 def test_a_place_where_anybody_may_write_is_read_only():
     assert "Read-only file system" in run_tests("open('/dev/shm/hfpipe-test', 'w')", "")
 

@@ -38,14 +38,12 @@ def check_sources(recipe: Recipe) -> None:
     ]
     head = recipe.folder / "pipeline.yaml"
     listed += [(head, "evaluate.text", source, "text", "validation") for source in recipe.pipeline.evaluate.text]
-    synths = recipe.pipeline.synth
+    synths, shards = recipe.pipeline.synth, shards_to_make(recipe)
     listed += [(head, f"synth.{name}.prompts", synth.prompts, None, "train") for name, synth in synths.items()]
     for file, section, source, wanted, split in listed:
         try:
             with named(f"{file}: {section}"):
-                if section_of(source.path, synths):  # made, or made anew, on the way
-                    continue
-                if source.path == shards_to_make(recipe):
+                if section_of(source.path, synths) or source.path == shards:  # made on the way, or before
                     continue
                 if is_hub_id(source.path):  # its commit is looked up for the fingerprint
                     continue

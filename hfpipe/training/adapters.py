@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 ADAPTER_FOLDER = "adapter"
 ENCODER_FILE = "prompt_encoder.safetensors"
 _OURS = Path(__file__).parents[1]
+# How upstream's constructors refuse a value; the faults of a mistaken call are among them.
+_MISTAKES = (TypeError, KeyError, AttributeError)
+_REFUSALS = (ValueError, NotImplementedError, ImportError, *_MISTAKES)
 
 
 def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
@@ -66,11 +69,10 @@ def build_trainer(
     if stage.adapter is None:
         try:
             return trainer_class(model, *args, **options)
-        # In all of these upstream's constructors refuse a value; raised in hfpipe's own code, the last three are faults of ours.
-        except (ValueError, NotImplementedError, ImportError, TypeError, KeyError, AttributeError) as error:
+        except _REFUSALS as error:
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-            if isinstance(error, (TypeError, KeyError, AttributeError)) and raised_in.is_relative_to(_OURS):
-                raise
+            if isinstance(error, _MISTAKES) and raised_in.is_relative_to(_OURS):
+                raise  # a fault of ours
             told = f"{type(error).__name__}: {error}"
             raise UserError(f"{stage.file}: trainer is refused upstream for this model: {told}") from error
     config = build_adapter(stage, job.parent_path)

@@ -104,8 +104,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return hidden
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        # What PEFT's own layers raise, and its callers catch, where there is no merge: here a nonlinearity is between.
-        raise NotImplementedError("A bottleneck can't be merged into weights.")
+        raise NotImplementedError("A bottleneck can't be merged into weights.")  # PEFT's word where there is no merge
 
 
 class BottleneckModel(BaseTuner):
