@@ -51,6 +51,8 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         keys.append("optimizer.keep_state")
     if getattr(stage.sections.get("anneal"), "carry_optimizer", False):
         keys.append("anneal.carry_optimizer")
+    if stage.model.compile_blocks:
+        keys.append("model.compile_blocks")
     if stage.type.name == "ppo":
         keys.append("stage: ppo, whose critic is trained beside the policy,")
     return [
@@ -77,7 +79,7 @@ def needle(evaluate: Evaluate) -> Iterator[str]:
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     of_data = (_length, _weights, _selection, _order, _rewards, _teacher, _pieces)
-    of_training = (_reference, _optimizer, _batch, _regularize, _pull, _checkpoints, _guards)
+    of_training = (_reference, _optimizer, _compile, _batch, _regularize, _pull, _checkpoints, _guards)
     checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -110,6 +112,12 @@ def _optimizer(stage: Stage) -> Iterator[str]:
     for key in ("optim", "optim_args", "optim_target_modules"):
         if key in stage.trainer:
             yield f"trainer.{key} beside optimizer.type = '{section.type}': give one of the two."
+
+
+def _compile(stage: Stage) -> Iterator[str]:
+    whole = [key for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if stage.trainer.get(key)]
+    if stage.model.compile_blocks and whole:
+        yield f"trainer.{whole[0]} beside model.compile_blocks, which compiles the model by parts: give one of the two."
 
 
 def _batch(stage: Stage) -> Iterator[str]:

@@ -33,6 +33,7 @@ class Model:
     max_position_embeddings: int | None = at_least(1, None)  # in place of the parent's
     dtype: str | None = None  # of the weights; None: float32 when trained whole, as stored under an adapter
     attn_implementation: str | None = None
+    compile_blocks: bool = False  # the blocks' passes in training, once for all shapes (hfpipe/training/compiled.py)
     trust_remote_code: bool = False
 
 

@@ -22,6 +22,7 @@ from hfpipe.run_folder import find_checkpoints
 from hfpipe.training.adapters import save_adapted
 from hfpipe.training.anneal import carry_state, keep_state, last_rate, optimizer_section, set_schedule
 from hfpipe.training.checkpoints import check_space, keep_whole, set_damaged_aside
+from hfpipe.training.compiled import compile_blocks
 from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
@@ -171,6 +172,7 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
         sampler = ByLength(data.train, _rows_per_step(trainer.args), trainer.args.seed)
         trainer._get_train_sampler = lambda dataset=None: sampler
     held = hold_to_parent(job, trainer, progress)
+    compile_blocks(job, trainer, progress)
     guard = Guard(job, trainer, progress, data.report.get("turns", ()))
     trainer.add_callback(_Watch(job, progress, data.tokens_per_row))
     if job.rehearsal:

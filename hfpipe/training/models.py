@@ -14,6 +14,7 @@ from hfpipe.adapter_types import find_kind
 from hfpipe.artifact import STAGE_FILE
 from hfpipe.errors import UserError
 from hfpipe.rope import changes, is_dynamic, misread, scales, unread
+from hfpipe.training.compiled import compiled_blocks
 from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
@@ -222,17 +223,18 @@ def _origin_config(origin: Job, about_to_run: Collection[str]) -> PreTrainedConf
 
 
 def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
-    """Freeze and spread rates on a model of the stage's shape without weights, before any stage trains.
+    """Freeze, spread rates and find what is compiled on a model of the stage's shape without weights, before any stage trains.
 
     The shape is that of the nearest ancestor that is made from scratch or comes from outside the recipe.
 
     Raises:
-        UserError: what `regularize` says does not fit the model.
+        UserError: what `regularize` or `model.compile_blocks` says does not fit the model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     section, where = job.stage.sections["regularize"], f"{job.stage.file}"
-    if not section.freeze_layers and section.layerwise_lr_decay == 1:
+    compiles = job.stage.model.compile_blocks
+    if not section.freeze_layers and section.layerwise_lr_decay == 1 and not compiles:
         return
     origin = job
     while not origin.stage.model.config and (parent := job.recipe.parent(origin.stage)):
@@ -245,6 +247,8 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
         except ValueError as error:
             raise UserError(f"{where}: regularize: transformers makes no such model: {_first_line(error)}") from error
     freeze_layers(model, section.freeze_layers, where)
+    if compiles:
+        compiled_blocks(model, where)
     if section.layerwise_lr_decay < 1:
         blocks_of(model, where)
 

@@ -96,12 +96,17 @@ def _named(model: nn.Module, pattern: str, key: str) -> list[nn.Module | nn.Para
     )
 
 
+def find_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The list of the model's transformer blocks, the first one first; None where it keeps them in no list."""
+    count = model.config.get_text_config().num_hidden_layers
+    return next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
+
+
 def blocks_of(model: nn.Module, where: str) -> nn.ModuleList:
-    """The list of the model's transformer blocks, the first one first."""
-    config = model.config.get_text_config()
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers)
-    stack = next(lists, None)
+    """`find_blocks`, for what `regularize` says of them; UserError where there are none."""
+    stack = find_blocks(model)
     if stack is None:
+        config = model.config.get_text_config()
         raise UserError(
             f"{where}: regularize: a {config.model_type} model keeps its {config.num_hidden_layers} blocks in no list that "
             "hfpipe finds. Name modules in freeze_layers, and leave out layerwise_lr_decay."

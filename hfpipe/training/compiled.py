@@ -1,0 +1,75 @@
+"""`model.compile_blocks`: the passes of a model's blocks in training, compiled once for rows of any number and length.
+
+Blocks are alike, so one of them is compiled and all run it; the next stage finds the kernels in the compiler's cache.
+`trainer.torch_compile` compiles a whole model, again for shapes that it has not met, so that what a batch runs depends on
+those before it. Here one program serves all shapes, and a resumed training comes to the same bits. What takes no gradients
+(evaluation, answers, a reference) runs as it would otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hfpipe.errors import UserError
+from hfpipe.training.regularize import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from hfpipe.training.job import Job, Progress
+
+
+def compile_blocks(job: Job, trainer: Trainer, progress: Progress) -> None:
+    """Have the blocks of the trainer's model, and of a critic's own backbone, run compiled where they are trained."""
+    if not job.stage.model.compile_blocks:
+        return
+    models = [trainer.model, getattr(getattr(trainer, "critic", None), "backbone", None)]
+    blocks = [block for model in models if model is not None for block in compiled_blocks(model, f"{job.stage.file}")]
+    failure = _Failure(progress)
+    for block in blocks:
+        _compile(block, failure)
+    progress.note(f"compiled: the passes of {len(blocks)} blocks in training, at the first one (model.compile_blocks)")
+
+
+def compiled_blocks(model: nn.Module, where: str) -> nn.ModuleList:
+    """The blocks that would be compiled; UserError where the model keeps them in no list."""
+    if (blocks := find_blocks(model)) is None:
+        raise UserError(
+            f"{where}: model.compile_blocks: a {model.config.get_text_config().model_type} model keeps its blocks in no list "
+            "that hfpipe finds. Leave it out; trainer.torch_compile compiles a model as a whole."
+        )
+    return blocks
+
+
+class _Failure:
+    """That the compiler has failed, said once: no compiler for C++ is here, or it can't do what this model does."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.happened = progress, False
+
+    def tell(self, error: Exception) -> None:
+        if not self.happened:
+            self.happened = True
+            reason = str(error).strip().splitlines()[0][:200]
+            self.progress.note(f"not compiled after all, the blocks train as they are: {reason}")
+
+
+def _compile(block: nn.Module, failure: _Failure) -> None:
+    from torch._dynamo.exc import TorchDynamoException  # a second of imports
+
+    compiled = torch.compile(block._call_impl, dynamic=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and not failure.happened:
+            try:
+                return compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                failure.tell(error)
+        return block._call_impl(*args, **kwargs)
+
+    block._compiled_call_impl = (
+        call  # as `Module.compile` does: a copy of the block, or its saved state, has none of it
+    )

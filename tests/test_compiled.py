@@ -1,0 +1,113 @@
+"""`model.compile_blocks`: the same training, compiled; and uncompiled, said so, where nothing compiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hfpipe.errors import UserError
+from hfpipe.training.compiled import compiled_blocks
+
+from .conftest import hfpipe, stage_json
+from .test_nothing_lost import begun, kill, start, wait_for
+
+PLAIN = "the blocks train as they are"
+
+
+def compiled(stage: str, *more: str) -> list[str]:
+    """Arguments of a run of one stage, its rows of many lengths, compiled."""
+    given = (f"{stage}.model.compile_blocks=true", *more)
+    return ["--only", stage, *(word for one in given for word in ("--set", one))]
+
+
+def moved(folder: Path, parent: Path) -> torch.Tensor:
+    new, old = load_file(folder / "model.safetensors"), load_file(parent / "model.safetensors")
+    return torch.cat([(new[name] - old[name]).flatten() for name in sorted(old)])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_compiled_stage_learns_the_same(stage, micro_run, tmp_path):
+    """Up to rounding: its steps go the way of those that are not compiled, and its losses are theirs."""
+    run = begun(micro_run, tmp_path / "run", stage)
+    told = hfpipe("run", "micro", "--out", run, *compiled(stage)).stdout
+    blocks = stage_json(micro_run / stage)
+    assert "compiled: the passes of 2 blocks in training" in told
+    assert PLAIN not in told
+    parent = micro_run / blocks["parent"]["from"]
+    ours, theirs = moved(run / stage, parent), moved(micro_run / stage, parent)
+    assert not torch.equal(ours, theirs)  # another program has run
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
+    losses = [stage_json(folder / stage)["metrics"]["train_loss"] for folder in (run, micro_run)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_killed_compiled_stage_goes_on_to_the_same_bits(micro_run, tmp_path):
+    """Pairs are of many lengths, and the resumed half begins with another than the whole did."""
+    given = compiled("dpo", "dpo.trainer.save_steps=4")
+    whole, killed = (begun(micro_run, tmp_path / name, "dpo") for name in ("whole", "killed"))
+    hfpipe("run", "micro", "--out", whole, *given)
+    process = start(killed, *given)
+    assert wait_for(process, lambda: list((killed / "dpo.partial" / "checkpoints").glob("checkpoint-*/checksums.json")))
+    kill(process)
+    assert not (killed / "dpo").exists()
+    assert "resumed from checkpoint-" in hfpipe("run", "micro", "--out", killed, *given).stdout
+    assert (killed / "dpo" / "model.safetensors").read_bytes() == (whole / "dpo" / "model.safetensors").read_bytes()
+
+
+def test_without_a_compiler_the_same_command_trains_uncompiled(micro_run, tmp_path):
+    """To the bits of a stage that asks for none, and the reason is told once."""
+    run = begun(micro_run, tmp_path / "run", "sft")
+    bare = {"CXX": str(tmp_path / "no-such-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    told = hfpipe("run", "micro", "--out", run, *compiled("sft"), env=bare).stdout
+    assert told.count(PLAIN) == 1
+    assert (run / "sft" / "model.safetensors").read_bytes() == (micro_run / "sft" / "model.safetensors").read_bytes()
+
+
+def test_an_adapter_is_compiled_with_its_block_and_merged_without(micro_run, tmp_path):
+    run = begun(micro_run, tmp_path / "run", "sft")
+    adapter = "sft.adapter={type: lora, r: 4, lora_alpha: 8, target_modules: all-linear}"
+    more = (
+        "sft.regularize=null",
+        "sft.optimizer=null",
+        "sft.trainer.max_steps=4",
+        "sft.trainer.gradient_checkpointing=true",
+    )
+    told = hfpipe("run", "micro", "--out", run, *compiled("sft", adapter, *more)).stdout
+    assert PLAIN not in told
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(5, 25).unsqueeze(0)
+    merged = AutoModelForCausalLM.from_pretrained(run / "sft")(tokens).logits
+    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "sft" / "adapter")(tokens).logits
+    parent = AutoModelForCausalLM.from_pretrained(run / "midtrain")(tokens).logits
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert not torch.allclose(merged, parent, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sft.trainer.torch_compile=true"], "trainer.torch_compile beside model.compile_blocks"),
+        (
+            ["sft.trainer.fsdp=full_shard", "sft.regularize=null"],
+            "model.compile_blocks takes a model that is whole on each device",
+        ),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(overrides, expected, tmp_path):
+    sets = [word for one in ("sft.model.compile_blocks=true", *overrides) for word in ("--set", one)]
+    assert expected in hfpipe("plan", "micro", "--out", tmp_path / "none", *sets, check=2).stderr
+
+
+def test_a_model_without_a_list_of_blocks_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2, n_positions=16))
+    assert len(compiled_blocks(model, "x.yaml")) == 3
+    model.config.n_layer = 4  # as in a family that goes through its three blocks four times
+    with pytest.raises(UserError, match=r"x\.yaml: model\.compile_blocks: a gpt2 model keeps its blocks in no list"):
+        compiled_blocks(model, "x.yaml")
