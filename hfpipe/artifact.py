@@ -57,7 +57,7 @@ _LATER: dict[type, tuple[str, ...]] = {
     Optimizer: ("keep_state",),
     Anneal: ("share", "carry_optimizer"),
     Regularize: ("average_with_parent",),
-    Guards: ("loss_spike", "lr_factor", "overfit_patience"),
+    Guards: ("loss_spike", "spike_rule", "lr_factor", "overfit_patience"),
 }
 
 

@@ -198,6 +198,32 @@ def test_a_spike_is_told_from_what_comes_again(late, loss, high):
     assert not spike(loss, [], 3.0)
 
 
+@pytest.mark.parametrize(
+    ("losses", "loss", "high"),
+    [
+        ([0.1] * 20, 0.31, True),
+        ([0.1] * 20, 0.29, False),
+        ([1.0] * 17 + [2.5] * 3, 3.1, True),
+        ([0.2] * 5, 0.7, True),
+    ],
+)
+def test_by_the_plain_rule_a_spike_is_so_many_times_the_median(losses, loss, high):
+    assert bool(spike(loss, losses, 3.0, "plain")) == high
+    assert not spike(loss, losses, 3.0)
+
+
+def test_the_plain_rule_takes_one_high_loss_also_among_pairs(place, micro_run):
+    """The false labels of the test below, by the other rule: the second one ends the stage."""
+    recipe = judge_of_false_labels(place, micro_run, "plain", "guards: {spike_rule: plain, max_rollbacks: 1}\n")
+    with pytest.raises(StageFailed, match="has gone back 1 times"):
+        load_pipeline(recipe).run(place / "run-plain")
+    back = next(text for text in notes(place / "run-plain", "judge") if "has diverged" in text)
+    told = r"step (\d+) has diverged: its loss is ([\d.]+), against a median of ([\d.]+) in the .*; steps (\d+) to (\d+) are"
+    step, loss, median, first, last = map(float, re.match(told, back).groups())
+    assert loss > 3 * median
+    assert (first, last) == (step - 1, step)
+
+
 @pytest.mark.parametrize("kind", UNEVEN)
 def test_rows_that_become_harder_by_plan_are_no_spike(place, kind):
     easy = [{"text": text, "hard": 0} for text in SENTENCES * 2]
@@ -218,7 +244,7 @@ def test_rows_that_become_harder_by_plan_are_no_spike(place, kind):
     assert "rollbacks" not in stage_json(place / f"run-{kind}" / "uneven")["metrics"]
 
 
-def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
+def judge_of_false_labels(place: Path, micro_run: Path, name: str, guards: str = "") -> Path:
     """One of twelve pairs is the wrong way round: where the others' losses are near 0, it alone is many times their median."""
     pairs = [(f"{a} {p}?", "Yes.", "No.") for a in ANIMALS for p in PLACES for _ in "ab"]
     turned = [
@@ -226,15 +252,19 @@ def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
     ]
     lines = [json.dumps({"prompt": asked, "chosen": good, "rejected": bad}) + "\n" for asked, good, bad in turned]
     (place / "data" / "pairs.jsonl").write_text("".join(lines))
-    recipe = place / "pairs"
+    recipe = place / name
     recipe.mkdir()
-    (recipe / "pipeline.yaml").write_text("name: pairs\nstages: [judge]\nevaluate: {samples: 0}\n")
+    (recipe / "pipeline.yaml").write_text(f"name: {name}\nstages: [judge]\nevaluate: {{samples: 0}}\n")
     trainer = TRAINER.replace("num_train_epochs: 1", "num_train_epochs: 2").replace("2.0e-2", "5.0e-3")
     (recipe / "judge.yaml").write_text(
-        f"stage: reward\nmodel: {{from: {micro_run / 'sft'}}}\n"
+        f"stage: reward\nmodel: {{from: {micro_run / 'sft'}}}\n{guards}"
         f"data: {{train: [{{path: {place / 'data' / 'pairs.jsonl'}, split: all}}]}}\ntrainer: {{{trainer}}}\n"
     )
-    load_pipeline(recipe).run(place / "run-pairs")
+    return recipe
+
+
+def test_a_false_label_among_pairs_is_no_spike(place, micro_run):
+    load_pipeline(judge_of_false_labels(place, micro_run, "pairs")).run(place / "run-pairs")
     curve = losses(place / "run-pairs", "judge")
     assert max(list(curve.values())[60:]) > 1 + 3 * sorted(curve.values())[len(curve) // 2]
     assert "rollbacks" not in stage_json(place / "run-pairs" / "judge")["metrics"]

@@ -94,6 +94,7 @@ class Guards:
     """What is watched while a stage trains (hfpipe/training/guards.py). `null` lifts a guard."""
 
     loss_spike: float | None = above(1, 3.0)  # a loss so many times the median of the last 50 steps has diverged
+    spike_rule: Literal["sure", "plain"] = "sure"  # sure: and is far above what comes now and then; plain: that alone
     lr_factor: float = above(0, 0.5, at_most=1)  # on the learning rate, from where the training has gone back to
     max_rollbacks: int = at_least(0, 3)  # then the stage stops, with its history
     overfit_patience: int | None = at_least(1, 3)  # rises of the validation loss in a row; needs trainer.eval_strategy

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROLLBACKS_FILE = "rollbacks.json"
 _STATE = "guards"  # in a checkpoint's trainer_state.json, under `stateful_callbacks`
 _WINDOW = 50  # steps whose median is the usual loss
-# A loss near 0 may triple and mean nothing: a spike is this much higher too (nats), and than what has come this often of
+# A loss near 0 may triple and mean nothing: a sure spike is this much higher too (nats), and than what has come this often of
 # late by this factor: rows of a rare kind come again and again. Until there are losses enough for a median, the highest one
 # is taken instead, with a wider berth. Of pairs and judgements one false label outweighs all others: there it takes so many
 # in a row.
@@ -61,15 +61,19 @@ def read_rollbacks(job: Job) -> list[dict[str, Any]]:
     return (artifact.read_json(job.checkpoints / ROLLBACKS_FILE) or {}).get("rollbacks", [])
 
 
-def spike(loss: float, losses: list[float], times: float) -> str | None:
-    """Why `loss` is no usual one after `losses` (nats, the oldest first), by `guards.loss_spike`; None where it is."""
+def spike(loss: float, losses: list[float], times: float, rule: str = "sure") -> str | None:
+    """Why `loss` is no usual one after `losses` (nats, the oldest first), by `guards.loss_spike`; None where it is.
+
+    `rule`: of `guards.spike_rule`; `plain` asks for no more than so many times the median.
+    """
     if not losses:
         return None
-    enough = len(losses) >= _ENOUGH
+    enough = len(losses) >= _ENOUGH or rule == "plain"
     usual, rise = (statistics.median(losses), _RISE) if enough else (max(losses), _EARLY_RISE)
     late = sorted(losses[_ENOUGH:], reverse=True)  # those of the first steps aside, which are high
     again = late[_AGAIN - 1] if len(late) >= _AGAIN else 0.0
-    if loss <= max(times * usual, usual + rise, _ABOVE * again):
+    least = times * usual if rule == "plain" else max(times * usual, usual + rise, _ABOVE * again)
+    if loss <= least:
         return None
     what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
     return f"its loss is {loss:.4g}, against {what} (guards.loss_spike: {times:g})"
@@ -179,9 +183,10 @@ class Guard(TrainerCallback):
         section = self.section
         # From easy to hard rows the loss jumps by plan.
         watched = section and section.loss_spike is not None and not self.job.stage.data.curriculum
-        if problem := watched and spike(loss, losses, section.loss_spike):
+        if problem := watched and spike(loss, losses, section.loss_spike, section.spike_rule):
             high.append(loss)
-            if len(high) == (_IN_A_ROW if self.job.stage.type.rows in ("preference", "unpaired") else 1):
+            uneven = section.spike_rule == "sure" and self.job.stage.type.rows in ("preference", "unpaired")
+            if len(high) == (_IN_A_ROW if uneven else 1):
                 self._go_back(step, problem, high=len(high))
         else:
             losses += [*high, loss]
