@@ -209,6 +209,6 @@ DECOYS = (
     (5, wrong_fact),
     (2, wrong_colour),
     (2, wrong_result),
-    (2, wrong_letter),
+    (5, wrong_letter),
     (2, wrong_sum),
 )

@@ -299,7 +299,7 @@ KINDS: tuple[tuple[float, Callable[[Random], str]], ...] = (
     (15, letters),
     (5, told),
     (4, story),
-    (11, deeds),
+    (13, deeds),
     (3, verse),
     (1, code),
 )
