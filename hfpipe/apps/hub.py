@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
 from hfpipe.hub_client import Unreachable, ask_anew, fetch
-from hfpipe.progress import duration
-from hfpipe.publishing.hub import ERROR_FILE, note_failure, push_run
+from hfpipe.publishing.hub import ERROR_FILE, push_run
 from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
 from hfpipe.publishing.pull import pull_run, read_run
+from hfpipe.publishing.pusher import watch
 from hfpipe.run_folder import check_is_run, damage_at, unfinished_step
 
 
@@ -98,7 +94,7 @@ def push_stages(
     if not finished:
         raise UserError(f"{run}: no stage is finished yet.")
     try:
-        return push_run(run, say, functools.partial(_watch, run), stages or finished, hub_of(run, repo_id, private))
+        return push_run(run, say, functools.partial(watch, run), stages or finished, hub_of(run, repo_id, private))
     except Unreachable as error:
         raise StageFailed(
             f"not everything got through to the Hub: {error}\nNothing here is lost; the same command sends what is left."
@@ -119,29 +115,6 @@ def push(run: Path, stages: list[str] | None, repo_id: str | None, public: bool 
         print(json.dumps(done, indent=2))
     elif not told:
         print(f"{len(done)} stages are published already, as they stand here: {done[0]['repo_id']}")
-
-
-@contextlib.contextmanager
-def _watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
-    """End this process when a push takes longer than it may: nothing else stops a request that hangs in an upload."""
-
-    def give_up() -> None:
-        note_failure(run, f"pushing {what} took more than {duration(patience_s)}")
-        print(
-            f"hfpipe: pushing {what} took more than {duration(patience_s)} and was ended; nothing here is lost. "
-            "hub.timeout_minutes sets the patience.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    timer = threading.Timer(patience_s, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def restore(source: str, out: Path | None) -> dict[str, Any]:

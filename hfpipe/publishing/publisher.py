@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,9 +29,9 @@ class Publisher:
     def __init__(self, recipe: Recipe, run: Path, display: Display, waiting: list[str]):
         self.hub, self.run, self.display, self.waiting = recipe.pipeline.hub, run, display, list(waiting)
         self.stages = list(recipe.stages)
-        self._sending: list[str] = []  # what that process was told to send
+        self._sending: list[str] = []  # what was last told to be sent
         self._whole: set[str] = set()  # read once: nobody else works in this folder, and what sends them reads them too
-        self._process: subprocess.Popen[str] | None = None
+        self._pusher: Pusher | None = None
         self._log = run / "logs" / "push.log"
         self._shown = 0
 
@@ -41,20 +43,28 @@ class Publisher:
             self.display.line("hub", note)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_text("")
-        self.wake()
+        with self._failing_softly():
+            left = self._left()
+            if left or self.waiting:
+                self._pusher = Pusher(self.run, self._log, beside=True)
+            if left:
+                self._send()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Wait for what is being sent, have the rest sent, and say what did not get through; after a failure only say it."""
         if self.hub.repo_id is None:
             return
-        with self._failing_softly():
-            if kind is None:
-                self._wait()
-                if set(self._left()) - set(self._sending):  # finished since the last process began
-                    self.wake()
-                    self._wait()
-            self._say_what_is_left()
+        try:
+            with self._failing_softly():
+                if kind is None:
+                    self._send_rest()
+                self._show()
+                self._say_what_is_left()
+        finally:
+            if self._pusher is not None:
+                # A failed run's push goes on, as was said; one that the user interrupted ends with it.
+                self._pusher.end(at_once=kind is not None and not issubclass(kind, Exception))
 
     @contextlib.contextmanager
     def _failing_softly(self) -> Iterator[None]:
@@ -63,45 +73,47 @@ class Publisher:
         except Exception as error:
             self.display.line("hub", f"publishing failed: {explain(error)}; `hfpipe push {self.run}` tries again")
 
-    def wake(self, finished: str | None = None) -> None:
+    def wake(self, finished: str) -> None:
         """Have what is finished sent, unless that is being done."""
         if self.hub.repo_id is None:
             return
         if finished in self.waiting:
             self.waiting.remove(finished)
+        self._whole.add(finished)  # written just now, and read again before it is sent
         with self._failing_softly():
             self._show()
-            self._send()
+            if self._pusher is None or not self._pusher.is_busy():
+                self._send()
 
     def _send(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._pusher is None or not self._pusher.is_alive():
+            self._pusher = Pusher(self.run, self._log, beside=True)
+        self._sending = [stage for stage in self._finished() if stage not in self.waiting]
+        self._pusher.send(self._sending)
+
+    def _send_rest(self) -> None:
+        """What finished since the last push began is sent by a process of ordinary priority: nothing trains any more."""
+        if not (left := self._left()):
             return
-        stages = [stage for stage in self._finished() if stage not in self.waiting]
-        if not any(published_at(self.run, self.hub, stage) is None for stage in stages):
-            return
-        command = [sys.executable, "-m", "hfpipe", "push", str(self.run)]
-        for stage in stages:
-            command += ["--stage", stage]
-        self._sending = stages
-        with open(self._log, "a", encoding="utf-8") as log:
-            # The lowest priority: it has all the time of the next stage, and must not take any of it.
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=lambda: os.nice(19)
-            )
+        last = Pusher(self.run, self._log, beside=False) if set(left) - set(self._sending) else None
+        self.display.status("hub", f"publishing to {self.hub.repo_id}")
+        if self._pusher is not None:
+            self._pusher.wait()
+        if last is not None:
+            if self._pusher is not None:
+                self._pusher.end()
+            self._pusher = last
+            self._show()
+            self._send()
+            self._pusher.wait()
 
     def _say_what_is_left(self) -> None:
         if left := self._left():
             told = artifact.read_json(self.run / "logs" / ERROR_FILE) or {}
-            busy = self._process is not None and self._process.poll() is None
+            busy = self._pusher is not None and self._pusher.is_busy()
             why = " (it is being sent)" if busy else f" ({told['reason']})" if "reason" in told else ""
             self.display.line("hub", f"not published yet: {', '.join(left)}{why}")
             self.display.line("hub", f"everything is on the disk; `hfpipe push {self.run}` sends it")
-
-    def _wait(self) -> None:
-        if self._process is not None:
-            self.display.status("hub", f"publishing to {self.hub.repo_id}")
-            self._process.wait()
-        self._show()
 
     def _left(self) -> list[str]:
         return [stage for stage in self._finished() if published_at(self.run, self.hub, stage) is None]
@@ -120,3 +132,49 @@ class Publisher:
             if name in (*self.stages, "main"):
                 self.display.line(name, rest.strip())
         self._shown = whole
+
+
+class Pusher:
+    """The run's end of a process that pushes (hfpipe/publishing/pusher.py): one job at a time."""
+
+    def __init__(self, run: Path, log: Path, beside: bool):
+        command = [sys.executable, "-m", "hfpipe.publishing.pusher", str(run), *(["beside"] if beside else [])]
+        with open(log, "a", encoding="utf-8") as stream:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, bufsize=0
+            )
+        self._asked = False
+
+    def send(self, stages: list[str]) -> None:
+        self._asked = True
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `is_busy` finds
+            self._process.stdin.write(json.dumps(stages).encode() + b"\n")
+
+    def is_busy(self) -> bool:
+        return self._asked and not self._answered(0)
+
+    def wait(self) -> None:
+        """Until the job is over, well or not."""
+        if self._asked:
+            self._answered(None)
+
+    def _answered(self, seconds: float | None) -> bool:
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            return False
+        if not os.read(self._process.stdout.fileno(), 100):
+            self._process.wait()  # its output has ended, and so it does
+        self._asked = False
+        return True
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self, at_once: bool = False) -> None:
+        """Have it end: after the job that it is doing, or now."""
+        if self.is_busy() and not at_once:
+            self._process.stdin.write(b"null\n")
+        else:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()

@@ -1,0 +1,142 @@
+"""The process that pushes beside a run: what it takes of the processors, and that it lives and ends with the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+from .test_hub import LFS, STAGES, UPLOAD, assert_published, made, push
+
+OURS = re.compile(rb"\0(push|hfpipe\.publishing\.pusher)\0")
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are looked at by Linux' /proc")
+
+
+def begin(run: Path, env: dict[str, str], repo_id: str, *settings: str, forget: tuple[str, ...]) -> subprocess.Popen:
+    """`hfpipe run micro` in a process of its own, with the stages `forget` to be made again."""
+    for stage in forget:
+        shutil.rmtree(run / stage)
+    command = [sys.executable, "-m", "hfpipe", "run", "micro", "--out", str(run), "--set", f"hub.repo_id={repo_id}"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+
+
+def pushing(run: Path) -> dict[int, float]:
+    """The processes that push a run, and their seconds of a processor until now."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+            if OURS.search(line) and str(run).encode() in line.split(b"\0"):
+                told = (folder / "stat").read_text().rpartition(")")[2].split()
+                found[int(folder.name)] = (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_for(reached, process: subprocess.Popen) -> None:
+    while not reached():
+        time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0]
+
+
+@LINUX
+def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, repo_id, own_run):
+    process = begin(own_run, hub_env, repo_id, forget=("midtrain", "sft", "dpo"))
+    at_first, spent, before = None, {}, 0
+    while not (own_run / "dpo").is_dir():  # what is sent afterwards holds nothing up
+        assert process.poll() is None, process.communicate()[0]
+        spent |= pushing(own_run)
+        if at_first is None and (own_run / "midtrain").is_dir():
+            at_first, before = dict(spent), sum(made(hub, repo_id, stage) for stage in STAGES)
+        time.sleep(0.02)
+    pushed = sum(made(hub, repo_id, stage) for stage in STAGES) - before
+    assert process.wait() == 0
+    took = sum(seconds - at_first.get(pid, 0.0) for pid, seconds in spent.items())
+    assert pushed > 0
+    # 2% of two processors for the five seconds that a very short stage takes; a push may have been under way at the end.
+    assert took <= 0.2 * (pushed + 1), f"{pushed} pushes took {took:.2f} s of a processor"
+    for stage in STAGES:
+        assert_published(hub, repo_id, own_run, stage)
+        assert made(hub, repo_id, stage) == 1
+
+
+@LINUX
+def test_a_killed_run_leaves_no_push_behind(hub, hub_env, repo_id, own_run):
+    rule = hub.fault(UPLOAD, delay=60.0, times=100)
+    process = begin(own_run, hub_env, repo_id, forget=("dpo",))
+    wait_for(lambda: rule["fired"], process)
+    assert pushing(own_run)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while pushing(own_run):
+        assert time.monotonic() < until, "it goes on"
+        time.sleep(0.1)
+    hub.reset()
+    push(own_run, hub_env)
+    assert all(made(hub, repo_id, stage) == 1 for stage in STAGES[:-1])
+
+
+@LINUX
+@LFS
+def test_a_failed_run_does_not_stop_the_push_that_it_tells_of(hub, hub_env, repo_id, own_run):
+    rule = hub.fault("POST .*/commit/", delay=15.0)
+    events = own_run / "logs" / "dpo.jsonl"
+    events.unlink()  # of the run that this is a copy of
+    process = begin(own_run, hub_env, repo_id, forget=("dpo",))
+    wait_for(lambda: rule["fired"] and events.is_file() and '"pid"' in events.read_text(), process)
+    [pid, *_] = [event["pid"] for line in events.read_text().splitlines() if "pid" in (event := json.loads(line))]
+    os.kill(pid, signal.SIGKILL)
+    told = process.communicate()[0]
+    assert process.returncode == 1
+    assert re.search(r"not published yet: .*sft \(it is being sent\)", told)
+    until = time.monotonic() + 120
+    while pushing(own_run):
+        assert time.monotonic() < until, "it does not end"
+        time.sleep(0.1)
+    for stage in STAGES[:-1]:
+        assert_published(hub, repo_id, own_run, stage)
+
+
+@LINUX
+@LFS
+def test_after_a_hang_the_next_stage_is_pushed_by_a_new_process(hub, hub_env, repo_id, own_run):
+    hub.fault("POST .*/commit/", delay=60.0)
+    process = begin(own_run, hub_env, repo_id, "hub.timeout_minutes=0.1", forget=("sft", "dpo"))
+    told = process.communicate()[0]
+    assert process.returncode == 0
+    log = (own_run / "logs" / "push.log").read_text()
+    assert "took more than 6 s" in log
+    assert "not published yet" not in told
+    for stage in STAGES:
+        assert_published(hub, repo_id, own_run, stage)
+        assert made(hub, repo_id, stage) == 1
+
+
+@LINUX
+def test_waiting_for_a_processor_is_not_taken_for_a_hang(tmp_path):
+    code = (
+        "import os, subprocess, sys, time; from pathlib import Path; from hfpipe.publishing.pusher import watch\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "spin = 'import time\\nwhile time.process_time() < 60: pass'\n"
+        "others = [subprocess.Popen([sys.executable, '-c', spin]) for _ in range(4)]\n"
+        "began = time.monotonic()\n"
+        "with watch(Path(sys.argv[1]), 'sft', 3.0):\n"
+        "    while time.process_time() < 2.0: pass\n"
+        "print(time.monotonic() - began)\n"
+        "for process in others: process.kill()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 3.0
