@@ -114,8 +114,12 @@ def patiently(act: Callable[[], T], sleep: Callable[[float], Any] = time.sleep) 
     raise AssertionError
 
 
-def commit_package(api: Any, package: Package, repo_id: str, branch: str, message: str) -> tuple[str, int]:
+def commit_package(
+    api: Any, package: Package, repo_id: str, branch: str, message: str, source: str | None = None
+) -> tuple[str, int]:
     """Make a branch hold a package's files; returns the commit that does, and how many files changed.
+
+    Large files that `source`, a commit of the same repo, holds are copied there and not read here.
 
     What the branch holds is compared first: a commit whose answer was lost is not made again. Files that an earlier stage.json
     of the branch names and this one does not are deleted; files that others have put there stay.
@@ -124,7 +128,7 @@ def commit_package(api: Any, package: Package, repo_id: str, branch: str, messag
         Refused: the Hub says no.
         Unreachable: it did not get through, or stands there with other digests.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
     head = ask(api.repo_info, repo_id, revision=branch, timeout=20).sha
     there = list_files(repo_id, head)
@@ -132,11 +136,14 @@ def commit_package(api: Any, package: Package, repo_id: str, branch: str, messag
     extra = sorted((_published_before(api, repo_id, head, there) & set(there)) - set(package.files))
     if not wrong and not extra:
         return head, 0
-    contents = [(name, package.files[name]) for name in wrong]
+    held = {name: entry for name, entry in list_files(repo_id, source).items() if entry.lfs} if source else {}
+    copied = held.keys() - set(package.differing(held))
+    contents = [(name, package.files[name]) for name in wrong if name not in copied]
     adds = [CommitOperationAdd(name, c if isinstance(c, bytes) else str(c)) for name, c in contents]
+    copies = [CommitOperationCopy(name, name, src_revision=source) for name in wrong if name in copied]
     deletes = [CommitOperationDelete(name) for name in extra]
     about = {"commit_message": message, "revision": branch, "parent_commit": head}
-    commit = ask(api.create_commit, repo_id, operations=[*adds, *deletes], **about).oid
+    commit = ask(api.create_commit, repo_id, operations=[*adds, *copies, *deletes], **about).oid
     if still := package.differing(list_files(repo_id, commit)):
         raise Unreachable(f"{', '.join(still)} stand in commit {commit[:12]} other than here")
     return commit, len(wrong) + len(extra)
@@ -198,7 +205,7 @@ def push_run(
                     done.append(_push_stage(api, run, hub, stage, heads, say))
             if done:
                 with watch("main", _patience_s(hub, run / done[-1]["stage"])):
-                    _push_main(api, run, hub, say)
+                    _push_main(api, run, hub, {told["stage"]: told["commit"] for told in done}, say)
         except Refused as error:
             note_failure(run, str(error))
             raise UserError(
@@ -251,20 +258,21 @@ def _push_stage(
     return {"stage": stage, "repo_id": repo_id, "revision": branch, "commit": commit}
 
 
-def _push_main(api: Any, run: Path, hub: Hub, say: Callable[[str, str], None]) -> None:
+def _push_main(api: Any, run: Path, hub: Hub, pushed: dict[str, str], say: Callable[[str, str], None]) -> None:
     """`main` is the last published stage, with `run.json`: the commit of every one. A run that is whole gets a tag."""
     record = artifact.read_json(run / RUN_FILE) or {}
     stages = record.get("stages", [])
-    commits = {stage: commit for stage in stages if (commit := published_at(run, hub, stage))}
+    commits = {stage: commit for stage in stages if (commit := pushed.get(stage) or published_at(run, hub, stage))}
     last = list(commits)[-1]
     section = {k: v for k, v in dataclasses.asdict(hub).items() if k not in ("repo_id", "timeout_minutes")}
     record = {"recipe": record.get("recipe"), "stages": stages, "commits": commits, "hub": section}
     content = (json.dumps(record, indent=2) + "\n").encode()
     repo_id = str(hub.repo_id) if hub.layout == "revisions" else place_of(hub, last)[0]
+    source = commits[last] if hub.layout == "revisions" else None  # else it lies there already
     package = pack(run, hub, last)
     package = Package(last, {**package.files, RUN_FILE: content}, package.known)
     message = f"{last} is the last stage so far, by hfpipe"
-    commit, _ = patiently(lambda: commit_package(api, package, repo_id, "main", message))
+    commit, _ = patiently(lambda: commit_package(api, package, repo_id, "main", message, source))
     if list(commits) == stages:
         finished = str((artifact.read_record(run / last / artifact.STAGE_FILE) or {}).get("finished"))[:10]
         tag = f"run-{finished}-{artifact.digest(commits)[:8]}"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,18 @@ def pack(run: Path, hub: Hub, stage: str) -> Package:
         record["files"][name] = {**record["files"][name], "bytes": len(content), "sha256": known[name]}
     sealed = {k: v for k, v in record.items() if k != "seal"}
     sealed["seal"] = artifact.digest(sealed)
-    files[artifact.STAGE_FILE] = (json.dumps(sealed, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(sealed, indent=2, ensure_ascii=False)
+    files[artifact.STAGE_FILE] = f"{text}\n".encode()
     repo, branch = place_of(hub, stage)
     evaluation = artifact.read_json(folder / "eval.json") or {}
-    files["README.md"] = build_card(sealed, evaluation, f"{repo}@{branch}").encode()
+    files["README.md"] = _card(text, json.dumps(evaluation), f"{repo}@{branch}")
     return Package(stage, files, known)
+
+
+@lru_cache(maxsize=64)
+def _card(record: str, evaluation: str, source: str) -> bytes:
+    """The card by the texts of its record and scores: a run looks at each stage's again with every push."""
+    return build_card(json.loads(record), json.loads(evaluation), source).encode()
 
 
 def _public(run: Path, hub: Hub, record: dict[str, Any]) -> dict[str, Any]:
