@@ -4,10 +4,11 @@
 
 Copies the stages before sft from a finished run and runs sft alone, once publishing them to a Hub on this machine (the
 tests' own, in a process of its own at the lowest priority, since a real one costs other machines' time) and once not.
-`--megabytes` is put beside midtrain's weights: sent to its branch, and looked at again for `main`. Prints for each pair
-the seconds of training and their ratio, and how many seconds of a processor the pushing process took until sft was
-trained: on a machine whose processors are all busy, no push can hold a training up by more than those. With `--alone`
-nothing trains, and only the latter are counted, which other work on the machine hardly changes.
+`--megabytes` is put beside midtrain's weights. Prints for each pair the seconds of training and their ratio, and how many
+seconds of a processor the pushing process took before sft's stage began, its own start among them, and from then until
+sft was trained: on a machine whose processors are all busy, no push can hold a training up by more than the latter. With
+`--alone` nothing trains: the pushing process is given one stage after the other, and says what its start and each push
+took of a processor, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 from hfpipe import artifact
+from hfpipe.publishing.publisher import Pusher
 
 ROOT = Path(__file__).parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -41,40 +43,47 @@ def prepare(finished: Path, run: Path, megabytes: int) -> None:
     artifact.write_record(run / "midtrain" / artifact.STAGE_FILE, record)
 
 
-def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, dict[int, tuple[float, int]]]:
-    """Seconds of training, and of each process that pushed beside it: its seconds of a processor, and its priority."""
+def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, float, float]:
+    """Seconds of training, and the pushing processes' seconds of a processor before the stage began and beside it."""
     command = [sys.executable, "-m", "hfpipe", "run", "tiny", "--out", str(run), "--only", "sft", *settings]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL)
-    pushed = {}
+    before, pushed = 0.0, {}
     while process.poll() is None:
         if not (run / "sft").is_dir():  # what is sent afterwards holds nothing up
             pushed |= pushing(run)
+        if not (run / "sft.partial").is_dir() and not (run / "sft").is_dir():
+            before = sum(pushed.values())
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(process.returncode)
-    return json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"], pushed
+    took = json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"]
+    return took, before, sum(pushed.values()) - before
 
 
-def pushing(run: Path) -> dict[int, tuple[float, int]]:
-    """By Linux' own count: process -> its seconds of a processor until now, and how nice it is."""
+def pushing(run: Path) -> dict[int, float]:
+    """By Linux' own count: process -> its seconds of a processor until now."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"\0push\0{run}\0" in (folder / "cmdline").read_text():
+            if f"\0hfpipe.publishing.pusher\0{run}\0" in (folder / "cmdline").read_text():
                 told = (folder / "stat").read_text().rpartition(")")[2].split()
-                found[int(folder.name)] = (int(told[11]) + int(told[12])) / TICKS, int(told[16])
+                found[int(folder.name)] = (int(told[11]) + int(told[12])) / TICKS
         except (OSError, UnicodeDecodeError):  # it has ended
             continue
     return found
 
 
-def push(run: Path, env: dict[str, str], repo_id: str) -> float:
-    """Seconds of a processor that one push takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "hfpipe", "push", str(run), "--repo-id", repo_id]
-    subprocess.run(command, cwd=ROOT, env=os.environ | env, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def push(run: Path, repo_id: str) -> list[str]:
+    """Seconds of a processor that the pushing process says it took: its start, and a push of each stage."""
+    record = artifact.read_json(run / "run.json") or {}
+    artifact.write_json(run / "run.json", {**record, "hub": {"repo_id": repo_id}})
+    stages, log = ["tokenizer", "pretrain", "midtrain"], run.with_suffix(".log")
+    pusher = Pusher(run, log, beside=False)  # else it waits for whatever else computes here
+    for number in range(len(stages)):
+        pusher.send(stages[: number + 1])
+        pusher.wait()
+    pusher.end()
+    return re.findall(r"^hfpipe: .* ([\d.]+) s of a processor", log.read_text(), re.MULTILINE)
 
 
 def serve(folder: str, xet: bool) -> tuple[subprocess.Popen[str], dict[str, str]]:
@@ -104,27 +113,29 @@ def main() -> None:
         try:
             for number in range(options.pairs):
                 if options.alone:
+                    os.environ.update(env)
                     run = Path(folder) / f"alone-{number}"
                     run.mkdir()
                     prepare(options.run, run, options.megabytes)
-                    print(f"the push took {push(run, env, f'alice/run{number}'):.2f} s of a processor", flush=True)
+                    start, *pushes = push(run, f"alice/run{number}")
+                    print(f"start {start} s, pushes {', '.join(pushes)} s of a processor", flush=True)
                     continue
-                took, pushed = {}, {}
+                took = {}
                 for way in ("without", "with") if number % 2 else ("with", "without"):
                     run = Path(folder) / f"{way}-{number}"
                     run.mkdir()
                     prepare(options.run, run, options.megabytes)
                     publish = ["--set", f"hub.repo_id=alice/run{number}"] if way == "with" else []
-                    took[way], found = train(run, env, *common, *publish)
-                    pushed |= found
+                    took[way], *spent = train(run, env, *common, *publish)
+                    if publish:
+                        before, beside = spent
                     shutil.rmtree(run)
-                assert pushed, "nothing was pushed beside the training"
-                cpu = sum(seconds for seconds, _ in pushed.values())
+                assert before + beside > 0, "nothing was pushed beside the training"
                 ratios.append(took["with"] / took["without"])
-                shares.append(cpu / took["without"])
+                shares.append(beside / took["without"])
                 print(
                     f"with {took['with']:.2f} s, without {took['without']:.2f} s, ratio {ratios[-1]:.3f}; the push took "
-                    f"{cpu:.2f} s of a processor at priority {max(nice for _, nice in pushed.values())}, {shares[-1]:.1%}",
+                    f"{before:.2f} s of a processor before it, {beside:.2f} s beside it, {shares[-1]:.1%}",
                     flush=True,
                 )
         finally:
@@ -133,7 +144,7 @@ def main() -> None:
         return
     print(
         f"median of {len(ratios)}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); the push's "
-        f"seconds of a processor are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most)"
+        f"seconds of a processor beside it are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most)"
     )
 
 
