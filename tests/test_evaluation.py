@@ -11,6 +11,7 @@ import shutil
 import pytest
 
 from hfpipe import artifact
+from hfpipe.config import load_recipe
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer, Question, answer_all, generate_all, prompt_ids, turn_opening
 from hfpipe.evaluation.checks import check, score_answer
@@ -19,6 +20,8 @@ from hfpipe.evaluation.probes import capabilities, load_probes
 from hfpipe.evaluation.scorecard import read_scorecard, table
 from hfpipe.evaluation.text_metrics import text_metrics
 from hfpipe.sections import Probe
+from hfpipe.stages import stage_types
+from hfpipe.training.job import make_job
 from hfpipe.training.templates import load_chat_template, set_chat_template
 
 from .conftest import CALL, REAL, ROOT, TALKS, hfpipe, learn_by_heart, needs_real_data
@@ -449,3 +452,16 @@ def test_a_report_of_a_run_that_stopped_half_way(micro_run, tmp_path):
     assert list(json.loads(hfpipe("report", run, "--json").stdout)["stages"]) == ["pretrain"]
     shutil.rmtree(run / "pretrain")
     assert "holds no finished stage" in hfpipe("report", run, check=2).stderr
+
+
+def test_no_sample_is_shown_twice(micro_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfpipe.evaluation.basics import sample_answers
+
+    recipe = load_recipe("micro", stage_types(), ["evaluate.samples=2"])
+    model = AutoModelForCausalLM.from_pretrained(micro_run / "pretrain")
+    rows = [{"text": text} for text in ("The cow says moo.", "The cow says moo.", "The dog says woof.")]
+    job = make_job(recipe, recipe.stages["pretrain"], micro_run)
+    samples = sample_answers(model, AutoTokenizer.from_pretrained(micro_run / "pretrain"), rows, job)
+    assert [sample["asked"] for sample in samples] == ["The cow says moo.", "The dog says woof."]

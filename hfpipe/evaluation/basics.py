@@ -215,10 +215,10 @@ def sample_answers(
     `prompt` and `answer` show the special tokens, `asked` is the prompt without them, its turns parted by ` / `.
     """
     evaluate = job.recipe.pipeline.evaluate
-    chosen = _spread(rows, evaluate.samples)
-    if not chosen:
+    found = [_prompt(tokenizer, row) for row in _spread(rows, 2 * evaluate.samples)]
+    prompts = list({asked: (asked, *rest) for asked, *rest in found}.values())[: evaluate.samples]  # none twice
+    if not prompts:
         return []
-    prompts = [_prompt(tokenizer, row) for row in chosen]
     answers = generate_all(model, tokenizer, [ids for _, ids, _ in prompts], evaluate.max_new_tokens)
     return [
         {
