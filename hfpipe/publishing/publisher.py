@@ -171,8 +171,6 @@ class Pusher:
         """Give it the run's own priority, where the system lets it go back to that: it may be root's right."""
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{self._process.pid}/task").iterdir():
-                if hasattr(os, "SCHED_IDLE"):
-                    os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
                 os.setpriority(os.PRIO_PROCESS, int(task.name), os.getpriority(os.PRIO_PROCESS, 0))
 
     def is_alive(self) -> bool:

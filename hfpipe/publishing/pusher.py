@@ -31,7 +31,9 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the run decides
     if "beside" in sys.argv[2:]:
-        stay_below()
+        os.nice(
+            19
+        )  # a weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests
     jobs: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     _prepare()
@@ -40,14 +42,6 @@ def main() -> None:
         _push(run, stages)
         with contextlib.suppress(BrokenPipeError):  # the run has failed, and waits for no answer
             os.write(answers, b"\n")
-
-
-def stay_below() -> None:
-    """Have this process take a processor only where nobody else wants it, or as near to that as the system knows."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):  # Linux: weight 3 a thread, where niceness 19 has 15 and a training 1024
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _listen(jobs: queue.SimpleQueue[list[str] | None]) -> None:
