@@ -53,7 +53,7 @@ class _Failure:
     def tell(self, error: Exception) -> None:
         if not self.happened:
             self.happened = True
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             self.progress.note(f"not compiled after all, the blocks train as they are: {reason}")
 
 
@@ -70,6 +70,5 @@ def _compile(block: nn.Module, failure: _Failure) -> None:
                 failure.tell(error)
         return block._call_impl(*args, **kwargs)
 
-    block._compiled_call_impl = (
-        call  # as `Module.compile` does: a copy of the block, or its saved state, has none of it
-    )
+    # As `Module.compile` does: a copy of the block, or its saved state, has none of it.
+    block._compiled_call_impl = call
