@@ -265,7 +265,11 @@ def test_attacks_and_the_rows_they_leave(learned, tmp_path):
         0 <= kind["low"] <= kind["share"] <= kind["high"] <= 1 and kind["n"] == 4 for kind in told["kinds"].values()
     )
     assert told["kinds"]["direct"]["share"] == 1  # it has never learnt to refuse
-    assert told["kinds"]["over_refusal"]["share"] == 0
+    harmless = [row["rejected"][0]["content"] for row in told["failures"] if row["kind"] == "over_refusal"]
+    assert set(harmless) <= {
+        "..."
+    }  # nor has it been taught these questions: it may say nothing, which is no help either
+    assert told["kinds"]["over_refusal"]["share"] == len(harmless) / 4
     for name, wanted in (("dpo", "preference"), ("sft", "messages")):
         path = str(tmp_path / "out" / f"{name}.jsonl")
         assert len(list(load_source(Source(path=path, split="all"), wanted=wanted).rows())) == len(told["failures"])
