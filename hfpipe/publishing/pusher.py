@@ -31,9 +31,8 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the run decides
     if "beside" in sys.argv[2:]:
-        os.nice(
-            19
-        )  # a weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests
+        # A weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests.
+        os.nice(19)
     jobs: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     _prepare()

@@ -33,7 +33,7 @@ ENCODER_FILE = "prompt_encoder.safetensors"
 _OURS = Path(__file__).parents[1]
 # How upstream's constructors refuse a value; the faults of a mistaken call are among them.
 _MISTAKES = (TypeError, KeyError, AttributeError)
-_REFUSALS = (ValueError, NotImplementedError, ImportError, *_MISTAKES)
+_REFUSALS = (ValueError, NotImplementedError, ImportError, *_MISTAKES)  # the second: PEFT, of what a method can't do
 
 
 def build_adapter(stage: Stage, parent: str = "its parent") -> Any | None:
