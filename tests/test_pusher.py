@@ -96,7 +96,8 @@ def test_a_failed_run_does_not_stop_the_push_that_it_tells_of(hub, hub_env, repo
     rule = hub.fault("POST .*/commit/", delay=15.0)
     events = own_run / "logs" / "dpo.jsonl"
     events.unlink()  # of the run that this is a copy of
-    process = begin(own_run, hub_env, repo_id, forget=("dpo",))
+    # long enough that it still trains when the push of the stage before it is under way, however slow the machine is
+    process = begin(own_run, hub_env, repo_id, "dpo.trainer.num_train_epochs=1000", forget=("dpo",))
     wait_for(lambda: rule["fired"] and events.is_file() and '"pid"' in events.read_text(), process)
     [pid, *_] = [event["pid"] for line in events.read_text().splitlines() if "pid" in (event := json.loads(line))]
     os.kill(pid, signal.SIGKILL)
