@@ -48,6 +48,7 @@ def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
     """Train against the parent as reference; returns the metrics, held-out pairs before and after among them."""
+    from datasets import concatenate_datasets
     from transformers import set_seed
     from trl import DPOConfig, DPOTrainer
 
@@ -61,6 +62,16 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
             return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            """Upstream's, with pairs of like length in a batch: as they lie, two fifths of what it reads are padding."""
+            columns = (dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
+            order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
+            found = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
+            places = sorted(range(len(order)), key=order.__getitem__)
+            added = found.select_columns([c for c in found.column_names if c not in dataset.column_names])
+            return concatenate_datasets([dataset, added.select(places).flatten_indices()], axis=1)
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)

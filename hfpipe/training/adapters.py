@@ -65,6 +65,9 @@ def build_trainer(
     Raises:
         UserError: upstream refuses the trainer's values or the adapter for this model.
     """
+    from hfpipe.training.head import keep_logits_on_cpu
+
+    keep_logits_on_cpu()
     stage = job.stage
     if stage.adapter is None:
         try:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 _KEPT_AT_ONCE = 4  # completions of a logging step
-_TILE = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 class RewardHacked(RuntimeError):
@@ -88,7 +87,7 @@ class WithTools:
 
 
 class Steered(WithTools):
-    """A control besides, completions parsed whatever the trainer, and log-probabilities without detours on a processor.
+    """A control besides, and completions parsed whatever the trainer.
 
     `random_reward`: the rewards of a rollout are dealt out at random among its rows.
     """
@@ -99,36 +98,6 @@ class Steered(WithTools):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.data_collator = UserList  # accelerate walks through lists, string by string, to move tensors
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **more: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Upstream's. It goes over the vocabulary in tiles of 32,768 words, twice, prompts included, to save memory.
-
-        Where no GPU does this and one tile would hold all words, the logits of the completions are smaller and faster.
-        """
-        plain = input_ids.device.type == "cpu" and self.model.config.get_text_config().vocab_size <= _TILE
-        if not plain or any(value is not None and value is not False for value in more.values()):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **more
-            )
-        logps, entropies = [], []
-        rows = batch_size or len(input_ids)
-        for ids, mask in zip(input_ids.split(rows), attention_mask.split(rows), strict=True):
-            with self.accelerator.autocast():
-                output = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1, use_cache=False)
-            every = (output.logits[:, :-1].float() / self.temperature).log_softmax(dim=-1)
-            logps.append(every.gather(-1, ids[:, -logits_to_keep:, None]).squeeze(-1))
-            if compute_entropy:
-                entropies.append(-(every.exp() * every).sum(dim=-1))
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
