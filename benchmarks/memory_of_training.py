@@ -234,6 +234,10 @@ def build_trainer(spec: dict[str, Any], model: Any, args: Any, data: Any, tokeni
     from transformers import Trainer
     from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+    from hfpipe.training.head import keep_logits_on_cpu
+
+    keep_logits_on_cpu()
+
     class PreparedDPOTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
             return dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 from trl.trainer import utils
 
@@ -118,3 +118,31 @@ def test_a_stage_scores_this_way(stage, micro_run, tmp_path, monkeypatch):
     rows = recipe.stages[stage].trainer["per_device_train_batch_size"] * recipe.stages[stage].trainer["max_length"]
     assert sizes
     assert max(sizes) < rows * (2 if stage == "dpo" else 1) * 0.8
+
+
+def test_pairs_keep_their_own_reference(micro_run, tmp_path, monkeypatch):
+    """The reference reads pairs by length; each pair's log-probabilities are what the parent alone gives to it."""
+    import hfpipe.training.fit as fit
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+    from hfpipe.stages.dpo import train
+    from hfpipe.training.job import Progress, make_job
+
+    for name in ("_ChunkedLogProbFunction", "_use_triton"):
+        monkeypatch.setattr(utils, name, getattr(utils, name))
+    built = []
+    monkeypatch.setattr(fit, "fit", lambda job, trainer, *more: built.append(trainer) or {})
+    recipe = load_recipe("micro", stage_types(), ["dpo.trainer.bf16=false", "dpo.trainer.report_to=none"])
+    run = begun(micro_run, tmp_path / "run", "dpo")
+    train(make_job(recipe, recipe.stages["dpo"], run), Progress(None))
+    parent = AutoModelForCausalLM.from_pretrained(run / "sft").eval()
+    told, alone = [], []
+    for pair in built[0].train_dataset.select(range(24)):
+        for answer in ("chosen", "rejected"):
+            prompt, said = pair["prompt_ids"], pair[f"{answer}_ids"]
+            with torch.no_grad():
+                every = parent(torch.tensor([prompt + said])).logits[0].log_softmax(-1)
+            alone.append(sum(every[len(prompt) + i - 1, word].item() for i, word in enumerate(said)))
+            told.append(pair[f"ref_{answer}_logps"])
+    assert told == pytest.approx(alone, abs=0.01)
+    assert len({round(value) for value in alone}) > 10

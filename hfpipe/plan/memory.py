@@ -14,6 +14,7 @@ from hfpipe.plan.shapes import Shape
 from hfpipe.plan.trained import Trained
 
 _TILE_TOKENS, _TILE_WORDS = 4096, 32768  # of TRL 1.16's fused head (trl.kernels.chunked_logprob, trl.trainer.utils)
+KEPT = 1 << 25  # positions times words whose logits `hfpipe.training.head` keeps on a CPU
 FOUR_BIT = 0.5 + 1 / 64 * (1 + 4 / 256)  # nf4: a byte for 64 weights' constant, and float32 for 256 of those
 _TOGETHER = 1 << 24  # elements that hfpipe's Muon orthogonalises at once
 _SAVED_SCALE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -131,9 +132,11 @@ def head_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
 
     `logits`: all of them in the products' type, in float32, and their log-softmax; then that, its gradient and the logits'.
     `tiles`: TRL's fused head never has more than one tile; its kernel works in place, its plain torch form (on a CPU) on
-    seven float32 copies.
+    seven float32 copies. Small ones are whole on a CPU: logits, log-softmax, and two of their size for the entropy; then
+    that, two gradients, and one in the products' type. All positions are taken to be scored.
     """
     tokens = setting.tokens
+    words = shape.vocab_size * tokens
     if setting.head == "score":
         return 0.0, 0.0
     if setting.head == "tiles":
@@ -141,8 +144,9 @@ def head_bytes(shape: Shape, setting: Setting) -> tuple[float, float]:
         if not setting.on_cpu:
             tile = min(tokens, _TILE_TOKENS) * _TILE_WORDS
             return tile * setting.width, tile * setting.width + 4 * shape.hidden_size * tokens
+        if words <= KEPT:
+            return 16 * words, (setting.width + 12) * words
         return tile * (setting.width + 16), tile * (setting.width + 29) + 4 * shape.hidden_size * tokens
-    words = shape.vocab_size * tokens
     return (8 if setting.width == 4 else setting.width + 8) * words, 12 * words
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from trl.trainer import utils
 
-KEPT = 1 << 25  # positions times words: about half a gigabyte with what the passes need beside the logits
+from hfpipe.plan.memory import KEPT
 
 _upstream, _compacts = utils._ChunkedLogProbFunction, utils._use_triton
 

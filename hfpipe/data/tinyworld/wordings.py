@@ -18,9 +18,6 @@ Could you say what {} is? | Please name {}. | Do you know {}? | Please tell me w
 Give me {}. | I wonder what {} is. | I want to know {}. | I would like to hear {}. | Tell me what {} is.
 Please say what {} is. | Say what {} is. | Could you tell me {}? | I would love to know {}. | Please tell me {}.
 I would be glad to know {}. | Please tell me now what {} is. | Can you say what {} is? | Do you know what {} is?
-Let me know {}. | I need to know {}. | Let me know what {} is. | Can you name {}? | I would be happy to know {}.
-Please give me {}. | Could you name {}? | I want to hear {}. | Now tell me {}. | Tell me now what {} is.
-I would like to hear what {} is. | I must know {}.
 """)
 
 # Structure.
