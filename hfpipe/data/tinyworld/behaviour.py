@@ -137,7 +137,7 @@ KINDS = (
     (8, future),
     (3, unseen_now),
     (8, made_up),
-    (8, real),
+    (5, real),
     (10, clarify),
     (5, clear_request),
     (8, short),

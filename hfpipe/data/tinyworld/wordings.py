@@ -37,7 +37,6 @@ Now say my name.
 """)
 THANKS = block("""
 Thank you! | Thanks! | Thank you very much! | Many thanks! | Thanks a lot! | Thank you so much!
-Good, thank you! | Thanks, friend! | Great, thanks! | That is kind, thank you! | Thank you for that! | Thanks, that is good!
 """)
 OWNING = block("""
 My {t} is {c}. | I have a {c} {t}. | I own a {c} {t}. | This is my {c} {t}. | I bought a {c} {t}.
@@ -68,16 +67,10 @@ I need to calculate {}. | Could you work out {}? | Do the sum {}. | Calculate {}
 Can you find {}?
 Please solve {}. | Use the calculator to find {}. | Could you calculate {}? | What do I get for {}?
 Please do the sum {}. | Could you compute {}?
-Let me find {}. | Help me calculate {}. | Let us find out {}. | I want to calculate {}. | Let the calculator find {}.
-I want to find {}. | I must calculate {}. | Please help me find {}. | Let us calculate {}. | Can you help me calculate {}?
-How much do I get for {}? | Help me work out {}.
 """)
 CHOICES = block("""
 {} | A quiz question. {} | Choose one. {} | {} Choose one. | Choose: {} | Which is right? {} | {} Which one?
 A question: {} | Pick one. {} | {} Here are four. | Quiz: {} | {} Pick one.
-{} Choose the right one. | Which of these? {} | Pick the right one. {} | {} One is right. | Now choose. {}
-Choose the right one. {} | {} Pick the right one. | One of four is right. {} | {} Which is it? | Now a question. {}
-Choose well. {} | Which one is it? {}
 """)
 LETTERS = block("""
 Where is {}? | Which one is {}? | Which of them is {}? | Where does {} stand? | And which one is {}? | And where is {}?
