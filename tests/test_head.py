@@ -20,7 +20,7 @@ WORDS, WIDTH, POSITIONS = 97, 16, 40
 def in_place(monkeypatch):
     """The replacement in place, and upstream's own back at the end."""
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
-        monkeypatch.setattr(utils, name, getattr(utils, name))
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # itself: only to be put back after the test
     head.keep_logits_on_cpu()
 
 
@@ -70,10 +70,11 @@ def test_only_scored_positions_are_projected(model, monkeypatch, kept):
     labels[:, :7] = -100
     expected = model(input_ids=ids, labels=labels).loss
     seen, upstream = [], {"kept": head.score, "tiles": head._upstream.apply}
-    monkeypatch.setattr(head, "KEPT", kept)
+    monkeypatch.setattr(head, "KEPT", kept)  # none are kept: upstream's way, without logits of gigabytes
+    # The real functions work; how many positions they were given is written down on the way.
     monkeypatch.setattr(head, "score", lambda *a: seen.append(("kept", len(a[0]))) or upstream["kept"](*a))
     tiles = type("Tiles", (), {"apply": lambda *a: seen.append(("tiles", len(a[0]))) or upstream["tiles"](*a)})
-    monkeypatch.setattr(head, "_upstream", tiles)
+    monkeypatch.setattr(head, "_upstream", tiles)  # the real one, counted as above
     output = model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert seen == [("kept" if kept else "tiles", 3 * 5)]
     torch.testing.assert_close(output.loss, expected)
@@ -107,9 +108,9 @@ def test_a_stage_scores_this_way(stage, micro_run, tmp_path, monkeypatch):
     from hfpipe.training.job import Progress, make_job
 
     upstream, sizes = head.score, []
-    monkeypatch.setattr(head, "score", lambda *a: sizes.append(len(a[0])) or upstream(*a))
+    monkeypatch.setattr(head, "score", lambda *a: sizes.append(len(a[0])) or upstream(*a))  # the real one, counted
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
-        monkeypatch.setattr(utils, name, getattr(utils, name))
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # itself: only to be put back after the test
     settings = [f"{stage}.trainer.max_steps=2", f"{stage}.trainer.report_to=none"]
     recipe = load_recipe("micro", stage_types(), settings)
     run = begun(micro_run, tmp_path / "run", stage)
@@ -129,8 +130,9 @@ def test_pairs_keep_their_own_reference(micro_run, tmp_path, monkeypatch):
     from hfpipe.training.job import Progress, make_job
 
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
-        monkeypatch.setattr(utils, name, getattr(utils, name))
+        monkeypatch.setattr(utils, name, getattr(utils, name))  # itself: only to be put back after the test
     built = []
+    # The trainer is looked at as it was built, in place of training it.
     monkeypatch.setattr(fit, "fit", lambda job, trainer, *more: built.append(trainer) or {})
     recipe = load_recipe("micro", stage_types(), ["dpo.trainer.bf16=false", "dpo.trainer.report_to=none"])
     run = begun(micro_run, tmp_path / "run", "dpo")

@@ -2,8 +2,9 @@
 
 Blocks are alike, so one of them is compiled and all run it; the next stage finds the kernels in the compiler's cache.
 `trainer.torch_compile` compiles a whole model, again for shapes that it has not met, so that what a batch runs depends on
-those before it. Here one program serves all shapes, and a resumed training comes to the same bits. What takes no gradients
-(evaluation, answers, a reference) runs as it would otherwise.
+those before it. Here one program serves all shapes. Which one is decided by the first batch's length, so that training on rows
+begins with passes of the longest, to no effect, also where it is resumed, and comes to the same bits; what samples its rows
+(ppo and the like) may not. What takes no gradients (evaluation, answers, a reference) runs as it would otherwise.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def _compile(block: nn.Module, failure: _Failure) -> None:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not failure.happened:
+            # What another training has begun with at another length must not be found in the compiler's cache.
+            if not torch.compiler.config.cache_key_tag:
+                length = (args or tuple(kwargs.values()))[0].shape[1]
+                torch.compiler.config.cache_key_tag = f"hfpipe: {length} tokens first"
             try:
                 return compiled(*args, **kwargs)
             except TorchDynamoException as error:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from hfpipe import artifact
 from hfpipe.run_folder import find_checkpoints
 from hfpipe.training.first_batch import check_first_batch
-from hfpipe.training.rehearse import rehearse
+from hfpipe.training.rehearse import pass_longest, rehearse
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -246,6 +246,8 @@ class Guard(TrainerCallback):
             state.best_metric = state.best_global_step = None  # set aside: others may be the best now
         if self.first and self.section.rehearse and not state.global_step:
             rehearse(self.job, self.trainer, self.progress)
+        elif self.section and self.job.stage.model.compile_blocks and self.job.rehearsal is None:
+            pass_longest(self.job, self.trainer)  # what is compiled depends on the first length
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # An evaluation may turn out the best and be saved: the losses until then belong into its log.

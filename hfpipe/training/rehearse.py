@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,13 +37,7 @@ def rehearse(job: Job, trainer: Trainer, progress: Progress) -> None:
         progress.note("no rehearsal: here the optimizer steps inside the backward pass")
         return
     progress.tell("doing", text="rehearsing: a step, an evaluation and a save at the largest batch")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer._save_rng_state(str(scratch))
-    kept = copy.deepcopy({name: value for name, value in vars(trainer).items() if name in _LOGS})
-    try:
+    with _to_no_effect(trainer, scratch):
         given, state = args.per_device_train_batch_size, _optimizer_state(trainer)
         rows = longest_rows(trainer.train_dataset, args.train_batch_size)
         step = args.gradient_accumulation_steps * given
@@ -53,6 +49,29 @@ def rehearse(job: Job, trainer: Trainer, progress: Progress) -> None:
             smaller = [given >> n for n in range(1, given.bit_length())]
             _try(job, trainer, "per_device_eval_batch_size", lambda size: _evaluate(trainer, held_out[:size]), smaller)
         _try(job, trainer, None, lambda _: trainer.save_model(str(scratch), _internal_call=True), [])
+
+
+def pass_longest(job: Job, trainer: Trainer) -> None:
+    """The training passes of a rehearsal alone, to no effect."""
+    args = trainer.args
+    with _to_no_effect(trainer, job.checkpoints / "rehearsal"):
+        given = args.per_device_train_batch_size
+        rows = longest_rows(trainer.train_dataset, args.train_batch_size)[:given]
+        _train(trainer, rows, args.gradient_accumulation_steps * given)
+        trainer.model_wrapped.zero_grad()
+
+
+@contextlib.contextmanager
+def _to_no_effect(trainer: Trainer, scratch: Path) -> Iterator[None]:
+    """Random states and what trainers count are as before, and `scratch`, a folder for what is written, is gone."""
+    if trainer.is_world_process_zero():
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer._save_rng_state(str(scratch))
+    kept = copy.deepcopy({name: value for name, value in vars(trainer).items() if name in _LOGS})
+    try:
+        yield
     finally:
         vars(trainer).update(kept)
         trainer._load_rng_state(str(scratch))
