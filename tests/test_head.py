@@ -69,12 +69,15 @@ def test_only_scored_positions_are_projected(model, monkeypatch, kept):
     labels = ids.clone()
     labels[:, :7] = -100
     expected = model(input_ids=ids, labels=labels).loss
-    seen, upstream = [], {"kept": head.score, "tiles": head._upstream.apply}
-    monkeypatch.setattr(head, "KEPT", kept)  # none are kept: upstream's way, without logits of gigabytes
-    # The real functions work; how many positions they were given is written down on the way.
-    monkeypatch.setattr(head, "score", lambda *a: seen.append(("kept", len(a[0]))) or upstream["kept"](*a))
-    tiles = type("Tiles", (), {"apply": lambda *a: seen.append(("tiles", len(a[0]))) or upstream["tiles"](*a)})
-    monkeypatch.setattr(head, "_upstream", tiles)  # the real one, counted as above
+    seen = []
+
+    def counted(way, function):
+        return lambda *given: seen.append((way, len(given[0]))) or function(*given)
+
+    tiles = type("Tiles", (), {"apply": counted("tiles", head._upstream.apply)})
+    monkeypatch.setattr(head, "KEPT", kept)  # a size at which logits are not kept, in place of gigabytes of them
+    monkeypatch.setattr(head, "score", counted("kept", head.score))  # the real one, its positions counted
+    monkeypatch.setattr(head, "_upstream", tiles)  # the real one, its positions counted
     output = model(input_ids=ids, labels=labels, fused_lm_head=True)
     assert seen == [("kept" if kept else "tiles", 3 * 5)]
     torch.testing.assert_close(output.loss, expected)
@@ -132,8 +135,7 @@ def test_pairs_keep_their_own_reference(micro_run, tmp_path, monkeypatch):
     for name in ("_ChunkedLogProbFunction", "_use_triton"):
         monkeypatch.setattr(utils, name, getattr(utils, name))  # itself: only to be put back after the test
     built = []
-    # The trainer is looked at as it was built, in place of training it.
-    monkeypatch.setattr(fit, "fit", lambda job, trainer, *more: built.append(trainer) or {})
+    monkeypatch.setattr(fit, "fit", lambda job, trainer, *_: built.append(trainer) or {})  # looked at as it was built
     recipe = load_recipe("micro", stage_types(), ["dpo.trainer.bf16=false", "dpo.trainer.report_to=none"])
     run = begun(micro_run, tmp_path / "run", "dpo")
     train(make_job(recipe, recipe.stages["dpo"], run), Progress(None))

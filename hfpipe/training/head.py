@@ -1,4 +1,4 @@
-"""The log-probabilities that TRL's trainers learn from, on a processor: a quarter of a small model's step in place of half.
+"""The log-probabilities that TRL's trainers learn from, on a processor: in a fraction of the time, and in less memory.
 
 TRL 1.16 projects every position to the vocabulary in tiles, and again in the backward pass; what is written in Triton for
 GPUs spares memory there, and what stands in for it elsewhere takes four to five times as long as the logits themselves.
