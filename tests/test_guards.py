@@ -349,15 +349,18 @@ def test_a_rehearsal_changes_no_bit(run, place):
 
 @pytest.fixture
 def little_memory(run):
-    """The fork server, and so every stage that it starts, may take 1.5 GB more than it has."""
+    """The fork server, and so every stage that it starts, may take 1.5 GB more than it has.
+
+    Of what can be written: the address space of a process also has what each thread's allocator only reserves.
+    """
     from multiprocessing import forkserver
 
     server = forkserver._forkserver._forkserver_pid
-    has = next(line for line in Path(f"/proc/{server}/status").read_text().splitlines() if line.startswith("VmSize"))
-    before = resource.prlimit(server, resource.RLIMIT_AS)
-    resource.prlimit(server, resource.RLIMIT_AS, (int(has.split()[1]) * 1024 + 1_500_000_000, before[1]))
+    has = next(line for line in Path(f"/proc/{server}/status").read_text().splitlines() if line.startswith("VmData"))
+    before = resource.prlimit(server, resource.RLIMIT_DATA)
+    resource.prlimit(server, resource.RLIMIT_DATA, (int(has.split()[1]) * 1024 + 1_500_000_000, before[1]))
     yield
-    resource.prlimit(server, resource.RLIMIT_AS, before)
+    resource.prlimit(server, resource.RLIMIT_DATA, before)
 
 
 def test_a_save_that_fails_does_so_before_training(place, run):
