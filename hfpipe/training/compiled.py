@@ -61,6 +61,8 @@ class _Failure:
 def _compile(block: nn.Module, failure: _Failure) -> None:
     from torch._dynamo.exc import TorchDynamoException  # a second of imports
 
+    # With dynamic shapes a float such as a norm's epsilon would be an input too: found out only after all has been traced once.
+    torch._dynamo.config.specialize_float = True
     compiled = torch.compile(block._call_impl, dynamic=True)
 
     def call(*args: Any, **kwargs: Any) -> Any:

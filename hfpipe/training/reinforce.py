@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from hfpipe.errors import UserError
 from hfpipe.training.responses import parse_message
+from hfpipe.training.rollouts import by_length
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,6 +115,14 @@ class Steered(WithTools):
             return rewards  # (rows of all processes, functions)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         return rewards[torch.randperm(len(rewards), generator=generator).to(rewards.device)]
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs, self.args)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
 
 class Watched(TrainerCallback):
