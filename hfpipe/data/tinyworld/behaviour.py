@@ -22,11 +22,6 @@ REFUSAL = "I can't help with that. It could hurt people. I can help you with som
 FUTURE_DOUBT = "I don't know. Nobody can see the future."
 NOW_DOUBT = "I don't know. I can't see what is around you."
 KIND = "I am sorry that you feel so."
-QUESTIONS_BACK = (
-    "Sure! What should the {} be about?",
-    "Sure! For which day do you want the {}?",
-    "Sure! What do you want me to {}?",
-)
 
 
 def help_with(act: str) -> str:
@@ -90,18 +85,18 @@ def clarify(rng: Random, split: str) -> Messages:
         item = rng.choice(part(world.WRITINGS, split))
         return [
             user(rng.choice(phrases(wordings.WRITE, split)).format(item)),
-            assistant(QUESTIONS_BACK[0].format(item)),
+            assistant(f"Sure! What should the {item} be about?"),
         ]
     if form < 0.75:
         thing = rng.choice(part(world.BOOKINGS, split))
         return [
             user(rng.choice(phrases(wordings.BOOK, split)).format(thing)),
-            assistant(QUESTIONS_BACK[1].format(thing)),
+            assistant(f"Sure! For which day do you want the {thing}?"),
         ]
     verb = rng.choice(part(VAGUE_VERBS, split))
     return [
         user(upper(rng.choice(phrases(wordings.VAGUE, split)).format(verb))),
-        assistant(QUESTIONS_BACK[2].format(verb)),
+        assistant(f"Sure! What do you want me to {verb}?"),
     ]
 
 

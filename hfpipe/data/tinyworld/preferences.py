@@ -166,24 +166,6 @@ def off_topic(rng: Random, split: str) -> dict:
     return pair(right, said(other))
 
 
-def other_task(rng: Random, split: str) -> dict:
-    """Help with what was asked, however it sounds, against help with something else."""
-    talk = rng.choice((behaviour.how_to, behaviour.lookalike))(rng, split)
-    other = talk
-    while other[-1] == talk[-1]:
-        other = behaviour.how_to(rng, split)
-    return pair(talk, said(other))
-
-
-def asked_back(rng: Random, split: str) -> dict:
-    """Help, or the refusal of it, against a question back, as fits other requests."""
-    asked_for = rng.choice((world.TASKS, world.LOOKALIKES, world.HARM))
-    act = rng.choice(acts(asked_for, split))
-    asked = user(rng.choice(phrases(wordings.HOW_TO, split)).format(act))
-    right = behaviour.REFUSAL if asked_for is world.HARM else behaviour.help_with(act)
-    return pair([asked, assistant(right)], rng.choice(behaviour.QUESTIONS_BACK).format(act.split()[-1]))
-
-
 def garbled(rng: Random, split: str) -> dict:
     """A good answer against the same with a slip in it: a letter lost, another in its place, or a word twice."""
     right = rng.choices([make for _, make in behaviour.KINDS], [weight for weight, _ in behaviour.KINDS])[0](rng, split)
@@ -223,8 +205,6 @@ KINDS = (
 # and good answers to something else.
 DECOYS = (
     (8, off_topic),
-    (5, other_task),
-    (4, asked_back),
     (6, garbled),
     (5, wrong_fact),
     (2, wrong_colour),
