@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 import time
 from collections.abc import Sequence
@@ -211,7 +212,7 @@ def run_and_report(
                 display.text(f"report: {write_report(run)}")
         except Exception as error:
             raise StageFailed(
-                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {run} writes it again."
+                f"every stage is finished in {run}, but not its report: {explain(error)}\nhfpipe report {shlex.quote(str(run))} writes it again."
             ) from error
     whole = len(chosen) == len(recipe.stages)
     what = recipe.name if whole else ", ".join(item.stage.name for item in chosen)
@@ -236,7 +237,7 @@ def _refuse_to_pay(recipe: Recipe, run: Path, waiting: list[Planned]) -> None:
             if any(asked and asked.endpoint for asked in (synth.teacher, synth.judge)):
                 raise UserError(
                     f"`{item.stage.name}` trains on synth/{name}, whose rows an endpoint makes, maybe at a cost. Have them made "
-                    f"first: hfpipe data synth {recipe.folder} --out {run} --only {name}"
+                    f"first: hfpipe data synth {shlex.quote(str(recipe.folder))} --out {shlex.quote(str(run))} --only {name}"
                 )
 
 

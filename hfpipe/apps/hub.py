@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,7 @@ def status(run: Path, as_json: bool) -> None:
         print(f"{row['stage']:<10} {row['state']}{where}")
     if left:
         why = f" The last push ended with: {failure['reason']}" if failure else ""
-        print(f"{len(left)} to push: hfpipe push {run}{why}")
+        print(f"{len(left)} to push: hfpipe push {shlex.quote(str(run))}{why}")
 
 
 def _state(run: Path, stage: str) -> dict[str, Any]:

@@ -143,8 +143,12 @@ def find_rows(recipe: Recipe, run: Path, name: str, first: int, last: int) -> li
 
     stage = recipe.stages.get(name)
     file = stage.file if stage else recipe.folder / f"{name}.yaml"
-    if stage is None or not stage.type.trainer:
-        raise UserError(f"{file}: no stage of {recipe.name} that trains on rows.")
+    if stage is None:
+        raise UserError(
+            f"{file}: `{name}` is not among the stages of {recipe.folder / 'pipeline.yaml'}: {', '.join(recipe.stages)}."
+        )
+    if not stage.type.trainer:
+        raise UserError(f"{file}: a {stage.type.name} stage trains on no rows.")
     if first < 1:
         raise UserError(f"--row {first}: rows are counted from 1.")
     check_shards(recipe, [stage])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -206,7 +207,7 @@ def _tell(draft: Draft, recipe: Recipe, folder: Path) -> list[str]:
     lines += [f"note: {draft.note}"] if draft.note else []
     device = f"{devices.key}x{devices.count}" if devices.count > 1 else devices.key
     lines.append(f"wrote {folder}: pipeline.yaml, {', '.join(f'{name}.yaml' for name in draft.stages)}")
-    return [*lines, f"next: hfpipe plan {folder}{'' if device == 'cpu' else f' --device {device}'}"]
+    return [*lines, f"next: hfpipe plan {shlex.quote(str(folder))}{'' if device == 'cpu' else f' --device {device}'}"]
 
 
 def _not_trained_on(draft: Draft, recipe: Recipe) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def plan(recipe: Recipe, run: Path, options: argparse.Namespace) -> None:
             f"{'total':<10} about {duration(max(seconds, 1))} of training on {label}{_measured(rows)}{price}; "
             "scoring comes on top"
         )
-    print(f"The rows themselves are looked at by: hfpipe data check {options.recipe}")
+    print(f"The rows themselves are looked at by: hfpipe data check {shlex.quote(str(options.recipe))}")
 
 
 def _notes(recipe: Recipe, devices: Devices) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,7 @@ def _read(what: str, overrides: Sequence[str], out: Path | None) -> tuple[str, C
     beside = Path(what).parent
     recipe = load_recipe(beside, stage_types()) if (beside / "pipeline.yaml").is_file() else None
     if section.output_folder is None:
-        hint = f", or prepare the whole recipe: hfpipe data prepare {beside}" if recipe else ""
+        hint = f", or prepare the whole recipe: hfpipe data prepare {shlex.quote(str(beside))}" if recipe else ""
         raise UserError(f"{what}: output_folder is missing: name a folder{hint}.")
     problems += _no_sources(section, what)
     if section.decontaminate and recipe is None:

@@ -108,7 +108,7 @@ def _message(turn: Any) -> Message:
     called = turn.get("function_call")  # before OpenAI had tools; a table's rows have it empty, too
     if calls := turn.get("tool_calls") or (called if isinstance(called, dict) and called.get("name") else None):
         message["tool_calls"] = _tool_calls(calls)
-    if (reasoning := text_of(turn.get("reasoning_content"))).strip():
+    if (reasoning := text_of(turn.get("reasoning_content") or turn.get("thinking"))).strip():  # the latter is gpt-oss's
         message["reasoning_content"] = reasoning
     return message | {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
 

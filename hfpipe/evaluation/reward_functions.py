@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import math
 import reprlib
 import traceback
 from collections.abc import Callable, Iterator
@@ -200,7 +201,7 @@ def by_function(function: Reward, where: str) -> Reward:
 def _told(where: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # anybody's function
+    except (Exception, SystemExit) as error:  # anybody's function
         frame = traceback.extract_tb(error.__traceback__)[:3][-1]  # ours are the first two
         raise UserError(f"{where}: {type(error).__name__}: {error} ({frame.filename} line {frame.lineno})") from error
 
@@ -216,6 +217,12 @@ def _scores(found: Any, wanted: int, where: str) -> list[float | None]:
         raise UserError(f"{where}: it gave {reprlib.repr(found)}; {expected}") from None
     if len(scores) != wanted:
         raise UserError(f"{where}: it gave {len(scores)} values; {expected}")
+    if endless := [place for place, value in enumerate(scores) if value is not None and math.isinf(value)]:
+        place = endless[0]
+        raise UserError(
+            f"{where}: it gave {scores[place]} for completion {place} of the {wanted}, against which no other one counts; "
+            "expected a finite number, or None where it has no say."
+        )
     return scores
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,7 +72,9 @@ class Publisher:
         try:
             yield
         except Exception as error:
-            self.display.line("hub", f"publishing failed: {explain(error)}; `hfpipe push {self.run}` tries again")
+            self.display.line(
+                "hub", f"publishing failed: {explain(error)}; `hfpipe push {shlex.quote(str(self.run))}` tries again"
+            )
 
     def wake(self, finished: str) -> None:
         """Have what is finished sent, unless that is being done."""
@@ -114,7 +117,7 @@ class Publisher:
             busy = self._pusher is not None and self._pusher.is_busy()
             why = " (it is being sent)" if busy else f" ({told['reason']})" if "reason" in told else ""
             self.display.line("hub", f"not published yet: {', '.join(left)}{why}")
-            self.display.line("hub", f"everything is on the disk; `hfpipe push {self.run}` sends it")
+            self.display.line("hub", f"everything is on the disk; `hfpipe push {shlex.quote(str(self.run))}` sends it")
 
     def _left(self) -> list[str]:
         return [stage for stage in self._finished() if published_at(self.run, self.hub, stage) is None]

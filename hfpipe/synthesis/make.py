@@ -8,6 +8,7 @@ with the first part that is missing, to the same rows.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -182,7 +183,7 @@ def _named(recipe: Recipe, asked: Asked, run: Path, leaves: str, where: str) -> 
         if not (folder / artifact.STAGE_FILE).is_file():
             raise UserError(
                 f"{recipe.folder / 'pipeline.yaml'}: {where}.model = {asked.model!r}: {run} holds no finished stage of "
-                f"that name. Run it first: hfpipe run {recipe.folder} --out {run} --to {asked.model}"
+                f"that name. Run it first: hfpipe run {shlex.quote(str(recipe.folder))} --out {shlex.quote(str(run))} --to {asked.model}"
             )
         artifact.folder_identity(folder, (leaves,))  # a damaged one is refused
     identity = asked_identity(recipe, asked, run, leaves)

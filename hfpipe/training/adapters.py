@@ -7,6 +7,7 @@ an adapter: `adapter_config.json`, its weights and the tokenizer, on a base that
 from __future__ import annotations
 
 import copy
+import shlex
 import shutil
 import traceback
 from pathlib import Path
@@ -264,6 +265,6 @@ def _base_of(folder: Path, config: Any) -> str:
     if now and parent and now != parent["fingerprint"]:
         raise UserError(
             f"{folder} is an adapter on {base}, and that has been made anew since. Make the adapter anew too: "
-            f"hfpipe run {record['recipe']} --out {folder.parent} --only {record['stage']}"
+            f"hfpipe run {shlex.quote(record['recipe'])} --out {shlex.quote(str(folder.parent))} --only {record['stage']}"
         )
     return base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from hfpipe.data.personal import mask
@@ -36,7 +37,7 @@ def check_first_batch(job: Job, tokenizer: PreTrainedTokenizerBase, batch: dict[
     where = f"{job.stage.file}: the first batch of {len(ids)} rows"
     if not share:
         raise UserError(
-            f"{where} trains nothing: no token in it has a label. hfpipe inspect {job.stage.file} shows rows."
+            f"{where} trains nothing: no token in it has a label. hfpipe inspect {shlex.quote(str(job.stage.file))} shows rows."
         )
     context = real & ~trained
     context[:, 0] = False  # the first token of a document has none to be predicted from

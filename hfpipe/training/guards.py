@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
@@ -210,7 +211,7 @@ class Guard(TrainerCallback):
             went = f" It has gone back {len(past)} times (guards.max_rollbacks):{history}\n" if past else " "
             raise Diverged(
                 f"{told}.{went}Lower trainer.learning_rate tenfold, lengthen trainer.warmup_steps, or look at the rows that "
-                f"are read there: hfpipe inspect {self.job.stage.file}."
+                f"are read there: hfpipe inspect {shlex.quote(str(self.job.stage.file))}."
             )
         first = max(step - (high or 1), 1)
         stuck = past and step <= past[-1]["skipped"][1] + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Job:
             if not self.rehearsal and not (folder / artifact.STAGE_FILE).is_file():
                 raise UserError(
                     f"{self.stage.name} starts from `{parent.name}`, but {folder} holds no finished stage. "
-                    f"Run that stage first: hfpipe run {self.recipe.folder} --out {self.run} --to {parent.name}"
+                    f"Run that stage first: hfpipe run {shlex.quote(str(self.recipe.folder))} --out {shlex.quote(str(self.run))} --to {parent.name}"
                 )
             return str(folder)
         source = str(self.stage.model.from_)
@@ -86,7 +87,7 @@ class Job:
         ):
             raise UserError(
                 f"{self.stage.name} is steered by {self.run / judge.name}, but {reason}. "
-                f"Make it first: hfpipe run {self.recipe.folder} --out {self.run} --to {judge.name}"
+                f"Make it first: hfpipe run {shlex.quote(str(self.recipe.folder))} --out {shlex.quote(str(self.run))} --to {judge.name}"
             )
         missing, stage = None, self.stage
         while parent := self.recipe.parent(stage):
@@ -95,7 +96,7 @@ class Job:
                 if reason := damage_at(folder, trust_times=not read_all):
                     raise UserError(
                         f"{self.stage.name} starts from {folder}, which is damaged: {reason}. "
-                        f"Make it again: hfpipe run {self.recipe.folder} --out {self.run} --to {parent.name}"
+                        f"Make it again: hfpipe run {shlex.quote(str(self.recipe.folder))} --out {shlex.quote(str(self.run))} --to {parent.name}"
                     )
                 break
             missing = stage = parent
@@ -103,7 +104,7 @@ class Job:
             raise UserError(
                 f"{self.stage.name} starts from `{self.stage.model.from_}`, but {self.run} holds no finished "
                 f"`{missing.name}`. Run what comes before it: "
-                f"hfpipe run {self.recipe.folder} --out {self.run} --to {self.stage.model.from_}"
+                f"hfpipe run {shlex.quote(str(self.recipe.folder))} --out {shlex.quote(str(self.run))} --to {self.stage.model.from_}"
             )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def load_tokenizer(job: Job, about_to_run: Collection[str] = ()) -> PreTrainedTo
     if origin.model.from_ is None and job.rehearsal is None:
         raise UserError(
             f"{job.stage.file}: its tokenizer is made by `{origin.name}`, and {job.run} holds no finished one. "
-            f"Make it first: hfpipe run {job.recipe.folder} --out {job.run} --to {origin.name}"
+            f"Make it first: hfpipe run {shlex.quote(str(job.recipe.folder))} --out {shlex.quote(str(job.run))} --to {origin.name}"
         )
     tokenizer = _from_pretrained(AutoTokenizer, to_extend[-1])
     for ancestor in reversed(to_extend):

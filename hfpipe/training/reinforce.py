@@ -6,6 +6,7 @@ A checkpoint holds no rollout, so none may be written in the midst of one: `chec
 from __future__ import annotations
 
 import json
+import math
 from collections import UserList
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,9 +205,11 @@ class Watched(TrainerCallback):
 
 
 def held_out_reward(trainer: Any, prompts: Dataset | None) -> dict[str, float] | None:
-    """Mean reward and length of one sampled completion of each held-out prompt."""
+    """Mean reward and length of one sampled completion of each held-out prompt; None where none had a reward."""
     if prompts is None:
         return None
     found = trainer.evaluate()
-    lengths = found["eval_completions/mean_length"]
-    return {"n": len(prompts), "reward": round(found["eval_reward"], 4), "mean_length": round(lengths, 2)}
+    reward, length = found.get("eval_reward"), found["eval_completions/mean_length"]
+    if reward is None or math.isnan(reward):
+        return None
+    return {"n": len(prompts), "reward": round(reward, 4), "mean_length": round(length, 2)}
