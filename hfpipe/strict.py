@@ -76,7 +76,13 @@ def _coerce(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     if dataclasses.is_dataclass(hint):
         value = {} if value is None else value
         if not isinstance(value, dict):
-            problems.append(f"{where} = {value!r}: expected a mapping with keys of its own.")
+            needed = [
+                f.name.rstrip("_")
+                for f in dataclasses.fields(hint)
+                if f.default is f.default_factory is dataclasses.MISSING
+            ]
+            such = f", such as {{{needed[0]}: {value}}}" if len(needed) == 1 and isinstance(value, str) else ""
+            problems.append(f"{where} = {value!r}: expected a mapping with keys of its own{such}.")
             return None
         return build(hint, value, f"{where}.", problems)
     kind = origin or hint

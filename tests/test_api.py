@@ -298,5 +298,5 @@ def test_what_a_bare_name_shows(run, micro_run):
 def test_a_row_inspected_reads_as_in_the_terminal(micro_run):
     shown = hfpipe("inspect", ROOT / "stage_configs" / "micro" / "sft.yaml", "--out", micro_run, "--row", "3").stdout
     assert f"{load_pipeline('micro').inspect('sft', 3, micro_run)}\n" == shown
-    with pytest.raises(UserError, match="trains on rows"):
+    with pytest.raises(UserError, match="trains on no rows"):
         load_pipeline("micro").inspect("tokenizer")

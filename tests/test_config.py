@@ -135,6 +135,7 @@ def test_a_faulty_section_hides_no_other_fault(recipe):
         ("sft.regularize.freeze_layers=1", "regularize.freeze_layers = 1 beside adapter"),
         ("sft.trainer.disable_tqdm=false", "is not the recipe's to set"),
         ("sft.data.train=[]", "data.train is missing"),
+        ("sft.data.train=[mine.jsonl]", "expected a mapping with keys of its own, such as {path: mine.jsonl}."),
         ("sft.data.max_bad_rows=-1", "data.max_bad_rows = -1.0: expected 0 or more."),
         ("sft.data.max_bad_rows=7", "expected at most 1; it is a share."),
         ("sft.model.config={model_type: llama}", "`midtrain` leaves one to go on from"),

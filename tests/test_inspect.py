@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -103,7 +104,13 @@ def test_a_row_cannot_command_the_terminal(micro_run, recipe, tmp_path):
 
 def test_what_cannot_be_inspected(micro_run, tmp_path):
     assert "is not a stage's file" in hfpipe("inspect", STAGES / "pipeline.yaml", check=2).stderr
-    assert "no stage of micro that trains on rows" in hfpipe("inspect", STAGES / "tokenizer.yaml", check=2).stderr
+    assert "a tokenizer stage trains on no rows" in hfpipe("inspect", STAGES / "tokenizer.yaml", check=2).stderr
+    shutil.copytree(STAGES, tmp_path / "micro")
+    shutil.copy(STAGES / "sft.yaml", tmp_path / "micro" / "spare.yaml")
+    assert (
+        f"`spare` is not among the stages of {tmp_path / 'micro' / 'pipeline.yaml'}: tokenizer, pretrain"
+        in hfpipe("inspect", tmp_path / "micro" / "spare.yaml", check=2).stderr
+    )
     assert (
         "there is no row"
         in hfpipe("inspect", STAGES / "sft.yaml", "--out", micro_run, "--row", "99999", check=2).stderr
@@ -124,8 +131,8 @@ def test_characters_of_several_tokens_are_shown_whole(micro_run, recipe, tmp_pat
 
 
 def test_reasoning_that_the_template_leaves_out_is_told(micro_run, recipe, tmp_path):
-    asked = {"role": "user", "content": "What is 1 + 2?"}
-    rows = [[asked, {"role": "assistant", "content": "3", "reasoning_content": why}] for why in ("Count.", "Add.")]
+    asked, said = {"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "3"}
+    rows = [[asked, said | {"reasoning_content": "Count."}], [asked, said | {"thinking": "Add."}]]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = f"{{path: {tmp_path / 'mine.jsonl'}, split: all}}"
     sft = f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{source}]}}\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 
 import pytest
 
@@ -14,7 +16,7 @@ from hfpipe.plan.workload import guess_bytes_per_token
 from hfpipe.sections import Source
 from hfpipe.stages import stage_types
 
-from .conftest import REAL, hfpipe, needs_real_data, stage_json
+from .conftest import REAL, ROOT, hfpipe, needs_real_data, stage_json
 
 
 def planned(recipe: str, *arguments) -> dict[str, dict]:
@@ -207,6 +209,13 @@ def test_what_is_not_counted_of_a_model_that_is_there_is_told(config, told, reci
     notes = describe_stage(loaded, loaded.stages["sft"])["notes"]
     assert f"unknown: {told}" in notes
     assert any(note.startswith("model: ") for note in notes) == ("text" in told)
+
+
+def test_the_command_it_ends_with_can_be_pasted(tmp_path):
+    folder = tmp_path / "my recipe"
+    shutil.copytree(ROOT / "stage_configs" / "micro", folder)
+    told = hfpipe("plan", folder).stdout.splitlines()[-1].partition("looked at by: ")[2]
+    assert shlex.split(told) == ["hfpipe", "data", "check", str(folder)]
 
 
 def test_it_reads_like_a_quote():

@@ -217,6 +217,11 @@ def test_a_function_is_looked_for_beside_its_stage(steered, tmp_path):
         ("[1.0]", "w: it gave 1 values; expected a list with one number or None for each of the 2 completions."),
         ("None", "w: it gave None; expected a list"),
         ("{}['oops']", "w: KeyError: 'oops' (mine.py line 1)"),
+        ("exit(3)", "w: SystemExit: 3 (mine.py line 1)"),
+        (
+            "[1, float('-inf')]",
+            "w: it gave -inf for completion 1 of the 2, against which no other one counts; expected a",
+        ),
         ("[None, 2]", None),
     ],
 )
@@ -237,6 +242,14 @@ def test_what_a_function_gives(later, gives, said):
     with pytest.raises(UserError) as error:
         call()
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("gives", ["None", "float('nan')"])
+def test_no_reward_for_anything_is_told_with_held_out_prompts_too(steered, tmp_path, gives):
+    (tmp_path / "vowels.py").write_text(f"def vowels(completions, **columns): return [{gives}] * len(completions)\n")
+    steps = ["--set", "rl.trainer.max_steps=2", "--set", "rl.trainer.save_steps=2"]
+    done = hfpipe("run", steered("grpo"), "--out", tmp_path / "run", *steps, check=2)
+    assert "no completion has had a reward: vowels gave None or NaN for all" in done.stderr
 
 
 def test_a_function_at_fault_ends_the_stage_in_one_message(steered, tmp_path):

@@ -49,7 +49,8 @@ def load_probes(probes: Sequence[Probe], where: str) -> list[dict[str, Any]]:
 def _from_file(probe: Probe, where: str) -> Iterator[dict[str, Any]]:
     path = Path(probe.path).expanduser()
     if not path.is_file():
-        raise UserError(f"{where}: {probe.path}: no such file. Give a jsonl file of probes, or {TINYWORLD}.")
+        looked = f"no such file (looked for {path.absolute()})"
+        raise UserError(f"{where}: {probe.path}: {looked}. Give a jsonl file of probes, or {TINYWORLD}.")
     for at in itertools.islice(read_file(path), probe.limit):
         row = at.row
         asked = row.get("messages") or row.get("prompt")
