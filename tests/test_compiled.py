@@ -51,12 +51,15 @@ def test_a_killed_compiled_stage_goes_on_to_the_same_bits(micro_run, tmp_path):
     """Pairs are of many lengths, and the resumed half begins with another than the whole did."""
     given = compiled("dpo", "dpo.trainer.save_steps=4")
     whole, killed = (begun(micro_run, tmp_path / name, "dpo") for name in ("whole", "killed"))
-    hfpipe("run", "micro", "--out", whole, *given)
+    told = hfpipe("run", "micro", "--out", whole, *given).stdout
     process = start(killed, *given)
     assert wait_for(process, lambda: list((killed / "dpo.partial" / "checkpoints").glob("checkpoint-*/checksums.json")))
-    kill(process)
+    told += kill(process)
     assert not (killed / "dpo").exists()
-    assert "resumed from checkpoint-" in hfpipe("run", "micro", "--out", killed, *given).stdout
+    resumed = hfpipe("run", "micro", "--out", killed, *given).stdout
+    assert "resumed from checkpoint-" in resumed
+    if PLAIN in told + resumed:
+        pytest.skip("the compiler failed in one of the three trainings, as it said there: that one is another's bits")
     assert (killed / "dpo" / "model.safetensors").read_bytes() == (whole / "dpo" / "model.safetensors").read_bytes()
 
 
@@ -68,8 +71,11 @@ from hfpipe.training.compiled import _compile, _Failure, compiled_blocks
 torch.manual_seed(0)
 size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attn_implementation="eager", **size)).train()
+class Progress:
+    def note(self, text):
+        sys.exit(text)
 for block in compiled_blocks(model, "here"):
-    _compile(block, _Failure(None))
+    _compile(block, _Failure(Progress()))
 for length in map(int, sys.argv[1:]):
     model.zero_grad()
     ids = torch.randint(0, 64, (32, length), generator=torch.Generator().manual_seed(32_000 + length))
@@ -86,7 +92,11 @@ def test_what_another_training_compiled_first_changes_nothing(tmp_path):
     def gradients(cache: str, *lengths: str) -> str:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}
         command = [sys.executable, "-c", GRADIENTS, *lengths]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if PLAIN in done.stderr:
+            pytest.skip(f"the compiler fails here: {done.stderr[-300:]}")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     alone = gradients("one", "48")
     assert gradients("other", "29", "48") != alone  # else this test shows nothing

@@ -27,7 +27,10 @@ def begin(run: Path, env: dict[str, str], repo_id: str, *settings: str, forget: 
         shutil.rmtree(run / stage)
     command = [sys.executable, "-m", "hfpipe", "run", "micro", "--out", str(run), "--set", f"hub.repo_id={repo_id}"]
     command += [word for setting in settings for word in ("--set", setting)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background job ignores it
+    )  # fmt: skip
 
 
 def pushing(run: Path) -> dict[int, float]:
@@ -72,13 +75,22 @@ def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, rep
 
 
 @LINUX
-def test_a_killed_run_leaves_no_push_behind(hub, hub_env, repo_id, own_run):
+@pytest.mark.parametrize("ends", ["killed", "interrupted"])
+def test_a_run_that_ends_early_leaves_no_push_behind(hub, hub_env, repo_id, own_run, ends):
+    """Ctrl-C goes to all processes of a terminal, the pushing one too."""
     rule = hub.fault(UPLOAD, delay=60.0, times=100)
-    process = begin(own_run, hub_env, repo_id, forget=("dpo",))
+    process = begin(own_run, hub_env, repo_id, "dpo.trainer.num_train_epochs=1000", forget=("dpo",))
     wait_for(lambda: rule["fired"], process)
     assert pushing(own_run)
-    process.kill()
-    process.wait()
+    if ends == "killed":
+        process.kill()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate()[0]
+    if ends == "interrupted":
+        assert process.returncode == 130
+        assert re.search(r"not published yet: .*sft", told)
+        assert "it is being sent" not in told
     until = time.monotonic() + 30
     while pushing(own_run):
         assert time.monotonic() < until, "it goes on"

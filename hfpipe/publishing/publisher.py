@@ -56,6 +56,8 @@ class Publisher:
         """Wait for what is being sent, have the rest sent, and say what did not get through; after a failure only say it."""
         if self.hub.repo_id is None:
             return
+        if kind is not None and not issubclass(kind, Exception):
+            self._end(at_once=True)  # one that the user interrupted ends with the run
         try:
             with self._failing_softly():
                 if kind is None:
@@ -63,9 +65,12 @@ class Publisher:
                 self._show()
                 self._say_what_is_left()
         finally:
-            if self._pusher is not None:
-                # A failed run's push goes on, as was said; one that the user interrupted ends with it.
-                self._pusher.end(at_once=kind is not None and not issubclass(kind, Exception))
+            self._end()  # a failed run's push goes on, as was said
+
+    def _end(self, at_once: bool = False) -> None:
+        pusher, self._pusher = self._pusher, None
+        if pusher is not None:
+            pusher.end(at_once)
 
     @contextlib.contextmanager
     def _failing_softly(self) -> Iterator[None]:
