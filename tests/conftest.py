@@ -50,6 +50,15 @@ def cache(tmp_path_factory):
         os.environ["HFPIPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def environment(cache):
+    """What a test, or a library in it, puts into the environment is not the next test's: PEFT's BOFT makes CXX a C compiler."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def hfpipe(
     *arguments: object,
     cwd: Path | None = None,

@@ -58,8 +58,7 @@ def test_a_killed_compiled_stage_goes_on_to_the_same_bits(micro_run, tmp_path):
     assert not (killed / "dpo").exists()
     resumed = hfpipe("run", "micro", "--out", killed, *given).stdout
     assert "resumed from checkpoint-" in resumed
-    if PLAIN in told + resumed:
-        pytest.skip("the compiler failed in one of the three trainings, as it said there: that one is another's bits")
+    assert PLAIN not in told + resumed
     assert (killed / "dpo" / "model.safetensors").read_bytes() == (whole / "dpo" / "model.safetensors").read_bytes()
 
 
@@ -93,8 +92,6 @@ def test_what_another_training_compiled_first_changes_nothing(tmp_path):
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}
         command = [sys.executable, "-c", GRADIENTS, *lengths]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if PLAIN in done.stderr:
-            pytest.skip(f"the compiler fails here: {done.stderr[-300:]}")
         assert done.returncode == 0, done.stderr
         return done.stdout
 
