@@ -51,7 +51,7 @@ _UNHASHED = frozenset(
 
 # Keys that came later than finished runs: at their default they do not count, and such a run stays finished.
 _LATER: dict[type, tuple[str, ...]] = {
-    Model: ("rope_parameters", "max_position_embeddings", "compile_blocks"),
+    Model: ("rope_parameters", "max_position_embeddings", "compile_blocks", "share_prefixes"),
     Data: ("balance", "decontaminate", "curriculum", "phases"),
     ExtendTokenizer: ("add_pieces", "min_frequency", "from_"),
     Optimizer: ("keep_state",),

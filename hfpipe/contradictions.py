@@ -79,7 +79,7 @@ def needle(evaluate: Evaluate) -> Iterator[str]:
 def contradictions(stage: Stage) -> list[str]:
     """One line per pair of keys of which one would silently lose to the other."""
     of_data = (_length, _weights, _selection, _order, _rewards, _teacher, _pieces)
-    of_training = (_reference, _optimizer, _compile, _batch, _regularize, _pull, _checkpoints, _guards)
+    of_training = (_reference, _optimizer, _compile, _share, _batch, _regularize, _pull, _checkpoints, _guards)
     checks = (*of_training, *of_data, adapter_types.contradictions, annealing.contradictions)
     return [f"{stage.file}: {problem}" for check in checks for problem in check(stage)]
 
@@ -118,6 +118,18 @@ def _compile(stage: Stage) -> Iterator[str]:
     whole = [key for key in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if stage.trainer.get(key)]
     if stage.model.compile_blocks and whole:
         yield f"trainer.{whole[0]} beside model.compile_blocks, which compiles the model by parts: give one of the two."
+
+
+def _share(stage: Stage) -> Iterator[str]:
+    if not stage.model.share_prefixes:
+        return
+    if stage.type.rows != "preference":
+        yield f"model.share_prefixes in a {stage.type.name} stage, whose rows are no pairs of answers: it is for reward and dpo."
+    elif stage.adapter is not None and not adapter_types.starts_as_no_change(stage.adapter):
+        yield (
+            f"model.share_prefixes with a {stage.adapter.type} adapter, which puts tokens of its own before each row: "
+            "give one of the two."
+        )
 
 
 def _batch(stage: Stage) -> Iterator[str]:

@@ -169,7 +169,7 @@ def test_killed_everywhere_it_comes_to_the_same_bits(tmp_path, monkeypatch):
 def test_twenty_kills_in_one_tiny_run(recipe, tmp_path, monkeypatch):
     tiny = recipe(base="tiny")
     pipeline = tiny / "pipeline.yaml"
-    pipeline.write_text(pipeline.read_text().replace("reward, ppo, dpo", "dpo"))
+    pipeline.write_text(pipeline.read_text().replace("dpo, reward, ppo", "dpo"))
     settings = [a for name in MODELS for a in ("--set", f"{name}.trainer.save_steps=25")]
     hfpipe("run", tiny, "--out", tmp_path / "whole", *settings)
     monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "cache"))  # nothing is prepared yet

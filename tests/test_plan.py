@@ -69,7 +69,7 @@ def test_devices_share_the_steps_and_cost_what_they_cost():
     assert eight["sft"]["seconds"] == pytest.approx(one["sft"]["seconds"] / 8)
     assert one["sft"]["seconds"] == pytest.approx(one["sft"]["flops"] / (312e12 * 0.35))
     assert eight["sft"]["dollars"] == pytest.approx(eight["sft"]["seconds"] / 3600 * 8 * 2)
-    stages = ("pretrain", "midtrain", "sft", "reward", "ppo", "dpo")
+    stages = ("pretrain", "midtrain", "sft", "dpo", "reward", "ppo")
     assert eight["total"]["seconds"] == pytest.approx(sum(eight[name]["seconds"] for name in stages))
     half = planned("tiny", "--device", "a100", "--utilisation", "0.7")
     assert half["sft"]["seconds"] == pytest.approx(one["sft"]["seconds"] / 2)

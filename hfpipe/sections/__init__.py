@@ -34,6 +34,7 @@ class Model:
     dtype: str | None = None  # of the weights; None: float32 when trained whole, as stored under an adapter
     attn_implementation: str | None = None
     compile_blocks: bool = False  # the blocks' passes in training, once for all shapes (hfpipe/training/compiled.py)
+    share_prefixes: bool = False  # what both sides of a pair begin with is read once (hfpipe/training/prefixes.py)
     trust_remote_code: bool = False
 
 

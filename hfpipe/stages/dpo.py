@@ -55,7 +55,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
-    from hfpipe.training.order import in_order
+    from hfpipe.training.order import in_order, lengths
 
     class PreparedDPOTrainer(DPOTrainer):
         """Takes rows that hold token ids already (TRL 1.16 would render them again from messages)."""
@@ -65,9 +65,8 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             """Upstream's, with pairs of like length in a batch: as they lie, two fifths of what it reads are padding."""
-            columns = (dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-            lengths = [len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True)]
-            order = sorted(range(len(dataset)), key=lengths.__getitem__, reverse=True)
+            sizes = lengths(dataset, job.stage.model.share_prefixes)
+            order = sorted(range(len(dataset)), key=sizes.__getitem__, reverse=True)
             found = super()._precompute_ref_logps(dataset.select(order), name, batch_size)
             places = sorted(range(len(order)), key=order.__getitem__)
             added = found.select_columns([c for c in found.column_names if c not in dataset.column_names])

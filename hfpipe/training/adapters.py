@@ -67,9 +67,11 @@ def build_trainer(
         UserError: upstream refuses the trainer's values or the adapter for this model.
     """
     from hfpipe.training.head import keep_logits_on_cpu
+    from hfpipe.training.prefixes import share_prefixes
 
     keep_logits_on_cpu()
     stage = job.stage
+    share_prefixes(job, model, progress)
     if stage.adapter is None:
         try:
             return trainer_class(model, *args, **options)

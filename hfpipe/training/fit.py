@@ -26,7 +26,7 @@ from hfpipe.training.compiled import compile_blocks
 from hfpipe.training.guards import Guard
 from hfpipe.training.hardware import choose_bf16, has_accelerator
 from hfpipe.training.optim import build_muon
-from hfpipe.training.order import ByLength, groups_by_length
+from hfpipe.training.order import ByLength, groups_by_length, lengths
 from hfpipe.training.regularize import hold_to_parent, is_sharded, refuse_sharded, spread_rates
 
 if TYPE_CHECKING:
@@ -169,7 +169,8 @@ def fit(job: Job, trainer: Trainer, data: Prepared, progress: Progress) -> dict[
     if (annealing := anneals(job.stage)) and annealing.carry_optimizer and job.rehearsal is None:
         carry_state(job, trainer, progress)
     if groups_by_length(job.stage):
-        sampler = ByLength(data.train, _rows_per_step(trainer.args), trainer.args.seed)
+        sizes = lengths(data.train, job.stage.model.share_prefixes)
+        sampler = ByLength(sizes, _rows_per_step(trainer.args), trainer.args.seed)
         trainer._get_train_sampler = lambda dataset=None: sampler
     held = hold_to_parent(job, trainer, progress)
     compile_blocks(job, trainer, progress)

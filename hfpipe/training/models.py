@@ -17,6 +17,7 @@ from hfpipe.errors import UserError
 from hfpipe.rope import changes, is_dynamic, misread, scales, unread
 from hfpipe.training.compiled import compiled_blocks
 from hfpipe.training.pieces import extend_with_pieces, new_pieces, start_pieces
+from hfpipe.training.prefixes import check_shares
 from hfpipe.training.quantised import hold_layout, load_options
 from hfpipe.training.regularize import blocks_of, freeze, freeze_layers
 from hfpipe.training.templates import load_chat_template, stop_token_ids
@@ -229,13 +230,13 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     The shape is that of the nearest ancestor that is made from scratch or comes from outside the recipe.
 
     Raises:
-        UserError: what `regularize` or `model.compile_blocks` says does not fit the model.
+        UserError: what `regularize`, `model.compile_blocks` or `model.share_prefixes` says does not fit the model.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     section, where = job.stage.sections["regularize"], f"{job.stage.file}"
-    compiles = job.stage.model.compile_blocks
-    if not section.freeze_layers and section.layerwise_lr_decay == 1 and not compiles:
+    compiles, shares = job.stage.model.compile_blocks, job.stage.model.share_prefixes
+    if not section.freeze_layers and section.layerwise_lr_decay == 1 and not compiles and not shares:
         return
     origin = job
     while not origin.stage.model.config and (parent := job.recipe.parent(origin.stage)):
@@ -250,6 +251,8 @@ def try_regularize(job: Job, about_to_run: Collection[str]) -> None:
     freeze_layers(model, section.freeze_layers, where)
     if compiles:
         compiled_blocks(model, where)
+    if shares:
+        check_shares(model.config, job.stage.model.attn_implementation, where)
     if section.layerwise_lr_decay < 1:
         blocks_of(model, where)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hfpipe.training.prepare import Prepared
 
 _IDS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+_SIDES = ("chosen_ids", "rejected_ids")
 _BLOCK = 8  # packed rows' worth of documents that are packed together: neighbours by difficulty
 
 
@@ -263,32 +264,41 @@ def groups_by_length(stage: Stage) -> bool:
     return stage.trainer.get("train_sampling_strategy") == "group_by_length"
 
 
+def lengths(rows: Dataset, shared: bool) -> list[int]:
+    """Tokens of each prepared row: of a pair the longer side, or both in one row where they share what they begin with."""
+    names = [name for name in _IDS if name in rows.column_names]
+    found: list[int] = []
+    for part in rows.select_columns(names).iter(1000):
+        for row in zip(*(part[name] for name in names), strict=True):
+            sides = [ids for name, ids in zip(names, row, strict=True) if name in _SIDES]
+            own = sum(map(len, row)) - sum(map(len, sides))
+            if shared:
+                differs = (a != b for a, b in zip(*sides, strict=False))
+                begins = next((n for n, other in enumerate(differs) if other), min(map(len, sides)))
+                found.append(own + sum(map(len, sides)) - begins)
+            else:
+                found.append(own + max(map(len, sides), default=0))
+    return found
+
+
 class ByLength(Sampler):
     """Rows of about one length in a step. In place of upstream's sampler, which knows lengths of `input_ids` alone, and draws
     from the process's random numbers, so that a run that goes on would see others.
 
     Args:
-        rows: prepared ones; of a pair its longer side counts.
+        sizes: `lengths` of the rows.
         batch: rows of a step, of all processes and passes.
     """
 
-    def __init__(self, rows: Dataset, batch: int, seed: int):
-        names = [name for name in _IDS if name in rows.column_names]
-        sides = [name in ("chosen_ids", "rejected_ids") for name in names]
-        self.lengths: list[int] = []
-        for part in rows.select_columns(names).iter(1000):
-            for row in zip(*(part[name] for name in names), strict=True):
-                sizes = list(zip(map(len, row), sides, strict=True))
-                both = max((size for size, is_side in sizes if is_side), default=0)
-                self.lengths.append(both + sum(size for size, is_side in sizes if not is_side))
-        self.batch, self.seed, self.epoch = batch, seed, 0
+    def __init__(self, sizes: list[int], batch: int, seed: int):
+        self.sizes, self.batch, self.seed, self.epoch = sizes, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate as an epoch begins, also the one that a run goes on in."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.sizes)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(group_by_length(self.lengths, self.batch, self.seed, self.epoch))
+        return iter(group_by_length(self.sizes, self.batch, self.seed, self.epoch))
