@@ -6,9 +6,10 @@ Copies the stages before sft from a finished run and runs sft alone, once publis
 tests' own, in a process of its own at the lowest priority, since a real one costs other machines' time) and once not.
 `--megabytes` is put beside midtrain's weights. Prints for each pair the seconds of training and their ratio, and how many
 seconds of a processor the pushing process took before sft's stage began, its own start among them, and from then until
-sft was trained: on a machine whose processors are all busy, no push can hold a training up by more than the latter. With
-`--alone` nothing trains: the pushing process is given one stage after the other, and says what its start and each push
-took of a processor, which other work on the machine hardly changes.
+sft was trained; and for how long the training's threads were ready and had no processor, each, by Linux' own count: the
+difference is what the push held them up, which a machine's changing speed does not touch. With `--alone` nothing trains:
+the pushing process is given one stage after the other, and says what its start and each push took of a processor, which
+other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -43,21 +44,33 @@ def prepare(finished: Path, run: Path, megabytes: int) -> None:
     artifact.write_record(run / "midtrain" / artifact.STAGE_FILE, record)
 
 
-def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, float, float]:
-    """Seconds of training, and the pushing processes' seconds of a processor before the stage began and beside it."""
+def train(run: Path, env: dict[str, str], *settings: str) -> tuple[float, float, float, float]:
+    """Seconds of training, for how many its threads waited, and the pushing processes' seconds of a processor, before and beside it."""
     command = [sys.executable, "-m", "hfpipe", "run", "tiny", "--out", str(run), "--only", "sft", *settings]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL)
-    before, pushed = 0.0, {}
+    before, pushed, waited = 0.0, {}, 0.0
     while process.poll() is None:
         if not (run / "sft").is_dir():  # what is sent afterwards holds nothing up
             pushed |= pushing(run)
+            waited = max(waited, waiting(run / "logs" / "sft.jsonl"))
         if not (run / "sft.partial").is_dir() and not (run / "sft").is_dir():
             before = sum(pushed.values())
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(process.returncode)
     took = json.loads((run / "sft" / artifact.STAGE_FILE).read_text())["metrics"]["train_runtime_s"]
-    return took, before, sum(pushed.values()) - before
+    return took, waited, before, sum(pushed.values()) - before
+
+
+def waiting(events: Path) -> float:
+    """For how long the threads of a stage's process have been ready and had no processor, the mean of those that compute."""
+    try:
+        pid = json.loads(events.read_text().splitlines()[0])["pid"]
+        told = [line.read_text().split() for line in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    except (OSError, IndexError, ValueError):  # it has not begun, or ended
+        return 0.0
+    worked = sorted(((int(ran), int(delay)) for ran, delay, _ in told), reverse=True)[: os.cpu_count()]
+    return sum(delay for _, delay in worked) / len(worked) / 1e9
 
 
 def pushing(run: Path) -> dict[int, float]:
@@ -107,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     common = ["--set", "evaluate={samples: 0}"]  # what comes after the training is not measured
     common += ["--set", f"sft.trainer.max_steps={options.steps}"] if options.steps else []
-    ratios, shares = [], []
+    ratios, shares, delays = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         server, env = serve(folder, options.xet)
         try:
@@ -120,22 +133,24 @@ def main() -> None:
                     start, *pushes = push(run, f"alice/run{number}")
                     print(f"start {start} s, pushes {', '.join(pushes)} s of a processor", flush=True)
                     continue
-                took = {}
+                took, waited = {}, {}
                 for way in ("without", "with") if number % 2 else ("with", "without"):
                     run = Path(folder) / f"{way}-{number}"
                     run.mkdir()
                     prepare(options.run, run, options.megabytes)
                     publish = ["--set", f"hub.repo_id=alice/run{number}"] if way == "with" else []
-                    took[way], *spent = train(run, env, *common, *publish)
+                    took[way], waited[way], *spent = train(run, env, *common, *publish)
                     if publish:
                         before, beside = spent
                     shutil.rmtree(run)
                 assert before + beside > 0, "nothing was pushed beside the training"
                 ratios.append(took["with"] / took["without"])
                 shares.append(beside / took["without"])
+                delays.append((waited["with"] - waited["without"]) / took["without"])
                 print(
                     f"with {took['with']:.2f} s, without {took['without']:.2f} s, ratio {ratios[-1]:.3f}; the push took "
-                    f"{before:.2f} s of a processor before it, {beside:.2f} s beside it, {shares[-1]:.1%}",
+                    f"{before:.2f} s of a processor before it, {beside:.2f} s beside it, {shares[-1]:.1%}; the training's "
+                    f"threads waited {waited['with']:.2f} s with, {waited['without']:.2f} s without, {delays[-1]:.1%} more",
                     flush=True,
                 )
         finally:
@@ -144,7 +159,8 @@ def main() -> None:
         return
     print(
         f"median of {len(ratios)}: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); the push's "
-        f"seconds of a processor beside it are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most)"
+        f"seconds of a processor beside it are {statistics.median(shares):.1%} of the training's ({max(shares):.1%} at most), "
+        f"its threads waited {statistics.median(delays):.1%} of it more ({max(delays):.1%} at most)"
     )
 
 

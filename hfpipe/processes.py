@@ -20,7 +20,14 @@ from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import ended, killed
 from hfpipe.progress import Display, describe, duration
 from hfpipe.sections import Recipe, Stage
-from hfpipe.stages._run import PARENT_VARIABLE, child, prepare_child, quiet_environment, synth_child
+from hfpipe.stages._run import (
+    PARENT_VARIABLE,
+    child,
+    prepare_ahead_child,
+    prepare_child,
+    quiet_environment,
+    synth_child,
+)
 
 _START_S = 600  # until a child's first sign: importing the stack from a slow disk takes its time
 _IMPORTED_ONCE = ["hfpipe.stages._stack"]
@@ -48,8 +55,19 @@ def start_server(log: Path) -> None:
 def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
     """Prepare the data of `stages`, so that a bad row is told before anything trains."""
     events, log = logs(run, "data")
-    arguments = (recipe, run, stages, events, log)
-    _follow(ForkedProcess(prepare_child, arguments), "data", events, log, display, recipe.pipeline.launch.hang_minutes)
+    ahead = ForkedProcess(prepare_ahead_child, (recipe, run, stages, log)) if _has_room(stages) else None
+    try:
+        process = ForkedProcess(prepare_child, (recipe, run, stages, events, log))
+        _follow(process, "data", events, log, display, recipe.pipeline.launch.hang_minutes)
+    finally:
+        if ahead:
+            _end(ahead)
+
+
+def _has_room(stages: list[str]) -> bool:
+    """Whether there is more than one stage, and more than one processor."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(len(stages), cores) > 1
 
 
 def make_synth(recipe: Recipe, run: Path, name: str, display: Display) -> None:

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from hfpipe import __version__, artifact
-from hfpipe.adapter_types import find_kind
 from hfpipe.config import load_recipe
 from hfpipe.data.check import check_sources
 from hfpipe.errors import UserError
@@ -31,7 +29,7 @@ from hfpipe.evaluation.reward_functions import check_rewards
 from hfpipe.faults import beat, explain
 from hfpipe.paths import cache_dir
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
-from hfpipe.sections import Recipe, Stage, StageType
+from hfpipe.sections import Recipe, StageType
 from hfpipe.stages import stage_module, stage_types
 from hfpipe.synthesis.verify import check_verifiers
 from hfpipe.training.hardware import energy_meter, keep_freed_memory, use_all_cores_alone
@@ -252,7 +250,19 @@ def child(recipe: Recipe, run: Path, stage: str, events: Path, log: Path) -> Non
 
 def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, log: Path) -> None:
     """Prepares the data of `stages`, which are about to run, so that a bad row is told before anything trains."""
-    _in_child(events, log, lambda progress: _prepare(recipe, run, stages, progress))
+    from hfpipe.stages._prepare import prepare_all
+
+    _in_child(events, log, lambda progress: prepare_all(recipe, run, stages, progress))
+
+
+def prepare_ahead_child(recipe: Recipe, run: Path, stages: list[str], log: Path) -> None:
+    """Prepares the same beside it, the last stage first: it tells nothing, and the one that does need not wait for it."""
+    from hfpipe.stages._prepare import prepare_backwards
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # nothing half-written is left
+    _join_parent(log)
+    quiet_environment()
+    prepare_backwards(recipe, run, stages)
 
 
 def synth_child(recipe: Recipe, run: Path, name: str, events: Path, log: Path) -> None:
@@ -266,60 +276,9 @@ def synth_child(recipe: Recipe, run: Path, name: str, events: Path, log: Path) -
     _in_child(events, log, act)
 
 
-def _prepare(recipe: Recipe, run: Path, stages: list[str], progress: Progress) -> None:
-    from hfpipe.evaluation.basics import prepare_held_out
-    from hfpipe.evaluation.needle import build_needles
-    from hfpipe.evaluation.text_metrics import load_metrics
-    from hfpipe.training.models import load_tokenizer, try_regularize, try_scaling
-    from hfpipe.training.order import find_order
-
-    load_metrics(recipe.pipeline.evaluate.metrics)
-    for name in stages:
-        stage = recipe.stages[name]
-        module = stage_module(stage.type.name)
-        check_trainer(stage)
-        if not hasattr(module, "prepare"):
-            continue
-        job = make_job(recipe, stage, run, parent_fingerprint="")  # the data does not depend on the parent's weights
-        if "regularize" in stage.sections:
-            try_regularize(job, about_to_run=stages)
-        try_scaling(job, about_to_run=stages)
-        tokenizer = load_tokenizer(job, about_to_run=stages)
-        progress.tell("doing", text="preparing data", stage=name)
-        prepared = module.prepare(job, tokenizer)
-        find_order(job, prepared)
-        for source in prepared.report["sources"]:
-            progress.tell("data", text=source["text"], stage=name)
-        prepare_held_out(job, tokenizer)
-        if recipe.pipeline.evaluate.needle:
-            build_needles(recipe, tokenizer)  # what is wrong with them is told before anything trains
-
-
-def check_trainer(stage: Stage) -> None:
-    """Let upstream's own class check the values of a `trainer` section, before any stage is trained."""
-    if stage.type.trainer is None:
-        return
-    from hfpipe.training.adapters import build_adapter
-    from hfpipe.training.fit import construct_args, try_optimizer, try_passes
-    from hfpipe.training.quantised import try_out
-
-    build_adapter(stage)
-    if stage.adapter and find_kind(stage.adapter.type).four_bit:
-        try_out()
-    with tempfile.TemporaryDirectory() as folder:
-        args = construct_args(stage, folder, seed=0)
-    try_optimizer(stage, args)
-    try_passes(stage, args)
-
-
 def _in_child(events: Path, log: Path, act: Any) -> None:
     """Run `act` with its output in a log file and its errors as events; leave with the parent if that dies."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    _join_parent(log)
     progress = Progress(events)
     quiet_environment()
     keep_freed_memory()
@@ -334,6 +293,16 @@ def _in_child(events: Path, log: Path, act: Any) -> None:
         with contextlib.suppress(OSError):
             traceback.print_exc()
         raise SystemExit(1) from None
+
+
+def _join_parent(log: Path) -> None:
+    """Write what is printed to a log, and end when the parent does."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
 
 
 def _show_life(progress: Progress) -> None:

@@ -1,0 +1,116 @@
+"""The data of a run's stages is prepared by two processes that meet halfway, to the same rows and the same messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from hfpipe.config import load_recipe
+from hfpipe.processes import _has_room
+from hfpipe.stages import stage_types
+from hfpipe.stages._prepare import prepare_all, prepare_backwards
+
+from .conftest import hfpipe
+from .test_nothing_lost import begun
+
+STAGES = ["pretrain", "midtrain", "sft", "dpo"]
+
+
+class Told:
+    def __init__(self):
+        self.lines = []
+
+    def tell(self, event, **values):
+        self.lines.append((event, values))
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "prepared"
+
+
+def reports(store: Path) -> dict[str, float]:
+    """What is stored, with the time when it was."""
+    return {folder.name: folder.stat().st_mtime for folder in store.iterdir() if folder.is_dir()}
+
+
+def test_one_makes_what_the_other_finds(micro_run, store, tmp_path):
+    run = begun(micro_run, tmp_path / "run", "pretrain")
+    recipe = load_recipe("micro", stage_types(), [], run)
+    prepare_backwards(recipe, run, STAGES)
+    made, told = reports(store), Told()
+    assert len(made) == 4
+    prepare_all(recipe, run, STAGES, told)
+    assert made.items() <= reports(store).items()  # none of them again; what is held out besides is the other's
+    assert [values["stage"] for event, values in told.lines if event == "doing"] == STAGES
+    rows = {name: (store / name / "report.json").read_text() for name in made}
+    shutil.rmtree(store)
+    prepare_all(recipe, run, STAGES, Told())
+    assert rows.items() <= {name: (store / name / "report.json").read_text() for name in reports(store)}.items()
+
+
+def test_what_is_wrong_is_told_once_in_the_stages_order_and_nothing_is_left_half_made(recipe, store, tmp_path):
+    """The last stage's fault is met first by the process that says nothing, the first one's by the other."""
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    rows = {
+        "sft": [{"messages": [asked, said]}, *[{"messages": [said, said]}] * 3],
+        "dpo": [
+            {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
+            *[{"prompt": "Hi", "chosen": "", "rejected": ""}] * 3,
+        ],
+    }
+    for name, given in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    folder = recipe(
+        {
+            "sft": f"stage: sft\nmodel: {{from: midtrain}}\ndata: {{train: [{{path: {tmp_path / 'sft.jsonl'}}}]}}\n",
+            "dpo": f"stage: dpo\nmodel: {{from: sft}}\ndata: {{train: [{{path: {tmp_path / 'dpo.jsonl'}}}]}}\n",
+        }
+    )
+    result = hfpipe("run", folder, "--out", tmp_path / "run", check=2)
+    assert "recipe/sft.yaml: " in result.stderr
+    assert "3 of 4 rows cannot be used" in result.stderr
+    assert "dpo.yaml" not in result.stderr
+    assert result.stderr.count("hfpipe: ") == 1
+    assert not (tmp_path / "run" / "pretrain").exists()
+    assert not list(store.glob("*.making"))
+
+
+def test_it_ends_with_the_run(recipe, store, tmp_path):
+    """Where the first stage is at fault, what is being made beside it is given up, and leaves nothing."""
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    bad = f"stage: pretrain\nmodel: {{from: tokenizer}}\ndata: {{train: [{{path: {tmp_path / 'bad.jsonl'}}}]}}\n"
+    folder = recipe({"pretrain": bad})
+    hfpipe("run", folder, "--out", tmp_path / "run", check=2)
+    assert not processes(tmp_path / "run")
+    assert not list(store.glob("*.making"))
+
+
+def processes(run: Path) -> list[int]:
+    """Those that have a file of the run's open."""
+    deadline, found = time.monotonic() + 5, [0]
+    while found and time.monotonic() < deadline:
+        found = [
+            int(one.name) for one in Path("/proc").glob("[0-9]*") if _opens(one, run) and int(one.name) != os.getpid()
+        ]
+    return found
+
+
+def _opens(process: Path, run: Path) -> bool:
+    try:
+        return any(str(run) in os.readlink(link) for link in (process / "fd").iterdir())
+    except OSError:  # it has ended
+        return False
+
+
+def test_one_stage_or_one_processor_needs_no_second_process(monkeypatch):
+    assert _has_room(["sft", "dpo"]) == (len(os.sched_getaffinity(0)) > 1)
+    assert not _has_room(["sft"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    assert not _has_room(["sft", "dpo"])
