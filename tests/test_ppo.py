@@ -485,3 +485,43 @@ def test_a_reward_model_with_either_critic(steered, micro_run, tmp_path):  # noq
     assert abs(from_the_judge) > 1e-3  # the critic starts with the reward model's head
     hfpipe("run", folder, "--out", tmp_path / "run", *short, "--set", "rl.trainer.critic=head")
     assert abs(lines(tmp_path / "run" / "rl" / "metrics.jsonl")[0]["critic/value"]) < abs(from_the_judge) / 10
+
+
+def test_held_out_prompts_get_their_likeliest_answers_and_a_gain_prompt_by_prompt(make):
+    from hfpipe.training.reinforce import held_out_reward
+
+    trainer = make(per_device_eval_batch_size=4, num_generations_eval=1)
+    trainer.eval_dataset = trainer.train_dataset.select(range(6))  # the last two of them as the first two
+    sampled = trainer.generation_config
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(held_out_reward(trainer, trainer.eval_dataset))
+    assert found[0].rewards == found[1].rewards
+    assert found[0].rewards[:2] == found[0].rewards[4:]
+    assert len(set(found[0].rewards)) > 1
+    assert trainer.generation_config is sampled
+    assert sampled.do_sample
+    asked = [trainer.train_dataset[0]] * 32
+    trainer.model.train()
+    ids = trainer._generate_and_score_completions(asked)["completion_ids"]
+    assert len({tuple(row.tolist()) for row in ids}) > 8  # what is learnt from is sampled
+    summary = found[0].summary()
+    assert summary["n"] == 6
+    assert summary["low"] < summary["reward"] < summary["high"]
+    assert summary["reward"] == pytest.approx(sum(found[0].rewards) / 6, abs=1e-4)
+
+
+def test_the_gain_leaves_out_what_had_no_reward_before_or_after():
+    from hfpipe.training.reinforce import HeldOut
+
+    nan = float("nan")
+    before, after = HeldOut([1.0, nan, 0.0, 0.5], 3.0), HeldOut([2.0, 1.0, nan, 0.5], 4.0)
+    told = after.summary(before)
+    assert (told["n"], told["mean_length"]) == (3, 4.0)
+    assert told["reward"] == pytest.approx(3.5 / 3, abs=1e-4)
+    assert {name: told["gain"][name] for name in ("n", "win", "tie", "loss", "difference")} == {
+        "n": 2, "win": 1, "tie": 1, "loss": 0, "difference": 0.5,
+    }  # fmt: skip
+    assert "gain" not in before.summary()
+    assert "gain" not in HeldOut([nan, 1.0], 1.0).summary(HeldOut([1.0, nan], 1.0))

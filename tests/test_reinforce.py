@@ -78,6 +78,11 @@ def test_what_is_rewarded_is_learnt(steered, tmp_path, kind):
     metrics = stage_json(left)["metrics"]
     assert metrics["held_out_before"]["n"] == metrics["held_out"]["n"] == 32
     assert metrics["held_out"]["reward"] > metrics["held_out_before"]["reward"] + 0.05
+    gain = metrics["held_out"]["gain"]
+    assert gain["difference"] == pytest.approx(
+        metrics["held_out"]["reward"] - metrics["held_out_before"]["reward"], abs=2e-4
+    )
+    assert f"({gain['difference']:+.2f}, {gain['low']:+.2f} to {gain['high']:+.2f})" in told
     rewards = [line["reward"] for line in lines(left / "metrics.jsonl") if "reward" in line]
     assert rewards[-1] > rewards[0] + 0.05
     kept = lines(left / "rollouts.jsonl")

@@ -286,7 +286,9 @@ def result(metrics: dict[str, Any]) -> str:
     if after := metrics.get("held_out"):
         before = metrics["held_out_before"]  # None where the model was divided among devices
         was = f"{before['reward']:.2f} -> " if before else ""
-        parts.append(f"reward of {after['n']} held-out prompts {was}{after['reward']:.2f}")
+        gain = after.get("gain")
+        told = f" ({gain['difference']:+.2f}, {gain['low']:+.2f} to {gain['high']:+.2f})" if gain else ""
+        parts.append(f"reward of {after['n']} held-out prompts {was}{after['reward']:.2f}{told}")
     if after := metrics.get("teacher"):
         before = metrics["teacher_before"]
         was = f"{before['divergence']:.3f} -> " if before else ""

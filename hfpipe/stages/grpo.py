@@ -105,7 +105,9 @@ def train_by_rewards(
     before = held_out_reward(trainer, data.eval) if scores_before(trainer, progress) else None
     metrics = fit(job, trainer, data, progress)
     metrics["tokens"] = trainer.state.num_input_tokens_seen
-    return {**metrics, "held_out_before": before, "held_out": held_out_reward(trainer, data.eval)}
+    after = held_out_reward(trainer, data.eval)
+    metrics["held_out_before"] = before and before.summary()
+    return {**metrics, "held_out": after and after.summary(before)}
 
 
 def _held_out(given: dict[str, Any]) -> dict[str, Any]:

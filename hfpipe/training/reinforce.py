@@ -5,9 +5,11 @@ A checkpoint holds no rollout, so none may be written in the midst of one: `chec
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections import UserList
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,8 @@ import torch
 from transformers import TrainerCallback
 
 from hfpipe.errors import UserError
+from hfpipe.evaluation.compare import paired
+from hfpipe.evaluation.intervals import interval
 from hfpipe.training.responses import parse_message
 from hfpipe.training.rollouts import by_length
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from hfpipe.training.job import Job
 
 ROLLOUTS_FILE = "rollouts.jsonl"
+_LIKELIEST = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "min_p": None}
 _KEPT_AT_ONCE = 4  # completions of a logging step
 
 
@@ -100,6 +105,22 @@ class Steered(WithTools):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.data_collator = UserList  # accelerate walks through lists, string by string, to move tensors
+        self.held_out: list[torch.Tensor] = []  # rewards of the last evaluation, a batch each
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Upstream's, of the likeliest answers, as the probes ask for; sampled where vLLM writes them, or several to a prompt."""
+        self.held_out = []
+        sampled = {name: getattr(self, name, None) for name in ("generation_config", "generation_kwargs")}
+        if None in sampled.values() or self.num_generations_eval > 1:
+            return super().evaluate(*args, **kwargs)
+        self.generation_config = copy.deepcopy(self.generation_config)
+        self.generation_config.update(**_LIKELIEST)
+        self.generation_kwargs = {**self.generation_kwargs, **_LIKELIEST}
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            for name, value in sampled.items():
+                setattr(self, name, value)
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[list[int]]
@@ -112,6 +133,9 @@ class Steered(WithTools):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.model.training:
             self.rewarded = self.rewarded or not bool(rewards.isnan().all())
+        else:
+            whole = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            self.held_out.append(whole.masked_fill(rewards.isnan().all(dim=1), math.nan).cpu())
         if not self.random_reward or not self.model.training:
             return rewards  # (rows of all processes, functions)
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
@@ -204,12 +228,37 @@ class Watched(TrainerCallback):
             )
 
 
-def held_out_reward(trainer: Any, prompts: Dataset | None) -> dict[str, float] | None:
-    """Mean reward and length of one sampled completion of each held-out prompt; None where none had a reward."""
+def held_out_reward(trainer: Any, prompts: Dataset | None) -> HeldOut | None:
+    """What the answers to held-out prompts are worth now; None where none had a reward."""
     if prompts is None:
         return None
     found = trainer.evaluate()
-    reward, length = found.get("eval_reward"), found["eval_completions/mean_length"]
-    if reward is None or math.isnan(reward):
+    rewards = torch.cat(trainer.held_out).tolist()[: len(prompts) * trainer.num_generations_eval]
+    if all(map(math.isnan, rewards)):
         return None
-    return {"n": len(prompts), "reward": round(reward, 4), "mean_length": round(length, 2)}
+    return HeldOut(rewards, found["eval_completions/mean_length"])
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rewards of the answers to held-out prompts, in the prompts' order (NaN: none), and the answers' mean length in tokens."""
+
+    rewards: list[float]
+    length: float
+
+    def summary(self, before: HeldOut | None = None) -> dict[str, Any]:
+        """`n`, `reward` with its 95% interval `low` to `high`, `mean_length`; with `before` the `gain`, prompt by prompt."""
+        scored = [reward for reward in self.rewards if not math.isnan(reward)]
+        low, high = interval(scored)
+        found = {
+            "n": len(scored),
+            "reward": sum(scored) / len(scored),
+            "low": low,
+            "high": high,
+            "mean_length": self.length,
+        }
+        rounded = {name: round(value, 4) for name, value in found.items()}
+        if before is None:
+            return rounded
+        both = [pair for pair in zip(before.rewards, self.rewards, strict=True) if not any(map(math.isnan, pair))]
+        return {**rounded, "gain": paired(*zip(*both, strict=True))} if both else rounded
