@@ -490,7 +490,7 @@ def test_a_reward_model_with_either_critic(steered, micro_run, tmp_path):  # noq
 def test_held_out_prompts_get_their_likeliest_answers_and_a_gain_prompt_by_prompt(make):
     from hfpipe.training.reinforce import held_out_reward
 
-    trainer = make(per_device_eval_batch_size=4, num_generations_eval=1)
+    trainer = make(per_device_eval_batch_size=8, num_generations_eval=1)
     trainer.eval_dataset = trainer.train_dataset.select(range(6))  # the last two of them as the first two
     sampled = trainer.generation_config
     found = []
