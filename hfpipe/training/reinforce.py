@@ -241,7 +241,7 @@ def held_out_reward(trainer: Any, prompts: Dataset | None) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rewards of the answers to held-out prompts, in the prompts' order (NaN: none), and the answers' mean length in tokens."""
+    """Rewards of the answers to held-out prompts (NaN: none), in upstream's order, which is always the same, and the answers' mean length."""
 
     rewards: list[float]
     length: float
