@@ -47,7 +47,7 @@ def share_prefixes(job: Job, model: PreTrainedModel, progress: Progress) -> None
         raise UserError(
             f"{where}: {_KEY}: a {kind} model reads two conversations in one row otherwise than alone. Leave it out."
         )
-    _install(model)
+    install(model)
     progress.note("what both sides of a pair begin with is read once (model.share_prefixes)")
 
 
@@ -142,7 +142,8 @@ class _Fold:
         return output
 
 
-def _install(model: PreTrainedModel) -> list[Any]:
+def install(model: PreTrainedModel) -> list[Any]:
+    """Put the hooks on the model's backbone; returns their handles."""
     hooks, backbone = _Fold(), model.base_model
     return [
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True),
@@ -160,7 +161,7 @@ def _difference(model: PreTrainedModel) -> float:
     ids[1, 5:] += vocab // 7 + 1
     inputs = {"input_ids": ids % vocab, "attention_mask": torch.ones_like(ids), "use_cache": False}
     alone = backbone(**inputs).last_hidden_state
-    hooks = _install(model)
+    hooks = install(model)
     shared = backbone(**inputs).last_hidden_state
     for hook in hooks:
         hook.remove()
