@@ -6,8 +6,8 @@ Copies the stages before sft from a finished run and runs sft alone, once publis
 tests' own, in a process of its own at the lowest priority, since a real one costs other machines' time) and once not.
 `--megabytes` is put beside midtrain's weights. Prints for each pair the seconds of training and their ratio, and how many
 seconds of a processor the pushing process took before sft's stage began, its own start among them, and from then until
-sft was trained; and for how long the training's threads were ready and had no processor, each, by Linux' own count: the
-difference is what the push held them up, which a machine's changing speed does not touch. With `--alone` nothing trains:
+sft was trained; and for how long the threads of sft's process were ready and had no processor, each, by Linux' own count, until it was
+done: the difference is what the push held them up, which a machine's changing speed does not touch. With `--alone` nothing trains:
 the pushing process is given one stage after the other, and says what its start and each push took of a processor, which
 other work on the machine hardly changes.
 """
@@ -67,7 +67,7 @@ def waiting(events: Path) -> float:
     try:
         pid = json.loads(events.read_text().splitlines()[0])["pid"]
         told = [line.read_text().split() for line in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    except (OSError, IndexError, ValueError):  # it has not begun, or ended
+    except (OSError, IndexError, ValueError, KeyError):  # it has not begun, or ended
         return 0.0
     worked = sorted(((int(ran), int(delay)) for ran, delay, _ in told), reverse=True)[: os.cpu_count()]
     return sum(delay for _, delay in worked) / len(worked) / 1e9

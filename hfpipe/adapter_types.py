@@ -72,6 +72,12 @@ def starts_as_no_change(adapter: Adapter) -> bool:
     return find_kind(adapter.type).method not in _PROMPTS
 
 
+def looks_at_rows(adapter: Adapter) -> bool:
+    """Whether what it does depends on the batch's rows: tokens before each of them, or something told apart by row or place."""
+    method = find_kind(adapter.type).method
+    return method in _PROMPTS | {"xlora", "poly"} or bool(adapter.options.get("alora_invocation_tokens"))
+
+
 def checkpointing_off(stage: Stage) -> bool:
     """Whether the stage's adapter needs activation checkpointing off where the recipe says nothing of it."""
     return stage.adapter is not None and find_kind(stage.adapter.type).method in KEPT_IN_CACHE

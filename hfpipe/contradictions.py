@@ -53,6 +53,8 @@ def sharded(stage: Stage, distributed_type: str | None) -> list[str]:
         keys.append("anneal.carry_optimizer")
     if stage.model.compile_blocks:
         keys.append("model.compile_blocks")
+    if stage.model.share_prefixes:
+        keys.append("model.share_prefixes")
     if stage.type.name == "ppo":
         keys.append("stage: ppo, whose critic is trained beside the policy,")
     return [
@@ -125,11 +127,10 @@ def _share(stage: Stage) -> Iterator[str]:
         return
     if stage.type.rows != "preference":
         yield f"model.share_prefixes in a {stage.type.name} stage, whose rows are no pairs of answers: it is for reward and dpo."
-    elif stage.adapter is not None and not adapter_types.starts_as_no_change(stage.adapter):
-        yield (
-            f"model.share_prefixes with a {stage.adapter.type} adapter, which puts tokens of its own before each row: "
-            "give one of the two."
-        )
+    if stage.adapter is not None and adapter_types.looks_at_rows(stage.adapter):
+        yield f"model.share_prefixes with a {stage.adapter.type} adapter, which acts by row: give one of the two."
+    if stage.model.compile_blocks:
+        yield "model.share_prefixes beside model.compile_blocks: passes of two forms would need two programs. Give one of the two."
 
 
 def _batch(stage: Stage) -> Iterator[str]:

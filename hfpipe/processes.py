@@ -55,7 +55,7 @@ def start_server(log: Path) -> None:
 def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Display) -> None:
     """Prepare the data of `stages`, so that a bad row is told before anything trains."""
     events, log = logs(run, "data")
-    ahead = ForkedProcess(prepare_ahead_child, (recipe, run, stages, log)) if _has_room(stages) else None
+    ahead = ForkedProcess(prepare_ahead_child, (recipe, run, stages, events, log)) if _has_room(stages) else None
     try:
         process = ForkedProcess(prepare_child, (recipe, run, stages, events, log))
         _follow(process, "data", events, log, display, recipe.pipeline.launch.hang_minutes)

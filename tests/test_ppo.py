@@ -513,6 +513,20 @@ def test_held_out_prompts_get_their_likeliest_answers_and_a_gain_prompt_by_promp
     assert summary["reward"] == pytest.approx(sum(told) / 8, abs=1e-4)
 
 
+def test_several_answers_to_a_held_out_prompt_count_as_one(make):
+    from hfpipe.training.reinforce import held_out_reward
+
+    trainer = make(per_device_eval_batch_size=8, num_generations_eval=2)
+    trainer.eval_dataset = trainer.train_dataset.select(range(4))
+    found = held_out_reward(trainer, trainer.eval_dataset)
+    answers = torch.cat(trainer.held_out).tolist()
+    assert len(answers) == 8
+    assert found.rewards == [(a + b) / 2 for a, b in zip(answers[::2], answers[1::2], strict=True)]
+    assert found.summary()["n"] == 4
+    asked = [trainer._logs["prompt"][n] for n in range(-8, 0)]
+    assert asked[::2] == asked[1::2]  # the two of a prompt stand together
+
+
 def test_the_gain_leaves_out_what_had_no_reward_before_or_after():
     from hfpipe.training.reinforce import HeldOut
 

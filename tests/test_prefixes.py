@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hfpipe.config import load_recipe
 from hfpipe.errors import UserError
+from hfpipe.stages import stage_types
+from hfpipe.stages._run import run_stage
+from hfpipe.training.job import Progress as Told
+from hfpipe.training.job import make_job
 from hfpipe.training.order import ByLength, lengths
 from hfpipe.training.prefixes import check_shares, fold, share_prefixes
 
@@ -123,6 +128,7 @@ def test_what_would_not_pay_or_is_no_pair_stays_as_it_is():
         (make("llama").config, "flash_attention_2", r"attn_implementation flash_attention_2\. Set model.attn_implementation"),
         (AutoConfig.for_model("gemma3_text"), "sdpa", r"layers of sliding_attention\. Leave it out"),
         (AutoConfig.for_model("mamba"), None, "layers of linear_attention"),
+        (AutoConfig.for_model("mixtral"), "sdpa", "experts, whose balance is learnt"),
         (AutoConfig.for_model("mistral", sliding_window=64), None, "a sliding window of 64 tokens"),
     ],
 )  # fmt: skip
@@ -142,6 +148,8 @@ def test_a_model_that_would_read_it_otherwise_is_refused():
     [
         (["sft.model.share_prefixes=true"], "in a sft stage, whose rows are no pairs of answers"),
         (["dpo.model.share_prefixes=true", "dpo.adapter={type: prompt, num_virtual_tokens: 4}"], "with a prompt adapter"),
+        (["dpo.model={from: sft, share_prefixes: true, compile_blocks: true}"], "beside model.compile_blocks"),
+        (["dpo.model.share_prefixes=true", "launch.accelerate_config=fsdp2"], "takes a model that is whole on each device"),
         (["dpo.model.share_prefixes=true", "dpo.model.attn_implementation=flex_attention"], "attn_implementation flex_attention"),
     ],
 )  # fmt: skip
@@ -151,6 +159,47 @@ def test_what_does_not_go_together_is_refused_before_anything_trains(settings, t
     assert "model.share_prefixes" in result.stderr
     assert told in result.stderr
     assert not list((tmp_path).glob("run/*/model.safetensors"))
+
+
+REWARD = """stage: reward
+model: {from: sft, share_prefixes: true}
+data: {train: [{path: tinyworld/preferences, limit: 64}], eval: [{path: tinyworld/preferences, limit: 16}]}
+trainer: {max_steps: 3, per_device_train_batch_size: 16, train_sampling_strategy: group_by_length, activation_checkpointing: false}
+"""
+
+
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_a_stage_s_own_passes_are_shared(stage, recipe, micro_run, tmp_path, monkeypatch):
+    """All but those of a rehearsal, which asks for the most memory; the stage runs in this process, to be looked into."""
+    folder, asked = recipe({"reward": REWARD}), []
+    pipeline = folder / "pipeline.yaml"
+    pipeline.write_text(pipeline.read_text().replace("sft, dpo", "sft, dpo, reward"))
+    settings = ["dpo.model.share_prefixes=true", "dpo.trainer.max_steps=3"]
+    loaded = load_recipe(folder, stage_types(), settings)
+    run = begun(micro_run, tmp_path / "run", "dpo")
+
+    def told(ids, mask):
+        found = fold(ids, mask)
+        asked.append((torch.is_grad_enabled(), found is not None))
+        return found
+
+    monkeypatch.setattr("hfpipe.training.prefixes.fold", told)
+    run_stage(make_job(loaded, loaded.stages[stage], run), Told(None))
+    trained = [shared for gradients, shared in asked if gradients]
+    assert trained == [True] * 3
+    assert all(shared for _, shared in asked)
+    assert len(asked) > (10 if stage == "dpo" else 3)  # the reference and what is held out
+
+
+def test_where_nothing_is_worth_it_that_is_told_once(monkeypatch):
+    monkeypatch.setattr("hfpipe.training.prefixes._TRIED", 3)
+    model, progress = make("llama"), Progress()
+    share_prefixes(Job, model, progress)
+    ids, mask = pairs([2, 3], [12, 12], [12, 12])
+    for _ in range(5):
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert [note for note in progress.notes if "saves nothing: in 3 batches" in note] == progress.notes[1:]
+    assert len(progress.notes) == 2
 
 
 def test_a_dpo_stage_learns_the_same_and_goes_on_to_the_same_bits(micro_run, tmp_path):

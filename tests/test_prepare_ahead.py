@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
+from hfpipe import processes
 from hfpipe.config import load_recipe
-from hfpipe.processes import _has_room
+from hfpipe.errors import UserError
+from hfpipe.progress import Display
 from hfpipe.stages import stage_types
 from hfpipe.stages._prepare import prepare_all, prepare_backwards
 
@@ -55,6 +56,30 @@ def test_one_makes_what_the_other_finds(micro_run, store, tmp_path):
     assert rows.items() <= {name: (store / name / "report.json").read_text() for name in reports(store)}.items()
 
 
+def test_a_run_has_both_and_leaves_none(micro_run, store, tmp_path, monkeypatch):
+    """The second one is ended with the first, also where that has met a fault."""
+    run, begun_processes = begun(micro_run, tmp_path / "run", "pretrain"), []
+
+    class Seen(processes.ForkedProcess):
+        def __init__(self, target, arguments):
+            super().__init__(target, arguments)
+            begun_processes.append((target.__name__, self))
+
+    monkeypatch.setattr(processes, "ForkedProcess", Seen)
+    monkeypatch.setattr(processes, "_has_room", lambda stages: True)
+    recipe = load_recipe("micro", stage_types(), [], run)
+    processes.prepare_stages(recipe, run, STAGES, Display())
+    assert [name for name, _ in begun_processes] == ["prepare_ahead_child", "prepare_child"]
+    assert len(reports(store)) >= 4
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{\n')
+    bad = load_recipe("micro", stage_types(), [f"pretrain.data.train=[{{path: {tmp_path / 'bad.jsonl'}}}]"], run)
+    with pytest.raises(UserError, match="bad.jsonl"):
+        processes.prepare_stages(bad, run, STAGES, Display())
+    assert len(begun_processes) == 4
+    assert all(process.poll() is not None for _, process in begun_processes)
+    assert not list(store.glob("*.making"))
+
+
 def test_what_is_wrong_is_told_once_in_the_stages_order_and_nothing_is_left_half_made(recipe, store, tmp_path):
     """The last stage's fault is met first by the process that says nothing, the first one's by the other."""
     asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -82,35 +107,7 @@ def test_what_is_wrong_is_told_once_in_the_stages_order_and_nothing_is_left_half
     assert not list(store.glob("*.making"))
 
 
-def test_it_ends_with_the_run(recipe, store, tmp_path):
-    """Where the first stage is at fault, what is being made beside it is given up, and leaves nothing."""
-    (tmp_path / "bad.jsonl").write_text("{\n")
-    bad = f"stage: pretrain\nmodel: {{from: tokenizer}}\ndata: {{train: [{{path: {tmp_path / 'bad.jsonl'}}}]}}\n"
-    folder = recipe({"pretrain": bad})
-    hfpipe("run", folder, "--out", tmp_path / "run", check=2)
-    assert not processes(tmp_path / "run")
-    assert not list(store.glob("*.making"))
-
-
-def processes(run: Path) -> list[int]:
-    """Those that have a file of the run's open."""
-    deadline, found = time.monotonic() + 5, [0]
-    while found and time.monotonic() < deadline:
-        found = [
-            int(one.name) for one in Path("/proc").glob("[0-9]*") if _opens(one, run) and int(one.name) != os.getpid()
-        ]
-    return found
-
-
-def _opens(process: Path, run: Path) -> bool:
-    try:
-        return any(str(run) in os.readlink(link) for link in (process / "fd").iterdir())
-    except OSError:  # it has ended
-        return False
-
-
 def test_one_stage_or_one_processor_needs_no_second_process(monkeypatch):
-    assert _has_room(["sft", "dpo"]) == (len(os.sched_getaffinity(0)) > 1)
-    assert not _has_room(["sft"])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert not _has_room(["sft", "dpo"])
+    for cores, stages, wanted in [({0, 1}, ["sft", "dpo"], True), ({0, 1}, ["sft"], False), ({0}, ["sft", "dpo"], False)]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
+        assert processes._has_room(stages) == wanted

@@ -255,13 +255,14 @@ def prepare_child(recipe: Recipe, run: Path, stages: list[str], events: Path, lo
     _in_child(events, log, lambda progress: prepare_all(recipe, run, stages, progress))
 
 
-def prepare_ahead_child(recipe: Recipe, run: Path, stages: list[str], log: Path) -> None:
-    """Prepares the same beside it, the last stage first: it tells nothing, and the one that does need not wait for it."""
+def prepare_ahead_child(recipe: Recipe, run: Path, stages: list[str], events: Path, log: Path) -> None:
+    """Prepares the same beside it, the last stage first: it tells nothing but that it lives, for the other may wait for it."""
     from hfpipe.stages._prepare import prepare_backwards
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # nothing half-written is left
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # what is half-written is taken away
     _join_parent(log)
     quiet_environment()
+    beat(lambda: Progress(events).tell("alive"))
     prepare_backwards(recipe, run, stages)
 
 

@@ -8,13 +8,16 @@ The hidden states come back in upstream's rows, so that heads, losses and gradie
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hfpipe.errors import UserError
+from hfpipe.faults import no_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 # A pair's one row is longer than either of the two, and attention's work grows with its square: beyond this it is not worth it.
 _LONGEST = 1.5
+_ROUNDING = 0.03  # of the largest hidden state: bfloat16's, whatever the weights are kept in
+_TRIED = 50  # batches of training, after which it is told that none of them was worth it
 _MASKS = ("eager", "sdpa")  # attention that takes a mask of our own
 _KEY = "model.share_prefixes"
 _PLAIN = frozenset(["input_ids", "attention_mask", "use_cache", "return_dict"])
@@ -38,33 +43,44 @@ def share_prefixes(job: Job, model: PreTrainedModel, progress: Progress) -> None
         return
     where = f"{job.stage.file}"
     check_shares(model.config, model.config.get_text_config()._attn_implementation, where)
+    kind, why = model.config.model_type, ""
     try:
-        same = _difference(model) <= (1e-4 if model.dtype == torch.float32 else 3e-2)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # of a model that knows no positions or no such mask
-        same = False
-    if not same:
-        kind = model.config.model_type
+        off = _difference(model)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # of a model that knows no positions or no such mask
+        if no_memory(error):
+            raise
+        off, why = float("inf"), f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    if not off < _ROUNDING:
         raise UserError(
-            f"{where}: {_KEY}: a {kind} model reads two conversations in one row otherwise than alone. Leave it out."
+            f"{where}: {_KEY}: a {kind} model reads two conversations in one row otherwise than alone{why}. Leave it out."
         )
-    install(model)
+    install(model, progress.note)
     progress.note("what both sides of a pair begin with is read once (model.share_prefixes)")
 
 
 def check_shares(config: PreTrainedConfig, attention: str | None, where: str) -> None:
     """UserError where a model of this configuration, with this implementation of attention, can't be given a mask of ours."""
     config = config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if other := attention not in (None, *_MASKS):
+    kinds, hint = set(getattr(config, "layer_types", None) or ()), "Leave it out."
+    if attention not in (None, *_MASKS):
         why = f"attn_implementation {attention}"
+        hint = f"Set model.attn_implementation: {' or '.join(_MASKS)}, or leave it out."
+    elif hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0):
+        why = "experts, whose balance is learnt from upstream's rows"
     elif kinds - {"full_attention"}:
         why = f"layers of {', '.join(sorted(kinds - {'full_attention'}))}"
     elif not kinds and getattr(config, "sliding_window", None):
         why = f"a sliding window of {config.sliding_window} tokens"
     else:
         return
-    hint = f"Set model.attn_implementation: {' or '.join(_MASKS)}, or leave it out." if other else "Leave it out."
-    raise UserError(f"{where}: {_KEY} needs attention that takes any mask, and this model has {why}. {hint}")
+    raise UserError(
+        f"{where}: {_KEY} needs attention that takes any mask over the whole row, and this model has {why}. {hint}"
+    )
 
 
 @dataclass
@@ -108,17 +124,46 @@ def fold(ids: torch.Tensor, mask: torch.Tensor) -> _Folded | None:
     )
 
 
+_apart = False
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Leave batches in upstream's rows, which take the most memory: not all of a training need be worth sharing."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
+
 class _Fold:
     """Hooks of a backbone: its inputs in rows of pairs, its hidden states in upstream's rows again."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[str], None] | None):
+        self.note, self.tried = note, 0
         self.folded: _Folded | None = None
 
     def before(self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self._fold(backbone, args, kwargs)
+        if self.note and torch.is_grad_enabled() and not _apart:
+            self.tried += 1
+            if given is not None:
+                self.note = None
+            elif self.tried == _TRIED:
+                self.note(
+                    f"model.share_prefixes saves nothing: in {_TRIED} batches pairs had too little in common, or another form"
+                )
+        return given
+
+    def _fold(self, backbone: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(zip(inspect.signature(backbone.forward).parameters, args, strict=False)) | kwargs
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         others = [name for name in kwargs.keys() - _PLAIN if kwargs[name] is not None and kwargs[name] is not False]
         self.folded = None
+        if _apart:
+            return None
         # With a cache it answers rows that are no pairs.
         if others or ids is None or mask is None or mask.dim() != 2 or kwargs.get("use_cache") is not False:
             return None
@@ -142,9 +187,9 @@ class _Fold:
         return output
 
 
-def install(model: PreTrainedModel) -> list[Any]:
-    """Put the hooks on the model's backbone; returns their handles."""
-    hooks, backbone = _Fold(), model.base_model
+def install(model: PreTrainedModel, note: Callable[[str], None] | None = None) -> list[Any]:
+    """Put the hooks on the model's backbone, and have it noted where they turn out to be of no use; returns their handles."""
+    hooks, backbone = _Fold(note), model.base_model
     return [
         backbone.register_forward_pre_hook(hooks.before, with_kwargs=True),
         backbone.register_forward_hook(hooks.after),

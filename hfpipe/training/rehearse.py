@@ -17,6 +17,7 @@ import torch
 from hfpipe.errors import UserError
 from hfpipe.faults import LESS_MEMORY, no_memory
 from hfpipe.training.hardware import give_back_freed_memory
+from hfpipe.training.prefixes import apart
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -38,7 +39,7 @@ def rehearse(job: Job, trainer: Trainer, progress: Progress) -> None:
         progress.note("no rehearsal: here the optimizer steps inside the backward pass")
         return
     progress.tell("doing", text="rehearsing: a step, an evaluation and a save at the largest batch")
-    with _to_no_effect(trainer, scratch):
+    with _to_no_effect(trainer, scratch), apart():
         given, state = args.per_device_train_batch_size, _optimizer_state(trainer)
         rows = longest_rows(trainer.train_dataset, args.train_batch_size)
         step = args.gradient_accumulation_steps * given

@@ -110,6 +110,7 @@ class Steered(WithTools):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Upstream's, of the likeliest answers, as the probes ask for; sampled where vLLM writes them, or several to a prompt."""
         self.held_out = []
+        vars(self).pop("_eval_dataloaders", None)  # persistent workers would go on in an order of their own
         sampled = {name: getattr(self, name, None) for name in ("generation_config", "generation_kwargs")}
         if None in sampled.values() or self.num_generations_eval > 1:
             return super().evaluate(*args, **kwargs)
@@ -233,7 +234,8 @@ def held_out_reward(trainer: Any, prompts: Dataset | None) -> HeldOut | None:
     if prompts is None:
         return None
     found = trainer.evaluate()
-    rewards = torch.cat(trainer.held_out).tolist()[: len(prompts) * trainer.num_generations_eval]
+    several = trainer.num_generations_eval  # answers to a prompt, one after the other; processes repeat rows at the end
+    rewards = torch.cat(trainer.held_out)[: len(prompts) * several].view(-1, several).nanmean(dim=1).tolist()
     if all(map(math.isnan, rewards)):
         return None
     return HeldOut(rewards, found["eval_completions/mean_length"])
@@ -241,7 +243,11 @@ def held_out_reward(trainer: Any, prompts: Dataset | None) -> HeldOut | None:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rewards of the answers to held-out prompts (NaN: none), in upstream's order, which is always the same, and the answers' mean length."""
+    """What the answers to held-out prompts were worth.
+
+    `rewards`: of each prompt (NaN: none), in upstream's order, which is the same at every evaluation; `length`: tokens of an
+    answer, the mean.
+    """
 
     rewards: list[float]
     length: float
