@@ -108,6 +108,10 @@ def test_what_is_wrong_is_told_once_in_the_stages_order_and_nothing_is_left_half
 
 
 def test_one_stage_or_one_processor_needs_no_second_process(monkeypatch):
-    for cores, stages, wanted in [({0, 1}, ["sft", "dpo"], True), ({0, 1}, ["sft"], False), ({0}, ["sft", "dpo"], False)]:
+    for cores, stages, wanted in [
+        ({0, 1}, ["sft", "dpo"], True),
+        ({0, 1}, ["sft"], False),
+        ({0}, ["sft", "dpo"], False),
+    ]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
         assert processes._has_room(stages) == wanted

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LONGEST = 1.5
 _ROUNDING = 0.03  # of the largest hidden state: bfloat16's, whatever the weights are kept in
 _TRIED = 50  # batches of training, after which it is told that none of them was worth it
+_FAILURES = (TypeError, ValueError, RuntimeError, IndexError)  # of a model that knows no positions, or no such mask
 _MASKS = ("eager", "sdpa")  # attention that takes a mask of our own
 _KEY = "model.share_prefixes"
 _PLAIN = frozenset(["input_ids", "attention_mask", "use_cache", "return_dict"])
@@ -46,12 +47,7 @@ def share_prefixes(job: Job, model: PreTrainedModel, progress: Progress) -> None
     kind, why = model.config.model_type, ""
     try:
         off = _difference(model)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        IndexError,
-    ) as error:  # of a model that knows no positions or no such mask
+    except _FAILURES as error:
         if no_memory(error):
             raise
         off, why = float("inf"), f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
