@@ -73,7 +73,7 @@ def test_a_run_has_both_and_leaves_none(micro_run, store, tmp_path, monkeypatch)
     assert len(reports(store)) >= 4
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{\n')
     bad = load_recipe("micro", stage_types(), [f"pretrain.data.train=[{{path: {tmp_path / 'bad.jsonl'}}}]"], run)
-    with pytest.raises(UserError, match="bad.jsonl"):
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
         processes.prepare_stages(bad, run, STAGES, Display())
     assert len(begun_processes) == 4
     assert all(process.poll() is not None for _, process in begun_processes)
