@@ -523,9 +523,8 @@ def test_several_answers_to_a_held_out_prompt_count_as_one(make):
     assert len(answers) == 8
     assert found.rewards == [(a + b) / 2 for a, b in zip(answers[::2], answers[1::2], strict=True)]
     assert found.summary()["n"] == 4
-    asked = list(trainer._logs["prompt"])
-    assert asked[::2] == asked[1::2]  # the two of a prompt stand together
-    assert len(set(map(str, asked))) == 4
+    asked = list(trainer._logs["prompt"])  # the last four
+    assert asked[0] == asked[1] != asked[2] == asked[3]  # the two of a prompt stand together
 
 
 def test_the_gain_leaves_out_what_had_no_reward_before_or_after():
