@@ -297,6 +297,7 @@ def test_a_new_key_does_not_undo_what_has_been_trained():
         | {"rewards": "control functions model weight"},
     }
     plain = [f"{name}.model.compile_blocks=false" for name in ("pretrain", "sft")]  # tiny sets it
+    plain.append("reward.model.share_prefixes=false")  # and this
     recipe = load_recipe(ROOT / "stage_configs" / "tiny", stage_types(), plain)
     for name, sections in expected.items():
         counted = artifact.hashed_config(recipe.stages[name], seed=0, processes=1)

@@ -220,7 +220,7 @@ def test_the_command_it_ends_with_can_be_pasted(tmp_path):
 
 def test_it_reads_like_a_quote():
     told = hfpipe("plan", "tiny", "--device", "h100").stdout
-    stages = told.split("\nsft ")[1].split("\nreward ")[0].splitlines()
+    stages = told.split("\nsft ")[1].split("\ndpo ")[0].splitlines()
     assert len(stages) <= 6
     for words in (
         "model: gemma3_text, 2.07M parameters",

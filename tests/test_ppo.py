@@ -488,7 +488,7 @@ def test_a_reward_model_with_either_critic(steered, micro_run, tmp_path):  # noq
 
 
 def test_held_out_prompts_get_their_likeliest_answers_and_a_gain_prompt_by_prompt(make):
-    from hfpipe.training.reinforce import held_out_reward
+    from hfpipe.evaluation.held_out import held_out_reward
 
     trainer = make(per_device_eval_batch_size=8, num_generations_eval=1)
     trainer.eval_dataset = trainer.train_dataset.select(range(8))  # four, twice each
@@ -514,7 +514,7 @@ def test_held_out_prompts_get_their_likeliest_answers_and_a_gain_prompt_by_promp
 
 
 def test_several_answers_to_a_held_out_prompt_count_as_one(make):
-    from hfpipe.training.reinforce import held_out_reward
+    from hfpipe.evaluation.held_out import held_out_reward
 
     trainer = make(per_device_eval_batch_size=8, num_generations_eval=2)
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
@@ -528,7 +528,7 @@ def test_several_answers_to_a_held_out_prompt_count_as_one(make):
 
 
 def test_the_gain_leaves_out_what_had_no_reward_before_or_after():
-    from hfpipe.training.reinforce import HeldOut
+    from hfpipe.evaluation.held_out import HeldOut
 
     nan = float("nan")
     before, after = HeldOut([1.0, nan, 0.0, 0.5], 3.0), HeldOut([2.0, 1.0, nan, 0.5], 4.0)

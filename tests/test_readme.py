@@ -44,8 +44,6 @@ def test_the_recipe_shown_is_a_recipe(recipe):
     guarded = next(block for block in blocks("yaml") if block.startswith("guards:"))
     judge = "stage: reward\nmodel: {from: sft}\ndata: {train: [{path: tinyworld/preferences}]}\n" + guarded
     folder = recipe({"sft": shown, "reward": judge, "ppo": steered}, base="tiny")
-    head = (folder / "pipeline.yaml").read_text().replace("sft, dpo", "sft, dpo, reward, ppo")
-    (folder / "pipeline.yaml").write_text(head)
     assert len(load_recipe(folder, stage_types()).stages) == 7
 
 

@@ -70,12 +70,13 @@ def train_by_rewards(
     from transformers import set_seed
 
     from hfpipe.evaluation.answers import stop_ids
+    from hfpipe.evaluation.held_out import held_out_reward
     from hfpipe.evaluation.reward_functions import build_rewards
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.fit import build_args, fit, scores_before
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
-    from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts, held_out_reward
+    from hfpipe.training.reinforce import Watched, as_prompts, check_rollouts
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
