@@ -95,7 +95,10 @@ def test_what_is_rewarded_is_learnt(steered, tmp_path, kind):
 
 def test_the_control_learns_nothing_and_the_scorecard_says_what_was_gained_beyond(steered, tmp_path):
     folder = steered("grpo")
-    written = (folder / "rl.yaml").read_text()
+    # Sampled: of chance, too, the likeliest answer may become any.
+    several = "num_generations: 4, num_generations_eval: 4"
+    written = (folder / "rl.yaml").read_text().replace("num_generations: 4", several)
+    (folder / "rl.yaml").write_text(written)
     (folder / "chance.yaml").write_text(written.replace("rewards: {", "rewards: {control: random_reward, "))
     (folder / "pipeline.yaml").write_text(
         "name: steered\nstages: [rl, chance]\nevaluate: {samples: 1, max_new_tokens: 4}\n"
