@@ -183,7 +183,7 @@ def test_a_stage_s_own_passes_are_shared(stage, recipe, micro_run, tmp_path, mon
         asked.append((torch.is_grad_enabled(), found is not None))
         return found
 
-    monkeypatch.setattr("hfpipe.training.prefixes.fold", told)
+    monkeypatch.setattr("hfpipe.training.prefixes.fold", told)  # the real one, its answers noted
     run_stage(make_job(loaded, loaded.stages[stage], run), Told(None))
     trained = [shared for gradients, shared in asked if gradients]
     assert trained == [True] * 3
@@ -192,7 +192,7 @@ def test_a_stage_s_own_passes_are_shared(stage, recipe, micro_run, tmp_path, mon
 
 
 def test_where_nothing_is_worth_it_that_is_told_once(monkeypatch):
-    monkeypatch.setattr("hfpipe.training.prefixes._TRIED", 3)
+    monkeypatch.setattr("hfpipe.training.prefixes._TRIED", 3)  # batches, in place of fifty
     model, progress = make("llama"), Progress()
     share_prefixes(Job, model, progress)
     ids, mask = pairs([2, 3], [12, 12], [12, 12])

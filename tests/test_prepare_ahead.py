@@ -65,8 +65,8 @@ def test_a_run_has_both_and_leaves_none(micro_run, store, tmp_path, monkeypatch)
             super().__init__(target, arguments)
             begun_processes.append((target.__name__, self))
 
-    monkeypatch.setattr(processes, "ForkedProcess", Seen)
-    monkeypatch.setattr(processes, "_has_room", lambda stages: True)
+    monkeypatch.setattr(processes, "ForkedProcess", Seen)  # the real one, noted
+    monkeypatch.setattr(processes, "_has_room", lambda stages: True)  # also where there is one processor
     recipe = load_recipe("micro", stage_types(), [], run)
     processes.prepare_stages(recipe, run, STAGES, Display())
     assert [name for name, _ in begun_processes] == ["prepare_ahead_child", "prepare_child"]
@@ -113,5 +113,5 @@ def test_one_stage_or_one_processor_needs_no_second_process(monkeypatch):
         ({0, 1}, ["sft"], False),
         ({0}, ["sft", "dpo"], False),
     ]:
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)  # another machine's
         assert processes._has_room(stages) == wanted
