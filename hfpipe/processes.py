@@ -18,6 +18,7 @@ from typing import Any
 from hfpipe import artifact, upstream
 from hfpipe.errors import StageFailed, UserError
 from hfpipe.faults import ended, killed
+from hfpipe.plan.devices import usable_cores
 from hfpipe.progress import Display, describe, duration
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages._run import (
@@ -66,8 +67,7 @@ def prepare_stages(recipe: Recipe, run: Path, stages: list[str], display: Displa
 
 def _has_room(stages: list[str]) -> bool:
     """Whether there is more than one stage, and more than one processor."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(len(stages), cores) > 1
+    return min(len(stages), usable_cores()) > 1
 
 
 def make_synth(recipe: Recipe, run: Path, name: str, display: Display) -> None:

@@ -107,6 +107,11 @@ def _split(text: str) -> tuple[str, int]:
     )
 
 
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def _this_machine() -> dict[str, Any]:
     """This machine's CPU: its float32 peak by cores, clock and vector width, its memory; Linux tells of both."""
@@ -114,7 +119,7 @@ def _this_machine() -> dict[str, Any]:
     flags = set((re.search(r"^(?:flags|Features)\s*:(.*)$", info, re.M) or ["", ""])[1].split())
     lanes = next((flops for flag, flops in _LANES if flag in flags), 16)
     clock = [float(value) for value in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", info, re.M)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     gigahertz = (sum(clock) / len(clock) / 1000) if clock else 2.5
     total = re.search(r"^MemTotal:\s*(\d+) kB", _read("/proc/meminfo"), re.M)
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
