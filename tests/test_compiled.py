@@ -62,6 +62,19 @@ def test_a_killed_compiled_stage_goes_on_to_the_same_bits(micro_run, tmp_path):
     assert (killed / "dpo" / "model.safetensors").read_bytes() == (whole / "dpo" / "model.safetensors").read_bytes()
 
 
+def test_a_last_batch_too_small_for_the_program_gets_none_of_its_own(micro_run, tmp_path):
+    """33 rows by 32: the one that is left would be compiled for half a minute."""
+    run = begun(micro_run, tmp_path / "run", "sft")
+    rows = "sft.data.train=[{path: tinyworld/sft, limit: 33}]"
+    given = compiled("sft", rows, "sft.trainer.packing=false", "sft.trainer.per_device_train_batch_size=32")
+    told = hfpipe("run", "micro", "--out", run, *given, env={"TORCH_LOGS": "recompiles,graph_code"}).stdout
+    assert PLAIN not in told
+    assert stage_json(run / "sft")["metrics"]["steps"] == 2
+    log = (run / "logs" / "sft.log").read_text()
+    assert log.count("TRACED GRAPH") == 1
+    assert "Recompiling" not in log
+
+
 # The gradients of two rows of tokens after the passes of given numbers of tokens, in a process of its own.
 GRADIENTS = """
 import hashlib, sys, torch

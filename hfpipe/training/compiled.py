@@ -2,13 +2,15 @@
 
 Blocks are alike, so one of them is compiled and all run it; the next stage finds the kernels in the compiler's cache.
 `trainer.torch_compile` compiles a whole model, again for shapes that it has not met, so that what a batch runs depends on
-those before it. Here one program serves all shapes. Which one is decided by the first batch's length, so that training on rows
-begins with passes of the longest, to no effect, also where it is resumed, and comes to the same bits; what samples its rows
-(ppo and the like) may not. What takes no gradients (evaluation, answers, a reference) runs as it would otherwise.
+those before it. Here one program serves all shapes, and a batch that is too small for it runs as it would otherwise, as does
+what takes no gradients (evaluation, answers, a reference). Which program it is the first batch's length decides, so that
+training on rows begins with passes of the longest, to no effect, also where it is resumed, and comes to the same bits; what
+samples its rows (ppo and the like) may not.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,15 +66,20 @@ def _compile(block: nn.Module, failure: _Failure) -> None:
     # With dynamic shapes a float such as a norm's epsilon would be an input too: found out only after all has been traced once.
     torch._dynamo.config.specialize_float = True
     compiled = torch.compile(block._call_impl, dynamic=True)
+    largest = 0  # positions of a batch so far
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal largest
         if torch.is_grad_enabled() and not failure.happened:
+            rows, length = (args or tuple(kwargs.values()))[0].shape[:2]
             # What another training has begun with at another length must not be found in the compiler's cache.
             if not torch.compiler.config.cache_key_tag:
-                length = (args or tuple(kwargs.values()))[0].shape[1]
                 torch.compiler.config.cache_key_tag = f"hfpipe: {length} tokens first"
+            # A few rows at the end of an epoch can be too small for the program; one for them alone takes half a minute.
+            larger, largest = rows * length > largest, max(largest, rows * length)
             try:
-                return compiled(*args, **kwargs)
+                with contextlib.nullcontext() if larger else torch.compiler.set_stance("eager_on_recompile"):
+                    return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 failure.tell(error)
         return block._call_impl(*args, **kwargs)
