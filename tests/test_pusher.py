@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from hfpipe.publishing.throttle import Throttle
+
 from .conftest import ROOT, hfpipe
 from .test_hub import LFS, STAGES, UPLOAD, assert_published, made
 
@@ -77,12 +79,14 @@ def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, rep
 @LINUX
 @pytest.mark.parametrize("ends", ["killed", "interrupted"])
 def test_a_run_that_ends_early_leaves_no_push_behind(hub, hub_env, repo_id, own_run, ends):
-    """Ctrl-C goes to all processes of a terminal, the pushing one too."""
+    """Ctrl-C goes to all processes of a terminal, the pushing one too; a kill may come while it is held back."""
     rule = hub.fault(UPLOAD, delay=60.0, times=100)
     process = begin(own_run, hub_env, repo_id, "dpo.trainer.num_train_epochs=1000", forget=("dpo",))
     wait_for(lambda: rule["fired"], process)
     assert pushing(own_run)
     if ends == "killed":
+        [pusher] = pushing(own_run)
+        os.kill(pusher, signal.SIGSTOP)
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)
@@ -155,3 +159,38 @@ def test_waiting_for_a_processor_is_not_taken_for_a_hang(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 3.0
+
+
+@LINUX
+def test_a_push_is_held_to_a_hundredth_of_a_processor_that_others_want(tmp_path):
+    spin = "import time\nwhile time.process_time() < 60: pass"
+    hashes = (
+        "import hashlib, os, threading; os.nice(19); text = bytes(1 << 20)\n"
+        "def work():\n"
+        "    while True: hashlib.sha256(text).digest()\n"
+        "for _ in range(4): threading.Thread(target=work).start()\n"
+    )
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in os.sched_getaffinity(0)]
+    pusher, held = subprocess.Popen([sys.executable, "-c", hashes]), []
+    try:
+        throttle = Throttle(pusher.pid, held.append)
+        time.sleep(4.0)  # it has begun
+        before, began = spent(pusher.pid), time.monotonic()
+        time.sleep(8.0)
+        took, passed = spent(pusher.pid) - before, time.monotonic() - began
+        throttle.end()
+        time.sleep(0.5)
+        assert Path(f"/proc/{pusher.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T", "it stands still"
+        time.sleep(8.0)
+        unheld = spent(pusher.pid) - before - took
+    finally:
+        for process in (pusher, *others):
+            process.kill()
+    assert took <= 0.015 * passed, "a look is a tenth of a second, and what it took more comes off later"
+    assert unheld > 2 * took
+    assert 0 < sum(held) < passed + 4.5
+
+
+def spent(pid: int) -> float:
+    """By Linux' own count: seconds for which the threads of a process ran."""
+    return sum(int(file.read_text().split()[0]) / 1e9 for file in Path(f"/proc/{pid}/task").glob("*/schedstat"))

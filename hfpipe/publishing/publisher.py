@@ -11,12 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hfpipe import artifact
 from hfpipe.faults import explain
 from hfpipe.progress import Display
 from hfpipe.publishing.hub import ERROR_FILE, check_access
 from hfpipe.publishing.package import finished_stages, published_at
+from hfpipe.publishing.throttle import Throttle
 from hfpipe.sections import Recipe
 
 
@@ -153,11 +155,15 @@ class Pusher:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, bufsize=0
             )
         self._asked = False
+        self._throttle = Throttle(self._process.pid, held=self._tell) if beside else None
+
+    def _tell(self, what: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `is_busy` finds
+            self._process.stdin.write(json.dumps(what).encode() + b"\n")
 
     def send(self, stages: list[str]) -> None:
         self._asked = True
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `is_busy` finds
-            self._process.stdin.write(json.dumps(stages).encode() + b"\n")
+        self._tell(stages)
 
     def is_busy(self) -> bool:
         return self._asked and not self._answered(0)
@@ -176,18 +182,25 @@ class Pusher:
         return True
 
     def hurry(self) -> None:
-        """Give it the run's own priority, where the system lets it go back to that: it may be root's right."""
+        """Nothing holds it back any more, and it gets the run's own priority where the system lets it: it may be root's right."""
+        self._let_go()
         with contextlib.suppress(OSError):
             for task in Path(f"/proc/{self._process.pid}/task").iterdir():
                 os.setpriority(os.PRIO_PROCESS, int(task.name), os.getpriority(os.PRIO_PROCESS, 0))
+
+    def _let_go(self) -> None:
+        throttle, self._throttle = self._throttle, None
+        if throttle is not None:
+            throttle.end()
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def end(self, at_once: bool = False) -> None:
         """Have it end: after the job that it is doing, or now."""
+        self._let_go()
         if self.is_busy() and not at_once:
-            self._process.stdin.write(b"null\n")
+            self._tell(None)
         else:
             self._process.kill()
             self._process.wait()

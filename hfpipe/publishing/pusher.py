@@ -1,12 +1,14 @@
 """The process that pushes beside a run: started before the first stage trains, it takes one job after the other.
 
 Each line of its standard input is a job, the stages to push, and each line of its standard output says that one is over;
-`null` ends it after what it is doing, and the end of the input, as when the run is killed, at once.
+a number is for how many seconds it was held back (hfpipe/publishing/throttle.py); `null` ends it after what it is doing,
+and the end of the input, as when the run is killed, at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -24,6 +26,9 @@ from hfpipe.progress import duration
 from hfpipe.publishing.hub import note_failure, push_run
 from hfpipe.publishing.package import hub_of
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_held: list[float] = []  # seconds
+
 
 def main() -> None:
     """`python -m hfpipe.publishing.pusher RUN [beside]`; what it says of its work goes to the standard error."""
@@ -33,6 +38,7 @@ def main() -> None:
     if "beside" in sys.argv[2:]:
         # A weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests.
         os.nice(19)
+        _go_on_when_left()
     jobs: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     _prepare()
@@ -46,10 +52,19 @@ def main() -> None:
 def _listen(jobs: queue.SimpleQueue[list[str] | None]) -> None:
     for line in sys.stdin:
         job = json.loads(line)
+        if isinstance(job, float):
+            _held.append(job)
+            continue
         jobs.put(job)
         if job is None:
             return
     os._exit(1)
+
+
+def _go_on_when_left() -> None:
+    """A run that is killed while it holds this process back would leave it so for ever."""
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it, and nothing is held back elsewhere
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def _prepare() -> None:
@@ -81,7 +96,7 @@ def _push(run: Path, stages: list[str]) -> None:
 def watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
     """End this process when a push takes longer than it may: nothing else stops a request that hangs in an upload.
 
-    The time that it waits for a processor, since others compute, is not counted.
+    The time that it waits for a processor, since others compute, is not counted, nor that for which it is held back.
     """
     over = threading.Event()
 
@@ -112,12 +127,12 @@ def watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
 
 
 def _waited_s() -> float:
-    """How long the threads of this process have been ready and had no processor, by Linux' own count; 0 elsewhere."""
+    """For how long this process was held back, or its threads were ready and had no processor, by Linux' own count."""
     total = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has ended since
             total += int(file.read_text().split()[1])
-    return total / 1e9
+    return total / 1e9 + sum(_held)
 
 
 if __name__ == "__main__":
