@@ -61,13 +61,14 @@ class _Failure:
 
 
 def _compile(block: nn.Module, failure: _Failure) -> None:
-    import torch._inductor.config
     from torch._dynamo.exc import TorchDynamoException  # a second of imports
+    from torch._inductor import config as inductor
 
     # With dynamic shapes a float such as a norm's epsilon would be an input too: found out only after all has been traced once.
     torch._dynamo.config.specialize_float = True
-    if torch._inductor.config.cpp.vec_isa_ok is None:
-        torch._inductor.config.cpp.vec_isa_ok = True  # six seconds of trying what the processor says it can; else it tells `failure`
+    if inductor.cpp.vec_isa_ok is None:
+        # Else six seconds go into trying what the processor says of itself. Where it can't, `failure` is told.
+        inductor.cpp.vec_isa_ok = True
     compiled = torch.compile(block._call_impl, dynamic=True)
     largest = 0  # positions of a batch so far
 
