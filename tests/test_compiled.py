@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfpipe.errors import UserError
-from hfpipe.training.compiled import compiled_blocks
+from hfpipe.training.compiled import _compile, _Failure, compiled_blocks
+from hfpipe.training.job import Progress
 
 from .conftest import hfpipe, stage_json
 from .test_nothing_lost import begun, kill, start, wait_for
@@ -73,6 +75,35 @@ def test_a_last_batch_too_small_for_the_program_gets_none_of_its_own(micro_run, 
     log = (run / "logs" / "sft.log").read_text()
     assert log.count("TRACED GRAPH") == 1
     assert "Recompiling" not in log
+
+
+def test_shorter_batches_run_the_program_and_only_fewer_rows_do_not(monkeypatch):
+    ran, compile_ = [], torch.compile
+
+    def counting(*args, **options):
+        program = compile_(*args, **options)
+        return lambda *given, **named: ran.append(given[0].shape[:2]) or program(*given, **named)
+
+    monkeypatch.setattr(torch, "compile", counting)  # the real one, its calls counted
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
+    model = LlamaForCausalLM(LlamaConfig(attn_implementation="sdpa", **small)).train()
+    failure = _Failure(Progress(None))
+    for block in compiled_blocks(model, "x.yaml"):
+        _compile(block, failure)
+    for shape in ((4, 32), (4, 16), (3, 32), (4, 9)):
+        ids = mask = torch.ones(shape, dtype=torch.long)
+        model(input_ids=ids, attention_mask=mask).logits.sum().backward()  # none is needed, and sdpa gets none
+        model(input_ids=ids, attention_mask=mask.index_fill(1, torch.tensor([0]), 0)).logits.sum().backward()
+    assert not failure.happened
+    assert set(ran) == {(4, 32), (4, 16), (4, 9)}
+    assert len(ran) == 3 * 2 * 2  # shapes, masks and blocks
+    torch.compiler.config.cache_key_tag = ""
 
 
 # The gradients of two rows of tokens after the passes of given numbers of tokens, in a process of its own.

@@ -161,6 +161,20 @@ def test_waiting_for_a_processor_is_not_taken_for_a_hang(tmp_path):
     assert float(done.stdout) > 3.0
 
 
+@pytest.mark.parametrize("held", [0.0, 3.0])
+def test_being_held_back_is_not_taken_for_a_hang(tmp_path, held):
+    code = (
+        "import sys, time; from pathlib import Path; from hfpipe.publishing import pusher\n"
+        "with pusher.watch(Path(sys.argv[1]), 'sft', 2.0):\n"
+        "    time.sleep(1.5)\n"
+        "    pusher._held.append(float(sys.argv[2]))\n"
+        "    time.sleep(1.5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path, f"{held}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if held else 1), done.stderr
+    assert ("took more than" in done.stderr) == (not held)
+
+
 @LINUX
 def test_a_push_is_held_to_a_hundredth_of_a_processor_that_others_want(tmp_path):
     spin = "import time\nwhile time.process_time() < 60: pass"

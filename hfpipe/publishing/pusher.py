@@ -25,9 +25,10 @@ from hfpipe.hub_client import Unreachable
 from hfpipe.progress import duration
 from hfpipe.publishing.hub import note_failure, push_run
 from hfpipe.publishing.package import hub_of
+from hfpipe.publishing.throttle import NICENESS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_held: list[float] = []  # seconds
+_held: list[float] = []  # for how many seconds, each time
 
 
 def main() -> None:
@@ -36,9 +37,9 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, and the run decides
     if "beside" in sys.argv[2:]:
-        # A weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests.
-        os.nice(19)
         _go_on_when_left()
+        # A weight of 15 beside 1024; SCHED_IDLE's 3 were too few to get through while other work never rests.
+        os.nice(NICENESS)
     jobs: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     _prepare()
@@ -101,11 +102,12 @@ def watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
     over = threading.Event()
 
     def look() -> None:
-        left, looked, waited = patience_s, time.monotonic(), _waited_s()
+        left, looked, waited, held = patience_s, time.monotonic(), _waited_s(), sum(_held)
         while not over.wait(min(max(left, 0.0), 1.0)):
             now, more = time.monotonic(), _waited_s()
-            left -= max(now - looked - max(more - waited, 0.0), 0.0)
-            looked, waited = now, more
+            passed = max(now - looked - max(more - waited, 0.0), 0.0)
+            spared = min(sum(_held) - held, passed)  # what is told a little late counts in the next second
+            left, looked, waited, held = left - passed + spared, now, more, held + spared
             if left <= 0:
                 break
         else:
@@ -127,12 +129,12 @@ def watch(run: Path, what: str, patience_s: float) -> Iterator[None]:
 
 
 def _waited_s() -> float:
-    """For how long this process was held back, or its threads were ready and had no processor, by Linux' own count."""
+    """How long the threads of this process have been ready and had no processor, by Linux' own count; 0 elsewhere."""
     total = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has ended since
             total += int(file.read_text().split()[1])
-    return total / 1e9 + sum(_held)
+    return total / 1e9
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+NICENESS = 19  # that the process gives itself, once it would go on though this one were killed
 SHARE = 0.01  # of one processor: where threads wait for each other, what each of them loses adds up
 _SAVED_S = 0.1  # of a processor: what it did not use before and may take at once, so that a small push is soon through
 _LOOKS_S = 0.1
@@ -57,6 +58,8 @@ class Throttle:
     def _stop(self, process: int, seconds: float) -> None:
         began = time.monotonic()
         with contextlib.suppress(ProcessLookupError):  # it has ended
+            if os.getpriority(os.PRIO_PROCESS, self._pid) < NICENESS:
+                return  # it has only begun, and could be left standing for ever
             signal.pidfd_send_signal(process, signal.SIGSTOP)
             try:
                 self._over.wait(min(seconds, _LONGEST_S))

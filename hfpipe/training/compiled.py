@@ -1,16 +1,15 @@
-"""`model.compile_blocks`: the passes of a model's blocks in training, compiled once for rows of any number and length.
+"""`model.compile_blocks`: the passes of a model's blocks in training, compiled once for rows of any length.
 
 Blocks are alike, so one of them is compiled and all run it; the next stage finds the kernels in the compiler's cache.
 `trainer.torch_compile` compiles a whole model, again for shapes that it has not met, so that what a batch runs depends on
-those before it. Here one program serves all shapes, and a batch that is too small for it runs as it would otherwise, as does
-what takes no gradients (evaluation, answers, a reference). Which program it is the first batch's length decides, so that
-training on rows begins with passes of the longest, to no effect, also where it is resumed, and comes to the same bits; what
-samples its rows (ppo and the like) may not.
+those before it. Here one program serves all lengths; a batch of fewer rows than others, as an epoch may leave, runs as it would
+otherwise, as does what takes no gradients (evaluation, answers, a reference). Which program it is the first batch's length
+decides, so that training on rows begins with passes of the longest, to no effect, also where it is resumed, and comes to the
+same bits; what samples its rows (ppo and the like) may not.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,20 +69,19 @@ def _compile(block: nn.Module, failure: _Failure) -> None:
         # Else six seconds go into trying what the processor says of itself. Where it can't, `failure` is told.
         inductor.cpp.vec_isa_ok = True
     compiled = torch.compile(block._call_impl, dynamic=True)
-    largest = 0  # positions of a batch so far
+    most = 0  # rows of a batch so far
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal largest
-        if torch.is_grad_enabled() and not failure.happened:
-            rows, length = (args or tuple(kwargs.values()))[0].shape[:2]
+        nonlocal most
+        rows, length = (args or tuple(kwargs.values()))[0].shape[:2]
+        # The few rows that an epoch leaves can be too small for the program: one for them alone takes half a minute.
+        if torch.is_grad_enabled() and not failure.happened and rows >= most:
+            most = rows
             # What another training has begun with at another length must not be found in the compiler's cache.
             if not torch.compiler.config.cache_key_tag:
                 torch.compiler.config.cache_key_tag = f"hfpipe: {length} tokens first"
-            # A few rows at the end of an epoch can be too small for the program; one for them alone takes half a minute.
-            larger, largest = rows * length > largest, max(largest, rows * length)
             try:
-                with contextlib.nullcontext() if larger else torch.compiler.set_stance("eager_on_recompile"):
-                    return compiled(*args, **kwargs)
+                return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 failure.tell(error)
         return block._call_impl(*args, **kwargs)
