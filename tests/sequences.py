@@ -175,7 +175,7 @@ def newest_child(run: Path) -> list[int]:
     """The process that told something last."""
     files = sorted((run / "logs").glob("*.jsonl"), key=lambda p: p.stat().st_mtime_ns)
     for line in reversed(files[-1].read_text().splitlines() if files else []):
-        if '"alive"' in line and line.endswith("}"):
+        if '"pid"' in line and line.endswith("}"):
             return [json.loads(line)["pid"]]
     return []
 

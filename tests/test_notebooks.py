@@ -110,6 +110,7 @@ def check_publish(shown: Shown) -> None:
     assert "turn_taking: 2 held-out questions" in shown.table("eval_results")
     assert re.findall("<td>(done|new)</td>", shown.table('pipe.plan("runs/elsewhere")')) == ["done"] * 3 + ["new"] * 2
     assert "published: alice/notebook@dpo" in shown.text('pipe.run("runs/elsewhere")')
+    assert len(shown.of("elsewhere.plot()", "image/png")) == 1
     assert all(stage in heads(shown.table("lineage(f")) for stage in STAGES)
     verdicts = shown.text("value_counts")
     assert "holds" in verdicts
@@ -126,11 +127,14 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_top_to_bottom(path, tmp_path, hub_server):
+HUBS = [(path, mode) for path in NOTEBOOKS for mode in (("lfs", "xet") if path.stem == "04_publish" else (None,))]
+
+
+@pytest.mark.parametrize(("path", "mode"), HUBS, ids=lambda given: getattr(given, "stem", given or "offline"))
+def test_runs_from_top_to_bottom(path, mode, tmp_path, hub_server):
     network = {"HF_HUB_OFFLINE": "1"}
-    if path.stem == "04_publish":
-        network = hub_server["xet"].env() | {
+    if mode:
+        network = hub_server[mode].env() | {
             "HF_HOME": str(tmp_path / "home"),
             "HFPIPE_NOTEBOOK_REPO": "alice/notebook",
         }

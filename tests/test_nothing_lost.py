@@ -375,6 +375,15 @@ def test_what_a_kill_leaves_beside_is_no_part_of_the_model(micro_run, tmp_path):
     assert damage_at(run / "dpo") is None
 
 
+def test_what_a_kill_leaves_of_the_weights_is_no_part_of_the_model(micro_run, tmp_path):
+    """safetensors writes beside the file and renames; killed in between, what it had written stays."""
+    run = stopped_in_pretraining(micro_run, tmp_path / "run")
+    (run / "pretrain.partial" / ".tmp7l8Pdl").write_bytes(b"half of the weights")
+    assert "resumed from checkpoint-" in hfpipe("run", "micro", "--out", run, "--to", "pretrain", *EVERY).stdout
+    assert stage_json(run / "pretrain")["weights"] == stage_json(micro_run / "pretrain")["weights"]
+    assert not list(run.rglob(".tmp*"))
+
+
 def test_the_best_checkpoint_is_found_where_the_run_has_moved(micro_run, tmp_path):
     best = ["--set", "pretrain.trainer.load_best_model_at_end=true", "--set", "pretrain.trainer.eval_strategy=steps"]
     best += ["--set", "pretrain.trainer.eval_steps=10", "--set", "pretrain.trainer.save_total_limit=1"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,8 @@ class LocalHub:
         """The requests so far whose "METHOD path" has `pattern` (a regular expression) in it.
 
         Keys: method, path, port ("hub" or "storage"), status (None until there is one, 499 if the connection was
-        closed instead), auth (whose token came: a user's name, "other" such as Xet's own, "-"), range, fault.
+        closed instead), auth (whose token came: a user's name, "other" such as Xet's own, "-"), range, fault, time
+        (seconds of `time.monotonic`).
         """
         return [entry for entry in list(self.log) if re.search(pattern, f"{entry['method']} {entry['path']}")]
 
@@ -190,7 +192,7 @@ class LocalHub:
         fault, token = self._take_fault(request), bearer(request)
         entry = {"method": request.method, "path": request.path, "port": request.app["name"], "status": None}
         entry["auth"] = USERS[token].name if token in USERS else "other" if token else "-"
-        entry |= {"range": request.headers.get("Range"), "fault": fault["action"]}
+        entry |= {"range": request.headers.get("Range"), "fault": fault["action"], "time": time.monotonic()}
         self.log.append(entry)
         response = await self._respond(request, handler, fault)
         entry["status"] = response.status
