@@ -152,8 +152,8 @@ class Job:
         if begun.get("fingerprint") != self.fingerprint and self.work.exists():
             shutil.rmtree(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
-        for left in self.work.rglob(".tmp*"):  # safetensors' own, of a writing that was killed
-            left.unlink()
+        for left in [path for path in self.work.rglob(".tmp*") if path.is_file()]:
+            left.unlink()  # safetensors' own, of a writing that was killed
         begun = {"fingerprint": self.fingerprint, "processes": self.processes, "pins": self.pins}
         artifact.write_record(self.work / artifact.BEGUN_FILE, begun)
         return True
