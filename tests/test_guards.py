@@ -198,6 +198,15 @@ def test_a_spike_is_told_from_what_comes_again(late, loss, high):
     assert not spike(loss, [], 3.0)
 
 
+def test_what_is_new_to_a_model_is_no_spike_in_the_first_steps():
+    """Losses of a fine-tuning's steps 1 to 3, with eight rows in each: seen, and taken for a divergence."""
+    chance = math.log(1536)
+    assert spike(4.489, [1.407, 1.1], 3.0)
+    assert not spike(4.489, [1.407, 1.1], 3.0, chance=chance)
+    assert spike(chance + 0.1, [1.407, 1.1], 3.0, chance=chance)
+    assert spike(4.489, [1.2] * 10, 3.0, chance=chance)  # by then it is known what rows there are
+
+
 @pytest.mark.parametrize(
     ("losses", "loss", "high"),
     [

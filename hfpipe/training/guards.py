@@ -34,7 +34,8 @@ _STATE = "guards"  # in a checkpoint's trainer_state.json, under `stateful_callb
 _WINDOW = 50  # steps whose median is the usual loss
 # A loss near 0 may triple and mean nothing: a sure spike is this much higher too (nats), and than what has come this often of
 # late by this factor: rows of a rare kind come again and again. Until there are losses enough for a median, the highest one
-# is taken instead, with a wider berth. Of pairs and judgements one false label outweighs all others: there it takes so many
+# is taken instead, with a wider berth; and what is read then may simply be new to the model, which says no more of it than
+# chance would. Of pairs and judgements one false label outweighs all others: there it takes so many
 # in a row.
 _ENOUGH, _RISE, _ABOVE, _AGAIN, _EARLY_RISE, _IN_A_ROW = 10, 1.0, 1.5, 3, 3.0, 3
 
@@ -62,10 +63,12 @@ def read_rollbacks(job: Job) -> list[dict[str, Any]]:
     return (artifact.read_json(job.checkpoints / ROLLBACKS_FILE) or {}).get("rollbacks", [])
 
 
-def spike(loss: float, losses: list[float], times: float, rule: str = "sure") -> str | None:
+def spike(loss: float, losses: list[float], times: float, rule: str = "sure", chance: float = 0.0) -> str | None:
     """Why `loss` is no usual one after `losses` (nats, the oldest first), by `guards.loss_spike`; None where it is.
 
-    `rule`: of `guards.spike_rule`; `plain` asks for no more than so many times the median.
+    Args:
+        rule: of `guards.spike_rule`; `plain` asks for no more than so many times the median.
+        chance: the loss of a guess among all words.
     """
     if not losses:
         return None
@@ -74,6 +77,7 @@ def spike(loss: float, losses: list[float], times: float, rule: str = "sure") ->
     late = sorted(losses[_ENOUGH:], reverse=True)  # those of the first steps aside, which are high
     again = late[_AGAIN - 1] if len(late) >= _AGAIN else 0.0
     least = times * usual if rule == "plain" else max(times * usual, usual + rise, _ABOVE * again)
+    least = least if enough else max(least, chance)
     if loss <= least:
         return None
     what = f"{'a median of' if enough else 'at most'} {usual:.4g} in the {len(losses)} steps before it"
@@ -93,6 +97,8 @@ class Guard(TrainerCallback):
         self.rollbacks = read_rollbacks(job)
         self.overfitting: dict[str, Any] | None = None
         self.skipped = {s for back in self.rollbacks for s in range(back["skipped"][0], back["skipped"][1] + 1)}
+        of_words = job.stage.type.rows in ("text", "messages")
+        self.chance = math.log(len(trainer.processing_class)) if of_words else 0.0
         self.loss: Any = 0.0  # of the step in progress, of this process
         self.factor, self.rates = 1.0, []
         # The first batch is still to be looked at; one of `plan --rehearse` may be made up.
@@ -184,7 +190,7 @@ class Guard(TrainerCallback):
         section = self.section
         # From easy to hard rows the loss jumps by plan.
         watched = section and section.loss_spike is not None and not self.job.stage.data.curriculum
-        if problem := watched and spike(loss, losses, section.loss_spike, section.spike_rule):
+        if problem := watched and spike(loss, losses, section.loss_spike, section.spike_rule, self.chance):
             high.append(loss)
             uneven = section.spike_rule == "sure" and self.job.stage.type.rows in ("preference", "unpaired")
             if len(high) == (_IN_A_ROW if uneven else 1):
