@@ -22,6 +22,14 @@ PLANTED = {
     "no_replay": ("sft", ["sft.data.train=[{path: tinyworld/sft}]"], "nothing holds what earlier stages taught"),
     "large_batch": ("dpo", ["dpo.trainer.per_device_train_batch_size=128"], "3 steps in all: a batch of 128 is large"),
     "context": ("sft", ["sft.trainer.max_length=1024"], "1024 tokens, but the model was made for 512"),
+    "long_decay": (
+        "pretrain",
+        [
+            "pretrain.trainer.lr_scheduler_type=warmup_stable_decay",
+            "pretrain.trainer.lr_scheduler_kwargs={num_decay_steps: 5000}",
+        ],
+        "num_decay_steps = 5000, and",
+    ),
     "tokens_per_parameter": ("pretrain", ["plan.silence=[]"], "1.1 tokens a parameter, where about 20 are best"),
     "repeated_source": (
         "pretrain",

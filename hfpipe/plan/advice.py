@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hfpipe.annealing import anneals
+from hfpipe.annealing import anneals, schedule_of
 from hfpipe.plan.quote import Quote
 from hfpipe.plan.scaling import TOKENS_PER_PARAMETER
 from hfpipe.plan.workload import option
@@ -137,6 +137,17 @@ def _context(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
         yield f"rows may have {quote.work.length} tokens, but the model was made for {longest}: model.max_position_embeddings and rope_parameters make it longer"
 
 
+def _decay(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
+    """Upstream reckons where it begins back from the end."""
+    (kind, options), steps = schedule_of(stage), quote.work.steps
+    decay = options.get("num_decay_steps") or 0
+    if kind == "warmup_stable_decay" and not anneals(stage) and steps and decay > steps:
+        yield (
+            f"num_decay_steps = {decay}, and {steps} steps in all: learning_rate would jump down as soon as it is warmed up. "
+            "Give trainer.lr_scheduler_kwargs.num_decay_steps a part of the steps, such as two fifths"
+        )
+
+
 def _tokens(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     if not stage.model.config or quote.shape is None or not quote.work.tokens:
         return
@@ -167,6 +178,7 @@ _CHECKS = {
     "no_replay": _replay,
     "large_batch": _batch,
     "context": _context,
+    "long_decay": _decay,
     "tokens_per_parameter": _tokens,
     "repeated_source": _repeats,
 }

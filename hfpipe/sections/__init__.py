@@ -179,6 +179,7 @@ class Plan:
             "no_replay",
             "large_batch",
             "context",
+            "long_decay",
             "tokens_per_parameter",
             "repeated_source",
         ],
