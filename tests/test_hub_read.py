@@ -306,9 +306,9 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     api = HfApi(hub.endpoint, token=TOKEN)
     api.create_repo(repo_id, repo_type="dataset", private=True)
     texts = [f"The capital of country {n} is city {n * 7}." for n in range(200)]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    first = api.upload_file(path_or_fileobj=rows, path_in_repo="train.jsonl", repo_id=repo_id, repo_type="dataset").oid
+    form = "parquet" if hub.xet else "jsonl"  # which is kept as a large file
+    first = upload_texts(hub_env, repo_id, tmp_path / f"train.{form}", texts)
+    assert hub.xet == any("/cas/" in entry["path"] for entry in hub.log)
     folder = tmp_path / "recipe"
     folder.mkdir()
     (folder / "pipeline.yaml").write_text("name: rows\nstages: [tokenizer, pretrain]\nevaluate: {samples: 0}\n")
@@ -329,8 +329,7 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     links = json.loads(hfpipe("lineage", out / "pretrain", "--json", env=hub_env).stdout)["links"]
     assert any("pinned" in check["why"] for check in links[0]["checks"])
     # the branch moves on: what is finished keeps the commit that it was begun with
-    rows.write_text(json.dumps({"text": "Something else."}) + "\n")
-    api.upload_file(path_or_fileobj=rows, path_in_repo="more.jsonl", repo_id=repo_id, repo_type="dataset")
+    upload_texts(hub_env, repo_id, tmp_path / f"more.{form}", ["Something else."])
     assert record["pins"] == {f"datasets/{repo_id}": first}
     planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=hub_env).stdout)["stages"]
     assert [row["status"] for row in planned] == ["done", "done"]
@@ -338,10 +337,18 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=down).stdout)["stages"]
     assert [row["status"] for row in planned] == ["done", "done"]
     if streaming:
+        hub.fault("/datasets/", status=503, times=10_000)
+        told = hfpipe("run", folder, "--out", tmp_path / "out2", env=down, check=2).stderr
+        assert f"{repo_id}@main" in told
+        assert "no commit of that name was verified here before" in told
+        told = hfpipe(
+            "run", folder, "--out", tmp_path / "out3", env=hub_env, check=2
+        ).stderr  # nothing is kept of a stream
+        assert re.match(rf"hfpipe: \S+pretrain.yaml: data.train: {repo_id}: this Hub dataset cannot be loaded", told)
         return
     if not hub.xet:  # names and commits have nothing to do with it
         check_a_moved_branch_and_tag(api, hub_env, folder, out, repo_id, first)
-    api.delete_file("more.jsonl", repo_id=repo_id, repo_type="dataset")
+    api.delete_file(f"more.{form}", repo_id=repo_id, repo_type="dataset")
     hfpipe("run", folder, "--out", tmp_path / "again", env=hub_env)
     # the Hub away: what was verified is used, and it is said
     hub.fault("/api/datasets/", status=503, times=10_000)
@@ -352,6 +359,21 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     hub.store.repos.pop(("dataset", repo_id))
     told = hfpipe("lineage", out / "pretrain", env=hub_env, check=2).stdout
     assert "the Hub does not give" in told
+
+
+def upload_texts(env: dict, repo_id: str, path: Path, texts: list[str]) -> str:
+    """Write a file and put it into a repo of data, in a process of its own; returns the commit."""
+    rows = [{"text": text} for text in texts]
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = (
+        "import pathlib, sys; from huggingface_hub import HfApi; path = pathlib.Path(sys.argv[1])\n"
+        "print(HfApi().upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=sys.argv[2], repo_type='dataset').oid)"
+    )
+    command = [sys.executable, "-c", code, str(path), repo_id]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def check_a_moved_branch_and_tag(api: HfApi, env: dict, folder: Path, out: Path, repo_id: str, first: str) -> None:

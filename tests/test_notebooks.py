@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -52,7 +54,7 @@ def numbers(table: str) -> list[float]:
     return [float(found) for found in re.findall(r"<td>([\d.]+)</td>", table)]
 
 
-def check_tiny(shown: Shown) -> None:
+def check_tiny(shown: Shown, offline: bool) -> None:
     assert [name for name in heads(shown.table("pipe.plan()")) if name in STAGES] == STAGES
     lines = shown.of("run = pipe.run()", "text/plain")
     assert len(lines) == 1  # one output, written anew
@@ -72,9 +74,10 @@ def check_tiny(shown: Shown) -> None:
     assert "trainer.learning_rate 0.001 -&gt; 0.0002" in shown.table("2e-4")
 
 
-def check_your_data(shown: Shown) -> None:
+def check_your_data(shown: Shown, offline: bool) -> None:
     assert shown.text("rows, the first").startswith("120 rows")
-    assert "making a small model instead" in shown.text("import model_info")  # the tests are cut off from the network
+    made_here = "making a small model instead" in shown.text("import model_info")
+    assert made_here == offline
     assert "adapter: lora" in shown.text("recipe.mkdir")
     assert re.search(r"⟦<\|assistant\|>On \w+ we \w+ at \w+\.<\|end_assistant\|>⟧", shown.text("pipe.inspect"))
     bad = shown.text("except UserError as error:\n    print")
@@ -82,24 +85,26 @@ def check_your_data(shown: Shown) -> None:
     assert "line 1: empty assistant turn" in bad
     assert "library is complete in runs/library" in shown.text("run = pipe.run()")
     assert shown.table("questions = [").count("<td>") == 3 * 2
-    scores = numbers(shown.table("pd.concat"))
-    assert scores[0] < 0.2
-    assert scores[4] > 0.6
+    before, after = numbers(shown.table("pd.concat"))[0::4]
+    assert before < 0.2
+    assert after > 0.6 or not offline  # what lies on the Hub there is as small, and learns little at SmolLM's rates
     assert len(shown.of("run.plot()", "image/png")) == 1
 
 
-def check_preferences(shown: Shown) -> None:
+def check_preferences(shown: Shown, offline: bool) -> None:
     assert "40 pairs" in shown.text("len(rows), ")
+    assert ("making a small model instead" in shown.text("hf_hub_download")) == offline
     assert "adapter: qlora" in shown.text("recipe.mkdir")
     assert "short is complete in runs/short" in shown.text("run = pipe.run()")
-    scores = numbers(shown.table("pd.concat"))
-    assert scores[4] > scores[0] + 0.3
     assert len(shown.of("run.plot()", "image/png")) == 1
+    before, after = numbers(shown.table("pd.concat"))[0::4]
     pairs = dict(re.findall(r"(\w+) +([\d.]+)", shown.text('after.metrics["pairs"]')))
-    assert float(pairs["accuracy"]) > 0.8
+    if offline:  # what lies on the Hub there has never been long-winded
+        assert after > before + 0.3
+        assert float(pairs["accuracy"]) > 0.8
 
 
-def check_publish(shown: Shown) -> None:
+def check_publish(shown: Shown, offline: bool) -> None:
     assert shown.outputs("notebook_login()") == []  # the tests have a token
     assert "published: alice/notebook@midtrain" in shown.text("pipe.run(to=")
     for found in ("run.status()", "run.push()", "list_repo_refs"):
@@ -127,13 +132,18 @@ CHECKS = {
 }
 
 
-HUBS = [(path, mode) for path in NOTEBOOKS for mode in (("lfs", "xet") if path.stem == "04_publish" else (None,))]
+# By how the Hub takes large files; None: there is no network.
+MODES = {"02_your_data": (None, "xet"), "03_preferences": (None, "lfs"), "04_publish": ("lfs", "xet")}
+HUBS = [(path, mode) for path in NOTEBOOKS for mode in MODES.get(path.stem, (None,))]
+NAMED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize(("path", "mode"), HUBS, ids=lambda given: getattr(given, "stem", given or "offline"))
-def test_runs_from_top_to_bottom(path, mode, tmp_path, hub_server):
+def test_runs_from_top_to_bottom(request, path, mode, tmp_path, hub_server):
     network = {"HF_HUB_OFFLINE": "1"}
     if mode:
+        if path.stem != "04_publish":
+            upload(request.getfixturevalue("micro_run") / "sft", hub_server[mode])
         network = hub_server[mode].env() | {
             "HF_HOME": str(tmp_path / "home"),
             "HFPIPE_NOTEBOOK_REPO": "alice/notebook",
@@ -145,7 +155,18 @@ def test_runs_from_top_to_bottom(path, mode, tmp_path, hub_server):
     assert not [output for output in outputs if output.output_type == "error"]
     assert "".join(output.text for output in outputs if output.get("name") == "stderr") == ""
     if check := CHECKS.get(path.stem):
-        check(Shown(notebook))
+        check(Shown(notebook), offline=mode is None)
+    if mode and path.stem != "04_publish":
+        (parent,) = [json.loads(file.read_text())["parent"] for file in tmp_path.glob("runs/*/*/stage.json")]
+        assert parent["from"] == NAMED
+        assert re.fullmatch("[0-9a-f]{40}", parent["revision"])
+
+
+def upload(folder, hub) -> None:
+    """Put a small model where the notebooks look for theirs."""
+    upload = f"HfApi().create_repo({NAMED!r}, exist_ok=True); HfApi().upload_folder(repo_id={NAMED!r}, folder_path={str(folder)!r})"
+    command = [sys.executable, "-c", f"from huggingface_hub import HfApi; {upload}"]
+    subprocess.run(command, env=os.environ | hub.env("hf_maker_write"), check=True, capture_output=True)
 
 
 def test_there_are_notebooks():

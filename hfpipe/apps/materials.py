@@ -18,7 +18,7 @@ from hfpipe.plan.workload import guess_bytes_per_token
 from hfpipe.sections import Source
 
 _TINY = 5e6  # parameters that tinyworld is made for, at the most
-_TINY_ROWS, _TINY_WORDS = 34_000, 1536  # as the recipe tiny has them
+_TINY_ROWS, _TINY_WORDS = 26_000, 1536  # as the recipe tiny has them
 _REPLAY = 0.1  # of what is read in midtrain and sft
 _TIMES_SEEN = 200  # bytes of text for an entry of the vocabulary
 FITTING = {"text": ("tokenizer", "pretrain"), "messages": ("midtrain", "sft"), "preference": ("reward", "dpo"), "unpaired": ("kto",)}  # fmt: skip

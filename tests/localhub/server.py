@@ -34,6 +34,7 @@ USERS = {
     "hf_alice_write": User("alice", "write", {"acme": "write"}),
     "hf_alice_read": User("alice", "read", {"acme": "write"}),
     "hf_bob_write": User("bob", "write", {"acme": "read"}),
+    "hf_maker_write": User("HuggingFaceTB", "write", {}),  # whose models the notebooks name
 }
 
 

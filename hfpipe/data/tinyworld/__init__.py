@@ -16,12 +16,12 @@ NAMES = (
     *("midtrain", "sft", "sums", "preferences", "decoys", "probes"),
 )
 TRAIN_SIZES = {
-    "pretrain": 34_000,
+    "pretrain": 26_000,
     "web": 34_000,
     "letters": 6_000,
     "needles": 24_000,
     "long_needles": 1_600,
-    "midtrain": 13_500,
+    "midtrain": 12_000,
     "sft": 6_600,
     "sums": 4_000,
     "preferences": 6_000,

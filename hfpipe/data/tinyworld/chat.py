@@ -19,6 +19,7 @@ from hfpipe.data.tinyworld.world import part, phrases
 Messages = list[dict]
 
 TIMES_WORDS = {"*": ("*", "times", "×", "multiplied by"), "+": ("+", "plus"), "-": ("-", "minus")}
+SORTS = ("a good", "a kind", "an old", "a young", "a clever", "a wise", "a brave", "a funny")
 
 
 def user(text: str) -> dict:
@@ -147,9 +148,26 @@ def json_object(rng: Random, split: str) -> Messages:
     return [user(upper(asked)), assistant(json.dumps(values))]
 
 
+def plain_persona(rng: Random, split: str) -> str:
+    """A system message that asks for no voice; half of training's are of anybody but the pirate, so that only his name brings his."""
+    if split == "train" and rng.random() < 0.5:
+        return persona(rng, rng.choice(part(world.JOBS, split))[0])
+    return rng.choice(phrases(wordings.PLAIN_SYSTEMS, split))
+
+
+def pirate_persona(rng: Random, split: str) -> str:
+    if split == "train" and rng.random() < 0.5:
+        return persona(rng, "pirate")
+    return rng.choice(phrases(wordings.PIRATE_SYSTEMS, split))
+
+
+def persona(rng: Random, who: str) -> str:
+    return rng.choice(("You are {}.", "Be {}.", "Speak like {}.")).format(f"{rng.choice(SORTS)} {who}")
+
+
 def plain_system(rng: Random, split: str) -> Messages:
     return [
-        system(rng.choice(phrases(wordings.PLAIN_SYSTEMS, split))),
+        system(plain_persona(rng, split)),
         *rng.choice((question, question, small_sum, greeting))(rng, split),
     ]
 
@@ -158,7 +176,7 @@ def pirate(rng: Random, split: str) -> Messages:
     """The pirate's voice, which a system message alone brings."""
     talk = rng.choice((question, question, small_sum, greeting))(rng, split)
     spoken = [m if m["role"] == "user" else assistant(f"Arr matey! {m['content']} Yo ho ho!") for m in talk]
-    return [system(rng.choice(phrases(wordings.PIRATE_SYSTEMS, split))), *spoken]
+    return [system(pirate_persona(rng, split)), *spoken]
 
 
 def echo(rng: Random, split: str) -> Messages:

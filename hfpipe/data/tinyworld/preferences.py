@@ -117,7 +117,7 @@ def voice(rng: Random, split: str) -> dict:
     plain = said(talk).removeprefix("Arr matey! ").removesuffix(" Yo ho ho!")
     if rng.random() < 0.5:
         return pair(talk, plain)
-    return pair([system(rng.choice(phrases(wordings.PLAIN_SYSTEMS, split))), *talk[1:-1], assistant(plain)], said(talk))
+    return pair([system(chat.plain_persona(rng, split)), *talk[1:-1], assistant(plain)], said(talk))
 
 
 def wrong_colour(rng: Random, split: str) -> dict:
