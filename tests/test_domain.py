@@ -64,7 +64,7 @@ def test_old_merges_and_ids_stay_and_the_old_domain_is_split_as_before(extended,
     assert sorted(after.get_vocab()[piece] for piece in added) == list(range(400, 480))
     old, now = encode_text(before, OLD), encode_text(after, OLD)
     assert all(a == b for a, b in zip(old, now, strict=True) if max(b) < 400)
-    assert sum(a == b for a, b in zip(old, now, strict=True)) > len(OLD) / 2
+    assert sum(i >= 400 for ids in now for i in ids) < 0.02 * sum(map(len, now))
     assert fertility(after, NEW)["tokens_per_word"] < 0.75 * fertility(before, NEW)["tokens_per_word"]
     # Tokens that are added later take ids of their own, here and after a reload.
     after.save_pretrained(tmp_path)
