@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pretrained", type=Path, help="`pretrain` of a run of tiny, which is the recipe's too")
+    parser.add_argument("--pretrained", type=Path, help="`pretrain` of a run of tiny, in place of the recipe's own")
     parser.add_argument("--recipe", default="synth", help="the recipe, or a copy of it")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for hfpipe run")
     options = parser.parse_args()

@@ -28,7 +28,7 @@ PLANTED = {
             "pretrain.trainer.lr_scheduler_type=warmup_stable_decay",
             "pretrain.trainer.lr_scheduler_kwargs={num_decay_steps: 5000}",
         ],
-        "num_decay_steps = 5000, and",
+        "num_decay_steps = 5000 after 5 of warm-up, and",
     ),
     "tokens_per_parameter": ("pretrain", ["plan.silence=[]"], "1.1 tokens a parameter, where about 20 are best"),
     "repeated_source": (

@@ -113,7 +113,7 @@ def test_frozen_rows_stay_and_control_tokens_move(micro_run):
 
 def test_a_second_run_does_nothing_and_imports_no_torch(micro_run):
     code = (
-        "import sys, time; began = time.monotonic()\nfrom hfpipe.cli import main\n"
+        "import sys\nfrom hfpipe.cli import main\n"
         f"assert main(['run', 'micro', '--out', {str(micro_run)!r}]) == 0\n"
         "assert 'torch' not in sys.modules"
     )

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -336,3 +337,12 @@ def test_checks_tell_right_from_wrong(probe_rows):
 def test_source_hash_is_stable():
     assert re.fullmatch(r"[0-9a-f]{64}", tinyworld.source_hash())
     assert tinyworld.source_hash() == tinyworld.source_hash()
+
+
+def test_no_persona_of_training_is_a_wording_of_another_split():
+    held_out = {text for kind in (wordings.PLAIN_SYSTEMS, wordings.PIRATE_SYSTEMS) for text in kind}
+    held_out -= {
+        text for kind in (wordings.PLAIN_SYSTEMS, wordings.PIRATE_SYSTEMS) for text in world.phrases(kind, "train")
+    }
+    for make in (chat.plain_persona, chat.pirate_persona):
+        assert not held_out & {make(Random(number), "train") for number in range(20_000)}

@@ -140,10 +140,13 @@ def _context(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
 def _decay(recipe: Recipe, stage: Stage, quote: Quote) -> Iterator[str]:
     """Upstream reckons where it begins back from the end."""
     (kind, options), steps = schedule_of(stage), quote.work.steps
-    decay = options.get("num_decay_steps") or 0
-    if kind == "warmup_stable_decay" and not anneals(stage) and steps and decay > steps:
+    if kind != "warmup_stable_decay" or "num_stable_steps" in options or anneals(stage) or not steps:
+        return
+    decay, warmup = options.get("num_decay_steps") or 0, option(stage, "warmup_steps") or 0
+    warmup = round(warmup * steps) if warmup < 1 else warmup
+    if warmup + decay > steps:
         yield (
-            f"num_decay_steps = {decay}, and {steps} steps in all: learning_rate would jump down as soon as it is warmed up. "
+            f"num_decay_steps = {decay} after {warmup:g} of warm-up, and {steps} steps in all: learning_rate would jump down as soon as it is warmed up. "
             "Give trainer.lr_scheduler_kwargs.num_decay_steps a part of the steps, such as two fifths"
         )
 

@@ -162,7 +162,9 @@ def pirate_persona(rng: Random, split: str) -> str:
 
 
 def persona(rng: Random, who: str) -> str:
-    return rng.choice(("You are {}.", "Be {}.", "Speak like {}.")).format(f"{rng.choice(SORTS)} {who}")
+    text = rng.choice(("You are {}.", "Be {}.", "Speak like {}.")).format(f"{rng.choice(SORTS)} {who}")
+    # One of them is a wording of the other splits.
+    return text.replace("a good", "a kind") if text in wordings.PLAIN_SYSTEMS else text
 
 
 def plain_system(rng: Random, split: str) -> Messages:
