@@ -89,6 +89,12 @@ def stage_json(folder: Path) -> dict:
     return json.loads((folder / "stage.json").read_text())
 
 
+def everything_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Each file of a folder by its path, with its size and when it was last written: what may not change."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(f.relative_to(folder)): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
+
+
 @pytest.fixture(scope="session")
 def micro_run(tmp_path_factory) -> Path:
     """`hfpipe run micro`, once for all tests that look at what it leaves. They must not change it."""

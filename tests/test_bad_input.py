@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from .conftest import OFFLINE, hfpipe
+from .conftest import OFFLINE, everything_in, hfpipe
 
 
 @pytest.fixture
@@ -73,6 +73,23 @@ def test_faulty_rows_above_the_limit_are_shown(sft_on):
         assert reason in told
     assert "1 x longer than max_length 256: rows.jsonl line 3\n" in told
     assert "raise data.max_bad_rows, a share from 0 to 1, to leave them out: 0.75 would do here" in told
+
+
+def test_a_row_of_which_nothing_is_trained(sft_on):
+    silent = GOOD.replace(b'"hello"}', b'"hello", "weight": 0}')
+    told = sft_on(GOOD + silent)
+    assert "1 of 2 rows cannot be used" in told
+    assert "1 x nothing of it is trained: no assistant's words, or all of weight 0: rows.jsonl line 2\n" in told
+
+
+def test_a_row_of_which_all_is_trained(sft_on, tmp_path):
+    """By a template that marks the whole conversation as the assistant's."""
+    talk = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end_{{ m.role }}|>{% endfor %}"
+    template = f"{{% generation %}}{talk}{{% endgeneration %}}"
+    (tmp_path / "all.jinja").write_text(template)
+    told = sft_on(GOOD, "rows.jsonl", "--set", f"sft.tokenizer.chat_template={tmp_path / 'all.jinja'}")
+    assert "no row is left to use of 1 read" in told
+    assert "1 x all of it is trained: no prompt: rows.jsonl line 1\n" in told
 
 
 def test_a_row_without_a_prompt_or_an_answer_is_not_trained_on(sft_on):
@@ -238,6 +255,45 @@ def test_a_hub_model_while_offline(recipe, tmp_path):
     assert "sft.yaml: model.from = 'org/model@main'" in done.stderr
     assert "Hub" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_there_is_not_touched_by_a_hub_model_while_offline(micro_run):
+    before = everything_in(micro_run)
+    for name in ("plan", "run"):
+        hfpipe(name, "micro", "--out", micro_run, "--set", "sft.model.from=org/model@main", check=2, env=OFFLINE)
+    assert everything_in(micro_run) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stage: sft\nmodel: {from: midtrain\ndata: {}\n", ["sft.yaml:3:5: not readable as YAML"]),
+        ("stage: sft\nmodel: {from: midtrain}\ndata: {train: 5}\n", ["sft.yaml", "data.train", "5"]),
+        ("stage: sft\nmodel: {from: midtrain}\ntrainer: {learning_rate: fast}\n", ["trainer.learning_rate", "'fast'"]),
+        (
+            "stage: sft\nmodel: {from: midtrain}\nmodell: {}\n",
+            ["sft.yaml", "modell is not a section", "Did you mean `model`?"],
+        ),
+        ("- stage\n- sft\n", ["sft.yaml", "mapping"]),
+    ],
+    ids=["malformed", "wrong type", "upstream's wrong type", "unknown key", "a list"],
+)
+def test_a_stage_file_with_a_fault(recipe, tmp_path, text, said):
+    folder = recipe({"sft": text})
+    for name in ("plan", "run"):
+        done = hfpipe(name, folder, "--out", tmp_path / "out", check=2)
+        assert "Traceback" not in done.stderr
+        assert [words for words in said if words not in done.stderr] == [], done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_recipe(tmp_path):
+    for name in ("plan", "run"):
+        done = hfpipe(name, "tinny", "--out", tmp_path / "out", check=2)
+        assert "tinny" in done.stderr
+        assert "Did you mean `tiny`?" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_dataset_while_offline(recipe, tmp_path):

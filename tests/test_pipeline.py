@@ -15,7 +15,7 @@ import pytest
 
 from hfpipe import artifact
 
-from .conftest import ROOT, hfpipe, stage_json
+from .conftest import ROOT, everything_in, hfpipe, stage_json
 
 STAGES = ["tokenizer", "pretrain", "midtrain", "sft", "dpo"]
 MODELS = STAGES[1:]
@@ -152,10 +152,7 @@ def test_what_a_fork_server_imports_is_there():
     assert done.stdout.split() == ["False", "torch", "True", "True"]
 
 
-SHORT = ("pretrain", "sft", "dpo")  # in CI; midtrain trains as sft does, the tokenizer is tried alone below
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.slow) for n in STAGES])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     run = tmp_path / "micro"
     for other in STAGES:
@@ -211,8 +208,10 @@ def test_a_folder_of_another_recipe_is_refused(micro_run, recipe):
     folder = recipe()
     text = (folder / "pipeline.yaml").read_text().replace("name: micro", "name: mine")
     (folder / "pipeline.yaml").write_text(text)
+    before = everything_in(micro_run)
     done = hfpipe("run", folder, "--out", micro_run, check=2)
     assert "was made by the recipe `micro`, not `mine`" in done.stderr
+    assert everything_in(micro_run) == before
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

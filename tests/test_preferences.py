@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +55,52 @@ def test_the_losses_of_dpo(after_sft, loss):
     metrics = stage_json(left)["metrics"]
     assert abs(metrics["pairs_before"]["margin"]) < 0.01
     assert metrics["pairs"]["margin"] > metrics["pairs_before"]["margin"]
+
+
+WATCHED = """
+import gc, json, sys, transformers, trl
+from hfpipe.stages import dpo
+from hfpipe.stages._run import main
+
+seen = {"models": set(), "forwards": set(), "columns": []}
+passes, step = [], trl.DPOTrainer.training_step
+forward = transformers.LlamaModel.forward
+
+
+def counted(self, *args, **kwargs):
+    passes.append(1)
+    return forward(self, *args, **kwargs)
+
+
+def watched(self, *args, **kwargs):
+    passes.clear()
+    loss = step(self, *args, **kwargs)
+    alive = [o for o in gc.get_objects() if isinstance(o, transformers.LlamaForCausalLM)]
+    seen["models"].add((len(alive), self.ref_model is None))
+    seen["forwards"].add(len(passes))
+    seen["columns"] = self.train_dataset.column_names
+    return loss
+
+
+transformers.LlamaModel.forward, trl.DPOTrainer.training_step = counted, watched
+main(dpo.TYPE)
+print(json.dumps({name: sorted(value) for name, value in seen.items()}))
+"""
+
+
+def test_the_reference_is_read_once_and_no_second_model_is_held(micro_run, tmp_path):
+    """Watched from within: in every step one model is alive, and it reads the batch once."""
+    run = tmp_path / "micro"
+    for stage in ("tokenizer", "pretrain", "midtrain", "sft"):
+        shutil.copytree(micro_run / stage, run / stage)
+    command = [sys.executable, "-c", WATCHED, "stage_configs/micro/dpo.yaml", "--out", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["models"] == [[1, True]]
+    assert seen["forwards"] == [1]
+    assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(seen["columns"])
+    assert stage_json(run / "dpo")["weights"] == stage_json(micro_run / "dpo")["weights"]
 
 
 def test_a_wrong_reference_is_seen_before_training(after_sft):

@@ -59,6 +59,15 @@ def test_the_run_says_which_form_each_file_has(short_run):
     assert "duplicates left out" in told
 
 
+def test_the_mixture_has_the_weights_of_the_recipe(short_run):
+    """0.7 and 0.3 of the tokens, up to a document: the whole of the one, a part of the other."""
+    sources = [s for s in stage_json(short_run / "pretrain")["sources"] if s["role"] == "train"]
+    tokens = {Path(s["path"]).name: s["tokens"] * s["taken"] for s in sources}
+    assert tokens["wikitext2_valid.txt"] / sum(tokens.values()) == pytest.approx(0.7, abs=0.01)
+    assert tokens["c4_demo.jsonl"] / sum(tokens.values()) == pytest.approx(0.3, abs=0.01)
+    assert [s["taken"] == 1 for s in sources] == [True, False]
+
+
 def test_every_stage_is_scored_on_held_out_text(short_run):
     for name in ("pretrain", "midtrain", "sft", "dpo"):
         metrics = stage_json(short_run / name)["metrics"]

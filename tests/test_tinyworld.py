@@ -1,6 +1,8 @@
 """tinyworld: the same bytes for a seed, splits with no common entity or wording, checks that tell right from wrong."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -12,7 +14,7 @@ from random import Random
 import pytest
 
 from hfpipe.data import tinyworld
-from hfpipe.data.tinyworld import behaviour, chat, facts, preferences, wordings, world
+from hfpipe.data.tinyworld import behaviour, chat, facts, preferences, text, wordings, world
 from hfpipe.data.tinyworld.probes import PROBES
 from hfpipe.errors import UserError
 from hfpipe.evaluation.answers import Answer
@@ -107,17 +109,41 @@ def test_a_wrong_request_is_told(args, said):
         tinyworld.rows(*args)
 
 
-def test_train_conversations_name_no_held_out_entity(train_chat):
-    entities = [
-        row[0] for table in (world.COUNTRIES, world.ANIMALS, world.THINGS, world.JOBS) for row in held_out(table)
+def entities_of(split):
+    """All that belongs to one split alone; planets, days and colours are asked for in no conversation."""
+    tables = (world.COUNTRIES, world.ANIMALS, world.THINGS, world.JOBS)
+    entities = [row[0] for table in tables for row in world.part(table, split)]
+    entities += [word for pair in world.part(world.OPPOSITES, split) for word in pair]
+    entities += [row[1] for row in world.part(world.COUNTRIES, split)]
+    for items in (world.NAMES, world.BELONGINGS, world.WRITINGS, world.BOOKINGS):
+        entities += world.part(items, split)
+    entities += [
+        act for table in (world.HARM, world.LOOKALIKES, world.TASKS) for act in world.part(acts_of(table), split)
     ]
-    entities += [word for pair in held_out(world.OPPOSITES) for word in pair]
-    entities += [row[1] for row in held_out(world.COUNTRIES)]
-    entities += held_out(world.NAMES) + held_out(world.BELONGINGS) + held_out(world.WRITINGS) + held_out(world.BOOKINGS)
-    entities += [act for table in (world.HARM, world.LOOKALIKES, world.TASKS) for act in held_out(acts_of(table))]
-    entities += [c for split in ("validation", "test") for c in world.made_up_countries(split)]
+    return entities + world.made_up_countries(split)
+
+
+def test_train_conversations_name_no_held_out_entity(train_chat):
+    entities = entities_of("validation") + entities_of("test")
     assert len(entities) > 150
     assert [entity for entity in entities if has_word(train_chat, entity)] == []
+
+
+@pytest.mark.parametrize(("split", "other"), [("validation", "test"), ("test", "validation")])
+def test_validation_and_test_name_nothing_of_each_other(split, other, probe_rows):
+    rows = [row for name in CHAT for row in tinyworld.rows(name, split, size=3_000)]
+    said = "\n".join(text_of({**row, "rejected": []} if row["kind"] == "garbled" else row) for row in rows)
+    said += "\n".join(m["content"] for row in probe_rows[split] for m in row.get("messages", ()))
+    for act in entities_of(split):  # is one as a whole: who robs a hen of its egg here says nothing of what hens eat
+        said = said.replace(act, "it") if " of its " in act else said
+    assert [entity for entity in entities_of(other) if has_word(said, entity)] == []
+    assert sum(has_word(said, entity) for entity in entities_of(split)) > 75
+
+
+def test_no_conversation_speaks_of_planets_or_of_what_day_comes_next(train_chat):
+    """So the wording alone makes a probe of them new: pretraining states them, and nothing else does."""
+    assert [planet for planet in world.PLANETS if has_word(train_chat, planet)] == []
+    assert [day for day in world.DAYS if has_word(train_chat, f"after {day}")] == []
 
 
 def acts_of(table):
@@ -248,6 +274,23 @@ def test_arithmetic_is_right():
             continue
         counted += 1
     assert counted > 400
+
+
+def test_stories_are_true_and_code_runs(pretraining):
+    for opening in ("They went to the", "Nice to meet you,", "def add(a, b):", "for i in range(", 'colour = "'):
+        assert pretraining.count(opening) > 5
+    rng, answered = Random(0), 0
+    for _ in range(200):
+        told = text.story(rng)
+        owned = {(name, thing): colour for name, colour, thing in re.findall(r"(\w+) has a (\w+) (\w+)\.", told)}
+        assert len(owned) == 2
+        for thing, name, colour in re.findall(r"What colour is the (\w+) of (\w+)\? The \1 of \2 is (\w+)\.", told):
+            assert owned[name, thing] == colour
+            answered += 1
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(text.code(rng), "code", "exec"), {})
+    assert answered > 100
 
 
 @pytest.mark.parametrize("text", ["__import__('os')", "2 ** 99", "a + 1", "1 +", "1 / 0", "print(1)", "(" * 500])

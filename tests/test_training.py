@@ -102,10 +102,12 @@ def test_muon_takes_the_hidden_matrices_and_resumes_exactly():
     assert scheduler.get_last_lr() == [0.01, 5e-4, 5e-4]
 
 
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "no bf16"])
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "ns_steps": 3, "weight_decay": 0.1}])
-def test_matrices_of_one_shape_orthogonalised_together_are_upstreams_muon(options, monkeypatch):
+def test_matrices_of_one_shape_orthogonalised_together_are_upstreams_muon(options, bf16, monkeypatch):
     from hfpipe.training import optim
 
+    monkeypatch.setattr(optim, "choose_bf16", lambda: (bf16, "as asked"))  # for the kind of processor that is not here
     monkeypatch.setattr(optim, "_TOGETHER", 3 * 16 * 16)  # so that four of one shape take two turns
 
     def trained(optimizer_class):
@@ -121,9 +123,10 @@ def test_matrices_of_one_shape_orthogonalised_together_are_upstreams_muon(option
 
     theirs, upstream = trained(torch.optim.Muon)
     ours, batched = trained(optim.BatchedMuon)
+    assert batched.dtype == (torch.bfloat16 if bf16 else torch.float32)
     for a, b in zip(theirs, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # five steps of 0.02, rounded to bfloat16
-        assert (a - b).abs().mean() < 1e-4
+        assert (a - b).abs().mean() < (1e-4 if bf16 else 4e-4)  # of the same rounding, and of upstream's alone
     resumed = torch.optim.Muon(ours, lr=0.02, **options)
     resumed.load_state_dict(batched.state_dict())
     for a, b in zip(theirs, ours, strict=True):

@@ -91,7 +91,7 @@ def plan_memory(shape: Shape, trained: Trained, setting: Setting, others: dict[s
     gradients, optimizer = scale * held, optimizer_bytes(shape, trained, setting.optimizer) * scale / 4
     matrices = shape.block_matrices + (0 if shape.scores else shape.head_matrix)
     copies = (2 * matrices if setting.casts else 0) + (2 * added if setting.width == 2 else 0)
-    step = step_bytes(shape, trained, setting.optimizer)
+    step = step_bytes(shape, trained, setting.optimizer, setting.width)
     if setting.ranks > 1:
         n = setting.ranks
         if setting.sharding == "ddp":
@@ -168,8 +168,8 @@ def optimizer_bytes(shape: Shape, trained: Trained, optimizer: str) -> float:
     return (4 if "lion" in optimizer or "adagrad" in optimizer else 8) * total
 
 
-def step_bytes(shape: Shape, trained: Trained, optimizer: str) -> float:
-    """What a step of the optimizer takes for itself for a moment."""
+def step_bytes(shape: Shape, trained: Trained, optimizer: str, width: int = 2) -> float:
+    """What a step of the optimizer takes for itself for a moment; products have `width` bytes a number."""
     tensors = list(trained.tensors(shape))
     if optimizer == "muon":
         sizes: dict[tuple[int, ...], int] = {}
@@ -177,7 +177,7 @@ def step_bytes(shape: Shape, trained: Trained, optimizer: str) -> float:
             if _is_hidden(weight):
                 sizes[weight.size] = sizes.get(weight.size, 0) + weight.numel
         together = [min(total, max(_TOGETHER // (a * b), 1) * a * b) for (a, b), total in sizes.items()]
-        return 14 * max(together, default=0)  # the update in float32, five more in bfloat16
+        return (4 + 5 * width) * max(together, default=0)  # the update in float32, five more as products are
     if "adafactor" in optimizer:
         return 8 * max((w.numel for w in tensors), default=0)
     return 0.0
