@@ -89,6 +89,8 @@ def draw_curves(figure: Any, stages: list[StageStory]) -> bool:
 
 
 def _draw_losses(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
+    from matplotlib.ticker import LogLocator
+
     start = 0
     for stage in stages:
         colour = colours[stage.name]
@@ -104,6 +106,9 @@ def _draw_losses(axes: Any, stages: list[StageStory], colours: dict[str, str]) -
             axes.plot([start], [after], "D", color=colour, markersize=5, markeredgecolor="white")
         axes.axvline(start, color="#cccccc", linewidth=0.8, zorder=0)
     axes.set(xlabel="step, one stage after the other", ylabel="loss (nats per token)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def _draw_rewards(axes: Any, stages: list[StageStory], colours: dict[str, str]) -> None:
