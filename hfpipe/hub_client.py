@@ -279,14 +279,14 @@ def _fetch(
         wrong = [path for path, entry in wanted.items() if not same(entry, folder / path)]
         if not wrong:
             break
+        for path in wrong:  # the cache is other programs' too
+            (folder / path).resolve().unlink(missing_ok=True)
+            (folder / path).unlink(missing_ok=True)
         if last:
             told = ", ".join(wrong)
             raise UserError(
                 f"{repo_id}@{commit[:12]}: {told} arrived twice with other bytes than the Hub names. Try again."
             )
-        for path in wrong:
-            (folder / path).resolve().unlink(missing_ok=True)
-            (folder / path).unlink(missing_ok=True)
     digests = {
         path: entry.lfs.sha256 if entry.lfs else artifact.file_sha256(folder / path) for path, entry in wanted.items()
     }

@@ -319,6 +319,51 @@ def test_a_hub_that_hangs_holds_nobody_up(hub, hub_env, repo_id, own_run, moment
     assert all(made(hub, repo_id, stage) == 1 for stage in STAGES)
 
 
+FOR_EVER = {  # name: (way of large files, setting, what is told)
+    "lfs, by the watchdog": ("lfs", "hub.timeout_minutes=0.1", "took more than 6 s"),
+    "xet, by the watchdog": ("xet", "hub.timeout_minutes=0.1", "took more than 6 s"),
+    "xet, by a client that tries twice": ("xet", "hub.timeout_minutes=null", "503"),
+    "lfs, by the client": ("lfs", "hub.timeout_minutes=null", "503"),  # after more than a minute
+    "xet, by the client": ("xet", "hub.timeout_minutes=null", "503"),  # after four to five
+}
+
+
+@pytest.mark.parametrize(
+    ("hub", "setting", "found"),
+    [
+        pytest.param(*told, id=name, marks=[pytest.mark.slow] if name.endswith("the client") else [])
+        for name, told in FOR_EVER.items()
+    ],
+    indirect=["hub"],
+)
+def test_uploads_that_get_503_for_ever_fail_no_run(request, hub, hub_env, repo_id, own_run, setting, found):
+    env = hub_env
+    if "twice" not in request.node.callspec.id:  # as long as a user's client tries
+        env = {name: value for name, value in env.items() if "_XET_CLIENT_RETRY_" not in name}
+    if found != "503":  # a push more, so only where that is short
+        shutil.rmtree(own_run / "dpo")
+    rule = hub.fault(UPLOAD, status=503, times=10_000)
+    settings = ["--set", f"hub.repo_id={repo_id}", "--set", setting]
+    done = hfpipe("run", "micro", "--out", own_run, *settings, env=env)
+    assert rule["fired"]
+    assert "micro is complete" in done.stdout
+    [left] = re.findall(r"not published yet: (.*)", done.stdout)
+    assert left.startswith("pretrain, midtrain, sft, dpo (")  # a tokenizer has no large file
+    assert found in left
+    assert "Traceback" not in done.stdout + done.stderr
+    told = hfpipe("status", own_run).stdout
+    assert told.count("not published yet") == 4
+    assert "4 to push" in told
+    assert re.search(rf"last push ended with.*{found}", told)
+    assert [stage for stage in STAGES if "hub" in stage_json(own_run / stage)] == ["tokenizer"]
+    hub.faults.clear()
+    push(own_run, hub_env)
+    for stage in STAGES:
+        assert_published(hub, repo_id, own_run, stage)
+        assert made(hub, repo_id, stage) == 1
+    assert "to push" not in hfpipe("status", own_run).stdout
+
+
 @LFS
 def test_with_the_hub_down_a_run_ends_well_and_says_what_is_left(hub, hub_env, repo_id, own_run):
     shutil.rmtree(own_run / "dpo")
@@ -435,6 +480,35 @@ def test_a_hub_that_hangs_or_babbles_before_the_run_does_not_stop_it(hub, hub_en
         within(0.2, lambda: time.sleep(5))
     with pytest.raises(UserError, match="told"):
         within(5, lambda: (_ for _ in ()).throw(UserError("told")))
+
+
+@pytest.mark.parametrize("limit_s", [2, pytest.param(60, marks=pytest.mark.slow)])  # the minute that it has, and less
+@pytest.mark.parametrize("moment", ["GET /api/whoami-v2", "POST .*/branch/dpo"], ids=["at first", "at last"])
+@LFS
+def test_a_hub_that_hangs_when_a_run_asks_for_leave_is_waited_for_so_long(
+    hub, hub_env, repo_id, own_run, moment, limit_s
+):
+    shutil.rmtree(own_run / "dpo")
+    rule = hub.fault(moment, delay=90.0, times=100)
+    code = (
+        f"import sys, hfpipe.publishing.hub as hub; hub._PROBE_S = {limit_s}\n"  # no setting: a minute is right for all
+        "from hfpipe.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "run", "micro", "--out", own_run, "--set", f"hub.repo_id={repo_id}"]
+    command += ["--set", "hub.timeout_minutes=0.1"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | hub_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert rule["fired"]
+    assert {request["status"] for request in hub.requests(moment)} <= {None, 499}, "it stayed for the answer"
+    [note] = re.findall(r"the Hub is not reached.*", done.stdout)
+    assert note.startswith(f"the Hub is not reached (no answer within {limit_s} s); the run goes on")
+    assert done.stdout.index(note) < done.stdout.index("dpo ")
+    assert "micro is complete" in done.stdout
+    hub.reset()
+    push(own_run, hub_env)
+    for stage in STAGES:
+        assert_published(hub, repo_id, own_run, stage)
+        assert made(hub, repo_id, stage) == 1
 
 
 class Portal(http.server.BaseHTTPRequestHandler):

@@ -256,28 +256,39 @@ def test_a_chat_with_a_revision_on_the_hub(hub, hub_env, repo_id, own_run):
 ADAPTED = FROM_HUB + "adapter: {{type: lora, r: 4, target_modules: all-linear}}\n"
 
 
-@LFS
-def test_an_adapter_names_its_bases_commit(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path):
-    push(own_run, hub_env, "--repo-id", repo_id)
+@pytest.mark.parametrize("merged", [True, False], ids=["with the merged model", "alone"])
+def test_an_adapter_names_its_bases_commit(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path, merged):
+    push(own_run, hub_env, "--repo-id", repo_id, "--stage", "midtrain", "--stage", "dpo")  # `main` is dpo
     commit = stage_json(own_run / "midtrain")["hub"]["commit"]
-    out = tmp_path / "out"
-    hfpipe("run", hub_recipe(f"{repo_id}@midtrain", ADAPTED), "--out", out, env=hub_env)
-    push(out, hub_env, "--repo-id", f"{repo_id}-mine")
-    there = hub.files(f"{repo_id}-mine", "sft")
-    assert "model.safetensors" in there
-    assert "adapter/adapter_model.safetensors" in there
-    config = json.loads(there["adapter/adapter_config.json"])
+    out, mine = tmp_path / "out", f"{repo_id}-mine"
+    recipe = hub_recipe(f"{repo_id}@midtrain", ADAPTED)
+    hfpipe("run", recipe, "--out", out, "--set", f"sft.adapter.merge={str(merged).lower()}", env=hub_env)
+    hub.reset()
+    push(out, hub_env, "--repo-id", mine)
+    assert hub.xet == bool(hub.requests("POST /cas/v1/xorbs"))
+    there, at = hub.files(mine, "sft"), "adapter/" if merged else ""
+    assert ("model.safetensors" in there) == merged
+    for name in {*stage_json(out / "sft")["files"], f"{at}adapter_model.safetensors"} - {f"{at}adapter_config.json"}:
+        assert there[name] == (out / "sft" / name).read_bytes(), name
+    config = json.loads(there[f"{at}adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == (repo_id, commit)
-    code = (
-        "import sys; from peft import PeftConfig, PeftModel; from transformers import AutoModelForCausalLM\n"
-        "there = {'revision': 'sft', 'subfolder': 'adapter'}; config = PeftConfig.from_pretrained(sys.argv[1], **there)\n"
-        "base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision)\n"
-        "print(PeftModel.from_pretrained(base, sys.argv[1], **there).num_parameters())"
+    [snippet] = re.findall(r"```python\n(.*?)```", there["README.md"].decode(), re.S)
+    assert f'"{mine}", revision="sft"' in snippet
+    adapted = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[2], revision=sys.argv[3])\n"
+        "before = base(**inputs).logits\n"
+        "adapted = PeftModel.from_pretrained(base, sys.argv[1], revision='sft', subfolder=sys.argv[4] or None)\n"
+        "torch.testing.assert_close(adapted(**inputs).logits, model(**inputs).logits, atol=1e-4, rtol=1e-4)\n"
+        "assert not torch.allclose(before, model(**inputs).logits, atol=1e-3)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, f"{repo_id}-mine"], env=os.environ | hub_env, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    command = [sys.executable, "-c", snippet + adapted, mine, repo_id, commit, at.rstrip("/")]
+    done = subprocess.run(command, env=os.environ | hub_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "<|assistant|>" in done.stdout
+    ask = ("--prompt", "Hello!", "--max-new-tokens", "4", "--json")
+    told = hfpipe("chat", f"{mine}@sft", *ask, env=hub_env).stdout
+    assert told == hfpipe("chat", out / "sft", *ask, env=hub_env).stdout
 
 
 def test_a_notebook_sees_that_a_branch_has_moved(hub, hub_env, repo_id, own_run):
@@ -359,6 +370,45 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     hub.store.repos.pop(("dataset", repo_id))
     told = hfpipe("lineage", out / "pretrain", env=hub_env, check=2).stdout
     assert "the Hub does not give" in told
+
+
+CORRUPT = [("lfs", "jsonl"), ("lfs", "parquet"), ("xet", "parquet")]  # a small file comes the same way from both
+
+
+@pytest.mark.parametrize(("hub", "form"), CORRUPT, indirect=["hub"])
+def test_a_corrupt_dataset_is_fetched_again_or_refused(hub, hub_env, repo_id, tmp_path, form):
+    HfApi(hub.endpoint, token=TOKEN).create_repo(repo_id, repo_type="dataset", private=True)
+    file = tmp_path / f"train.{form}"
+    commit = upload_texts(hub_env, repo_id, file, [f"The capital of country {n} is city {n * 7}." for n in range(200)])
+    folder, out = tmp_path / "recipe", tmp_path / "out"
+    folder.mkdir()
+    (folder / "pipeline.yaml").write_text("name: rows\nstages: [tokenizer]\n")
+
+    def run(path, out: Path, check: int = 0) -> subprocess.CompletedProcess:
+        text = f"stage: tokenizer\ntokenizer: {{vocab_size: 300}}\ndata: {{train: [{{path: {path}}}]}}\n"
+        (folder / "tokenizer.yaml").write_text(text)
+        return hfpipe("run", folder, "--out", out, env=hub_env, check=check)
+
+    content = CONTENT["large"] if form == "parquet" else r"GET .*/(resolve|resolve-cache)/.*/train.jsonl"
+    rule = hub.fault(content, corrupt=True, times=10_000)
+    done = run(repo_id, out, check=2)
+    assert rule["fired"]
+    [message] = done.stderr.splitlines()
+    told = f"{repo_id}@{commit[:12]}: {file.name} arrived twice with other bytes than the Hub names. Try again."
+    assert message.startswith("hfpipe: ")
+    assert told in message
+    assert not (out / "tokenizer").exists()
+    assert not list(Path(os.environ["HFPIPE_CACHE"]).rglob(f"{commit}*.json")), "it counts as verified"
+    kept = [path.stat().st_size for path in Path(hub_env["HF_HOME"]).rglob("*") if path.is_file()]
+    assert file.stat().st_size not in kept, "other programs would read it from the cache"
+
+    hub.reset()
+    rule = hub.fault(content, corrupt=True)
+    run(repo_id, out)
+    assert rule["fired"] == 1
+    run(file, tmp_path / "local")
+    left = [(run / "tokenizer" / "tokenizer.json").read_bytes() for run in (out, tmp_path / "local")]
+    assert left[0] == left[1]
 
 
 def upload_texts(env: dict, repo_id: str, path: Path, texts: list[str]) -> str:
