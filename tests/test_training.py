@@ -177,6 +177,64 @@ def test_streamed_text_trains(after):
     assert metrics["validation"]["perplexity"] < 700
 
 
+def test_what_became_of_streamed_rows_is_told(after, tmp_path):
+    rows = [{"text": f"The {n} has {n} digits and is read while it trains."} for n in range(40)]
+    rows[7] = {"text": " "}
+    rows[9] = {"text": "Here a <|user|> forges a turn."}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = after("tokenizer")
+    source = f"{{path: {tmp_path / 'rows.jsonl'}, split: all}}"
+    settings = [f"pretrain.data.train=[{source}]", "pretrain.data.streaming=true", "pretrain.data.max_bad_rows=0.5"]
+    settings += ["pretrain.trainer.max_steps=3", "pretrain.trainer.num_train_epochs=1"]
+    options = [a for s in settings for a in ("--set", s)]
+    told = hfpipe("run", "micro", "--out", run, "--to", "pretrain", *options).stdout
+    line = next(line for line in told.splitlines() if "rows.jsonl [all]" in line)
+    for words in ("text; 39 rows used", "1 left out (1 empty text)", "1 control tokens neutralised"):
+        assert words in line, line
+    streamed, *_ = stage_json(run / "pretrain")["sources"]
+    assert (streamed["used"], streamed["left_out"], streamed["neutralised"]) == (39, {"empty text": 1}, 1)
+    hfpipe("run", "micro", "--out", run, "--to", "pretrain", *options, "--set", "evaluate.samples=2")
+    assert stage_json(run / "pretrain")["sources"][0] == streamed  # scored anew, not read anew
+
+
+def test_a_stream_that_is_not_read_to_its_end_says_so(after):
+    run = after("tokenizer")
+    settings = ["pretrain.data.streaming=true", "pretrain.trainer.max_steps=2", "pretrain.trainer.num_train_epochs=1"]
+    settings += ["pretrain.data.train=[{path: tinyworld/pretrain, limit: 4000}]"]
+    told = hfpipe("run", "micro", "--out", run, "--to", "pretrain", *(a for s in settings for a in ("--set", s))).stdout
+    line = next(line for line in told.splitlines() if "tinyworld/pretrain [train]" in line)
+    assert line.endswith("; training ended before the source did")
+    assert 900 < stage_json(run / "pretrain")["sources"][0]["used"] <= 1000  # packed together before any of them trains
+
+
+def test_streamed_sources_come_at_their_weights(after, tmp_path):
+    """By what the rows hold: each source's text is of one word that the other has not."""
+    from hfpipe.config import load_recipe
+    from hfpipe.stages import stage_types
+    from hfpipe.training.job import make_job
+    from hfpipe.training.models import load_tokenizer
+    from hfpipe.training.streams import stream_rows
+
+    for word in ("red", "blue"):
+        lines = "".join(json.dumps({"text": f"{n} {' '.join([word] * 40)}"}) + "\n" for n in range(300))
+        (tmp_path / f"{word}.jsonl").write_text(lines)
+    sources = ", ".join(
+        f"{{path: {tmp_path / f'{word}.jsonl'}, split: all, weight: {weight}}}"
+        for word, weight in (("red", 0.7), ("blue", 0.3))
+    )
+    settings = [f"pretrain.data.train=[{sources}]", "pretrain.data.streaming=true", "pretrain.trainer.max_steps=3"]
+    recipe = load_recipe("micro", stage_types(), settings)
+    job = make_job(recipe, recipe.stages["pretrain"], after("tokenizer"))
+    tokenizer = load_tokenizer(job)
+    rows = stream_rows(job, tokenizer, max_length=128, packing=True).train.take(600)
+    counts = {"red": 0, "blue": 0}
+    for row in rows:
+        text = tokenizer.decode(row["input_ids"])
+        assert ("red" in text) != ("blue" in text)
+        counts["red" if "red" in text else "blue"] += 1
+    assert counts["red"] / 600 == pytest.approx(0.7, abs=0.06)
+
+
 def test_streaming_without_an_end_is_refused(after):
     run = after("tokenizer")
     done = hfpipe("run", "micro", "--out", run, "--to", "pretrain", "--set", "pretrain.data.streaming=true", check=2)

@@ -86,6 +86,7 @@ def run_stage(job: Job, progress: Progress) -> None:
         metrics |= scores
     from hfpipe.publishing.card import write_card
 
+    sources = [*metrics.pop("streamed", ()), *sources]
     record = {**stage_record(job, metrics, time.monotonic() - began), "sources": sources}
     write_card(job.work, record)
     job.finish(record)
@@ -112,6 +113,7 @@ def score_again(job: Job, progress: Progress) -> None:
 
     progress.note(f"{why}: scoring the weights on disk")
     scores, sources = evaluate(job, job.folder)
+    sources = [s for s in record.get("sources", ()) if s.get("streamed")] + sources
     identity = evaluation_identity(job.recipe)
     scored = {"metrics": {**record["metrics"], **scores}, "evaluation": identity, "sources": sources}
     write_card(job.folder, record | scored)

@@ -37,7 +37,8 @@ TYPE = StageType(
 
 def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Documents packed into rows of `data.max_length` tokens; longer ones are cut into several rows, nothing is lost."""
-    from hfpipe.training.prepare import prepare_rows, stream_rows
+    from hfpipe.training.prepare import prepare_rows
+    from hfpipe.training.streams import stream_rows
 
     make = stream_rows if job.stage.data.streaming else prepare_rows
     return make(job, tokenizer, max_length=job.stage.data.max_length, packing=True)
@@ -52,6 +53,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from hfpipe.training.fit import build_args, build_collator, fit
     from hfpipe.training.models import load_model, load_tokenizer
     from hfpipe.training.order import in_order
+    from hfpipe.training.streams import tell_streamed
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
@@ -74,7 +76,8 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         eval_dataset=data.eval,
         processing_class=tokenizer,
     )
-    return fit(job, trainer, data, progress)
+    metrics = fit(job, trainer, data, progress)
+    return {**metrics, "streamed": tell_streamed(job, progress)} if job.stage.data.streaming else metrics
 
 
 def _set_batch(job: Job, args: Any, progress: Progress) -> None:

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact, paths
-from hfpipe.annealing import anneals
 from hfpipe.data.report import SourceReport
 from hfpipe.errors import UserError
 from hfpipe.sections import Data, Source
 from hfpipe.training.encode import encode_rows
 from hfpipe.training.identity import hash_source
 from hfpipe.training.order import check_numbers, columns, is_ordered, measure, pack, store_ordered
-from hfpipe.training.select_rows import Balance, concatenate, mix, shares, without_held_out
-from hfpipe.training.shards import holds_ids
+from hfpipe.training.select_rows import Balance, concatenate, mix, without_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
     from hfpipe.data.held_out import HeldOut
+    from hfpipe.data.sources import Loaded
     from hfpipe.training.job import Job
 
 _VERSION = 4  # raise when the same inputs come to give other rows
@@ -91,56 +90,34 @@ def prepare_held_out_text(job: Job, tokenizer: PreTrainedTokenizerBase, data: Da
     return _stored(job, tokenizer, data, "text", data.max_length, True, hashes)
 
 
-def stream_rows(job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: bool) -> Prepared:
-    """As `prepare_rows`, but training text is read, encoded and packed while training, again and again.
-
-    A source whose faulty rows exceed `data.max_bad_rows` stops the training when its first reading ends.
-    """
-    from datasets import Features, IterableDataset, List, Value, interleave_datasets
-    from trl import pack_dataset
-
-    if job.rehearsal:
-        return job.rehearsal.prepared("text")
-    if not job.stage.trainer.get("max_steps") and not anneals(job.stage):
-        raise UserError(f"{job.stage.file}: data.streaming needs trainer.max_steps: a stream has no known end.")
-    features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
-    streams = []
-    for source in job.stage.data.train:
-        _, first = next(read_source(source, SourceReport.of(source, "train"), wanted="text", job=job, streaming=True))
-        holds_ids(first, tokenizer, f"{job.stage.file}: data.train {source.path}")
-        options = {"job": job, "tokenizer": tokenizer, "source": source, "max_length": max_length}
-        stream = IterableDataset.from_generator(_stream, features=features, gen_kwargs=options)
-        streams.append(pack_dataset(stream, max_length, "bfd").repeat(None))
-    seed, weights = job.recipe.pipeline.seed, shares(job.stage.data.train)
-    mixed = interleave_datasets(streams, probabilities=weights, seed=seed, stopping_strategy="all_exhausted")
-    held_out = None
-    report: dict[str, Any] = {"sources": [], "samples": []}
-    if job.stage.data.eval:
-        data = dataclasses.replace(job.stage.data, train=())
-        stored = _stored(job, tokenizer, data, "text", max_length, packing, job.data_hashes)
-        held_out, report = stored.eval, stored.report
-    return Prepared(mixed, held_out, {**report, "tokens_per_row": max_length})
+def prepare_held_out_rows(
+    job: Job, tokenizer: PreTrainedTokenizerBase, *, max_length: int, packing: bool
+) -> tuple[Dataset | None, dict[str, Any]]:
+    """The rows of `data.eval` alone, for a stage that streams the others, and their report."""
+    if not job.stage.data.eval:
+        return None, {"sources": [], "samples": []}
+    data = dataclasses.replace(job.stage.data, train=())
+    stored = _stored(job, tokenizer, data, "text", max_length, packing, job.data_hashes)
+    return stored.eval, stored.report
 
 
-def _stream(job: Job, tokenizer: PreTrainedTokenizerBase, source: Source, max_length: int) -> Iterator[dict[str, Any]]:
-    report = SourceReport.of(source, "train")
-    rows = read_source(source, report, wanted="text", job=job, streaming=True)
-    for _, encoded in encode_rows(rows, report, "text", tokenizer, max_length):
-        yield {"input_ids": encoded["input_ids"], "labels": encoded["labels"]}
-    refuse_bad_rows(report, job, job.stage.data.max_bad_rows)
-
-
-def read_source(
-    source: Source, report: SourceReport, *, wanted: str, job: Job, streaming: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_source(source: Source, report: SourceReport, *, wanted: str, job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
     """Canonical rows of one source with their places; the report counts what was seen and left out."""
+    loaded = open_source(source, report, wanted=wanted, job=job)
+    yield from loaded.located_rows()
+    take_counts(report, loaded)
+
+
+def open_source(source: Source, report: SourceReport, *, wanted: str, job: Job, streaming: bool = False) -> Loaded:
+    """One source at the split of its report; its counts grow as it is read."""
     from hfpipe.data.sources import load_source
 
-    where = f"{job.stage.file}: data.{report.role}"
-    loaded = load_source(
-        source, wanted=wanted, split=report.split, seed=job.recipe.pipeline.seed, where=where, streaming=streaming
-    )
-    yield from loaded.located_rows()
+    where, seed = f"{job.stage.file}: data.{report.role}", job.recipe.pipeline.seed
+    return load_source(source, wanted=wanted, split=report.split, seed=seed, where=where, streaming=streaming)
+
+
+def take_counts(report: SourceReport, loaded: Loaded) -> None:
+    """Once, when no more of it is read: what the reading has seen and left out."""
     counts = loaded.counts
     report.form, report.read = loaded.form_seen, counts.read
     report.other_splits, report.duplicates = counts.other_splits, counts.duplicates
