@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfpipe import artifact
 from hfpipe.apps.chat import Session, check_takes_turns, load
-from hfpipe.apps.hub import restore, status_rows
+from hfpipe.apps.hub import notes_told, restore, status_rows
 from hfpipe.config import load_recipe
 from hfpipe.errors import Interrupted, StageFailed, UserError, check_type, nearest
 from hfpipe.evaluation.scorecard import Scorecard, read_scorecard, result
@@ -52,6 +52,7 @@ __all__ = [
 quiet_imports()
 
 
+@notes_told()
 def load_pipeline(recipe: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Pipeline:
     """A recipe (a shipped one's name, or a folder with `pipeline.yaml`), checked as `hfpipe plan` checks it.
 
@@ -82,6 +83,7 @@ def load_model(source: str | Path) -> Model:
     return Model(str(folder.absolute() if folder.exists() else source))
 
 
+@notes_told()
 def pull(source: str, out: str | Path | None = None) -> Run | Model:
     """`hfpipe pull`: a published run restored into `out` (by default `runs/RECIPE`), or one model; every file is verified.
 
@@ -92,6 +94,7 @@ def pull(source: str, out: str | Path | None = None) -> Run | Model:
     return Run(told["run"]) if "run" in told else Model(str(told["folder"]))
 
 
+@notes_told()
 def lineage(source: str | Path) -> DataFrame:
     """`hfpipe lineage`: a row for each thing that was checked on the way from a model back to its raw data.
 
@@ -116,6 +119,7 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({', '.join([repr(str(self._recipe)), *self._overrides])})"
 
+    @notes_told()
     def plan(self, out: str | Path | None = None) -> DataFrame:
         """What `run(out)` would do, and why: a row a stage, with `status`, `why` and `notes`."""
         from pandas import DataFrame
@@ -142,6 +146,7 @@ class Pipeline:
             raise Interrupted("interrupted; the same call goes on from what is on disk.") from None
         return Run(folder)
 
+    @notes_told()
     def inspect(self, stage: str, row: int = 1, out: str | Path | None = None) -> Inspected:
         """A training row as the model will see it, counted from 1; printed, what is trained stands in ⟦ ⟧.
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from numbers import Integral
 
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{8,}|hf_(?:oauth|jwt)_[\w.-]{8,}|api_org_[A-Za-z0-9]{8,})")
 
 
 def hide_tokens(text: str) -> str:
-    """Text without what looks like a token of the Hub."""
+    """Text that may be shown or written: without the token in use, and without what looks like one of the Hub."""
+    if "huggingface_hub" in sys.modules:  # else none was sent, so that no answer repeats it
+        from huggingface_hub import get_token
+
+        with contextlib.suppress(Exception):  # a login that has failed hides no other error
+            text = text.replace(token, "hf_...") if (token := get_token()) else text
     return _TOKEN.sub("hf_...", text)
 
 

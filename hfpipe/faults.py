@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from hfpipe.errors import hide_tokens
+
 LESS_MEMORY = (
     "Lower trainer.per_device_train_batch_size (and raise trainer.gradient_accumulation_steps by as much), lower "
     "max_length, or set trainer.gradient_checkpointing: true."
@@ -39,7 +41,7 @@ def explain(error: BaseException) -> str:
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-    text = f"{type(error).__name__}: {error}"
+    text = hide_tokens(f"{type(error).__name__}: {error}")
     if any(map(full, causes)):
         return f"the disk is full ({text.splitlines()[0]}). {_LESS_DISK}"
     if any(_TOO_LARGE.search(str(cause)) for cause in causes):

@@ -16,12 +16,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from hfpipe import artifact
-from hfpipe.errors import UserError, hide_tokens
+from hfpipe.errors import StageFailed, UserError, hide_tokens
 from hfpipe.paths import cache_dir
 
 RepoType = Literal["model", "dataset"]
@@ -61,14 +61,6 @@ class Unreachable(Exception):
         self.moved = moved  # 409 or 412: somebody else's commit came in between
 
 
-def scrub(text: str) -> str:
-    """Text that may be shown or written: without the token, whatever it says."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return hide_tokens(text.replace(token, "hf_...") if token else text)
-
-
 def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """A call to the Hub, whose failures of many types become two.
 
@@ -82,7 +74,7 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
         return call(*arguments, **options)
     except HFValidationError as error:
-        raise Refused(scrub(str(error))) from None
+        raise Refused(hide_tokens(str(error))) from None
     except UnicodeEncodeError:  # of the header that a token is sent in
         raise Refused(
             "the token holds a letter that no token has: it was not copied whole, or something else was"
@@ -94,7 +86,7 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             causes.append(cause)
         response = next((found for cause in causes if (found := getattr(cause, "response", None)) is not None), None)
         status = getattr(response, "status_code", None)
-        said = scrub(": ".join(dict.fromkeys(map(_first_line, causes))))
+        said = hide_tokens(": ".join(dict.fromkeys(map(_first_line, causes))))
         if status in _REFUSED:
             raise Refused(said) from None
         plain = isinstance(error, ValueError | FileNotFoundError | PermissionError) and not isinstance(
@@ -104,6 +96,14 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             raise
         wait = getattr(response, "headers", {}).get("Retry-After", "")
         raise Unreachable(said, float(wait) if wait.isdigit() else None, status in (409, 412)) from None
+
+
+def stream(name: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows that the Hub gives while they are read; StageFailed, which hides a token, where it gives no more."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise StageFailed(f"{name}: the Hub gives no more of it: {error}") from None
 
 
 def within(seconds: float, act: Callable[[], None]) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
+from hfpipe import artifact
 from hfpipe.publishing.card import build_card
 
 from .conftest import hfpipe, stage_json
 from .test_hub import LFS, STAGES, TOKEN, assert_published, made, messages, push
+from .test_hub_read import upload_texts
 
 
 @pytest.mark.parametrize("status", [403, 503])
@@ -40,6 +46,53 @@ def test_a_refusal_beside_a_run_fails_nothing_and_no_token_is_written(hub, hub_e
     assert not any(TOKEN.encode() in text for text in said)
 
 
+READS = ("pull", "lineage", "chat", "run")
+REFUSED = {  # name: (requests that are, how many of them get through first, what is tried)
+    "names": ("GET /api/", 0, READS),
+    "files": ("(GET|HEAD) .*/resolve", 0, READS),
+    "rows": ("GET .*/resolve/.*train.jsonl", 2, READS[3:]),
+}
+
+
+def test_what_reads_from_a_hub_that_repeats_the_token_tells_and_writes_none(hub, hub_env, repo_id, own_run, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    folder, rows = stream_recipe(tmp_path / "recipe", repo_id, own_run / "sft"), tmp_path / "train.jsonl"
+    HfApi(hub.endpoint, token=TOKEN).create_repo(repo_id, repo_type="dataset", private=True)
+    upload_texts(hub_env, repo_id, rows, [f"Row {n} of all." for n in range(200)])
+    options = {
+        "pull": (repo_id, "--out", tmp_path / "pulled"),
+        "lineage": (f"{repo_id}@sft",),
+        "chat": (f"{repo_id}@sft", "--prompt", "Hello!"),
+        "run": (folder, "--out", tmp_path / "run"),
+    }
+    said = []
+    for pattern, skip, reads in REFUSED.values():
+        for read in reads:
+            hub.reset()
+            told = {"X-Error-Message": f"{TOKEN} may not do that"}
+            rule = hub.fault(pattern, status=403, times=10_000, skip=skip, headers=told)
+            done = hfpipe(read, *options[read], env=hub_env, check=None)
+            assert rule["fired"], done.stdout
+            assert done.returncode in (1, 2)
+            said.append(done.stdout + done.stderr)
+    assert sum("hf_... may not do that" in text for text in said) >= len(said) - 1, said
+    folders = (tmp_path, Path(hub_env["HF_HOME"]), Path(os.environ["HFPIPE_CACHE"]), hub.root)
+    written = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+    assert not any(TOKEN in text for text in said)
+
+
+def stream_recipe(folder: Path, repo_id: str, model: Path) -> Path:
+    folder.mkdir()
+    (folder / "pipeline.yaml").write_text("name: rows\nstages: [pretrain]\nevaluate: {samples: 0}\n")
+    (folder / "pretrain.yaml").write_text(
+        f"stage: pretrain\nmodel: {{from: {model}}}\n"
+        f"data: {{train: [{{path: {repo_id}}}], max_length: 64, streaming: true}}\n"
+        "trainer: {max_steps: 2, per_device_train_batch_size: 2}\n"
+    )
+    return folder
+
+
 @LFS
 def test_without_hub_in_the_recipe_the_hub_is_not_asked(hub, hub_env, own_run):
     """A token and a Hub are there."""
@@ -47,6 +100,20 @@ def test_without_hub_in_the_recipe_the_hub_is_not_asked(hub, hub_env, own_run):
     hfpipe("run", "micro", "--out", own_run, env=hub_env)
     hfpipe("status", own_run, env=hub_env)
     assert hub.requests() == []
+
+
+@LFS
+def test_a_file_of_another_kind_stays_here_though_the_record_names_it(hub, hub_env, repo_id, own_run):
+    (own_run / "sft" / "extra.bin").write_bytes(b"a pickle, perhaps")
+    record = stage_json(own_run / "sft")
+    record["files"] |= artifact.checksums(own_run / "sft", ["extra.bin"])
+    artifact.write_record(own_run / "sft" / "stage.json", record)
+    push(own_run, hub_env, "--repo-id", repo_id, "--stage", "sft")
+    for branch in ("sft", "main"):
+        there = hub.files(repo_id, branch)
+        assert "model.safetensors" in there
+        assert "extra.bin" not in there
+        assert "extra.bin" not in json.loads(there["stage.json"])["files"]
 
 
 @LFS
@@ -132,6 +199,17 @@ def test_any_stage_starts_from_a_model_of_the_hub(hub, hub_env, repo_id, own_run
     commit = stage_json(own_run / "sft")["hub"]["commit"]
     record = stage_json(tmp_path / "out" / stage)
     assert (record["parent"]["revision"], record["pins"]) == (commit, {f"{repo_id}@sft": commit})
+    if stage == "reward":
+        check_snippet_of_a_reward_model(hub, hub_env, f"{repo_id}-mine", tmp_path / "out")
+
+
+def check_snippet_of_a_reward_model(hub, env: dict[str, str], repo_id: str, run: Path) -> None:
+    push(run, env, "--repo-id", repo_id)
+    [snippet] = re.findall(r"```python\n(.*?)```", hub.files(repo_id, "reward")["README.md"].decode(), re.S)
+    assert "AutoModelForSequenceClassification" in snippet
+    snippet += "print(model(**tokenizer('Hello!', return_tensors='pt')).logits.shape)"
+    done = subprocess.run([sys.executable, "-c", snippet], env=os.environ | env, capture_output=True, text=True)
+    assert "torch.Size([1, 1])" in done.stdout, done.stderr
 
 
 def test_raw_data_that_changed_are_told_by_the_lineage(tmp_path):

@@ -165,6 +165,25 @@ def test_a_run_that_was_verified_is_restored_without_the_hub(hub, hub_env, repo_
 
 
 @LFS
+def test_in_python_too_it_is_said_that_the_hub_is_away(hub, hub_env, repo_id, own_run, hub_recipe, tmp_path):
+    push(own_run, hub_env, "--repo-id", repo_id)
+    hfpipe("pull", repo_id, "--out", tmp_path / "a", env=hub_env)
+    hfpipe("lineage", f"{repo_id}@sft", env=hub_env)
+    calls = {
+        f"pull({repo_id!r}, {str(tmp_path / 'b')!r})": repo_id,
+        f"lineage({f'{repo_id}@sft'!r})": f"{repo_id}@sft",
+        f"load_pipeline({str(hub_recipe(f'{repo_id}@sft'))!r}).plan({str(tmp_path / 'out')!r})": f"{repo_id}@sft",
+    }
+    code = "import sys; from hfpipe import lineage, load_pipeline, pull\n"
+    code += "".join(f"{call}; print('---', file=sys.stderr)\n" for call in calls)
+    command, down = [sys.executable, "-c", code], hub_env | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=os.environ | down, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for told, name in zip(done.stderr.split("---\n"), calls.values(), strict=False):  # nothing comes after the last
+        assert told.count(f"hfpipe: the Hub is not reached: {name} is taken as it stood") == 1
+
+
+@LFS
 def test_a_hub_that_hangs_at_a_listing_is_not_reached(hub, hub_env, repo_id, own_run):
     push(own_run, hub_env, "--repo-id", repo_id)
     hub.fault("GET .*/tree/", delay=60.0, times=100)
@@ -201,6 +220,35 @@ def test_a_parent_forged_with_its_record_is_told_by_what_the_child_started_from(
             number
         ]
         assert re.findall("broken +(.*)", told) == [f"parent: {run / 'midtrain'} holds {held}"]
+
+
+@LFS
+def test_a_parent_forged_on_the_hub_is_told_though_its_child_names_the_forged_commit(
+    hub, hub_env, repo_id, own_run, tmp_path
+):
+    push(own_run, hub_env, "--repo-id", repo_id)
+
+    def forge(stage: str, **changed: bytes) -> str:
+        """A commit on top of a stage's branch with other bytes of some files, and a record that holds them and `parent`."""
+        (tmp_path / stage).mkdir()
+        record = json.loads(hub.files(repo_id, stage)["stage.json"])
+        for name, content in changed.items():
+            (tmp_path / stage / f"{name}.json").write_bytes(content)
+        record["files"] |= artifact.checksums(tmp_path / stage, [f"{name}.json" for name in changed])
+        record["parent"] |= parent
+        artifact.write_record(tmp_path / stage / "stage.json", record)
+        api = HfApi(hub.endpoint, token=TOKEN)
+        return api.upload_folder(folder_path=tmp_path / stage, repo_id=repo_id, revision=stage).oid
+
+    parent: dict[str, str] = {}
+    config = hub.files(repo_id, "midtrain")["config.json"].replace(b"{", b'{"attention_bias": true,', 1)
+    parent = {"commit": forge("midtrain", config=config)}
+    assert "broken" not in hfpipe("lineage", f"{repo_id}@midtrain", env=hub_env).stdout
+    forge("sft")
+    told = hfpipe("lineage", f"{repo_id}@sft", env=hub_env, check=2).stdout
+    [why] = re.findall("broken +(.*)", told)
+    assert why == f"parent: {repo_id}@{parent['commit']} holds other files than those that sft started from"
+    assert "broken" not in hfpipe("lineage", f"{repo_id}@dpo", env=hub_env).stdout  # which names the commits of before
 
 
 def forge_weights(folder: Path, record: dict) -> None:
@@ -344,6 +392,12 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     assert record["pins"] == {f"datasets/{repo_id}": first}
     planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=hub_env).stdout)["stages"]
     assert [row["status"] for row in planned] == ["done", "done"]
+    # and by its commit, with nothing prepared, the rows of then are read
+    pinned = ("--only", "pretrain", "--set", f"pretrain.data.train=[{{path: {repo_id}, revision: {first}}}]")
+    of_then = shutil.copytree(out, tmp_path / "pinned", ignore=shutil.ignore_patterns("pretrain"))
+    hfpipe("run", folder, "--out", of_then, *pinned, env=hub_env | {"HFPIPE_CACHE": str(tmp_path / "fresh")})
+    assert stage_json(of_then / "pretrain")["sources"] == record["sources"]
+    assert stage_json(of_then / "pretrain")["weights"] == record["weights"]
     down = hub_env | {"HF_ENDPOINT": "http://127.0.0.1:1", "HFPIPE_CACHE": str(tmp_path / "empty")}
     planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=down).stdout)["stages"]
     assert [row["status"] for row in planned] == ["done", "done"]

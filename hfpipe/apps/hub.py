@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hfpipe import artifact
 from hfpipe.errors import StageFailed, UserError, nearest
-from hfpipe.hub_client import Unreachable, ask_anew, fetch
+from hfpipe.hub_client import Unreachable, ask_anew, fetch, tell_notes
 from hfpipe.publishing.hub import ERROR_FILE, push_run
 from hfpipe.publishing.lineage import trace
 from hfpipe.publishing.package import finished_stages, hub_of, place_of, published_at
 from hfpipe.publishing.pull import pull_run, read_run
 from hfpipe.publishing.pusher import watch
 from hfpipe.run_folder import check_is_run, damage_at, unfinished_step
+
+
+@contextlib.contextmanager
+def notes_told() -> Iterator[None]:
+    """What had to be taken from memory in here is told on the standard error, also where something fails."""
+    try:
+        yield
+    finally:
+        tell_notes(lambda note: print(f"hfpipe: {note}", file=sys.stderr))
 
 
 def _stages(run: Path) -> list[str]:

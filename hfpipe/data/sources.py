@@ -22,7 +22,7 @@ from hfpipe.data.report import PLACES
 from hfpipe.data.rows import Row, as_forms, check_usable, row_problem
 from hfpipe.data.splits import SPLITS, digest, split_key, split_of_text
 from hfpipe.errors import NothingUsable, UserError, nearest
-from hfpipe.hub_client import fetch, resolve
+from hfpipe.hub_client import fetch, resolve, stream
 from hfpipe.paths import cache_dir
 
 _TINYWORLD = "tinyworld/"
@@ -264,7 +264,7 @@ def _hub_rows(path, split, revision, name, streaming) -> tuple[bool, Iterator[Lo
     own_splits = len(splits) > 1 or split not in SPLITS  # a lone `train` is split here, as a file is
     _check_split(path, split, splits if own_splits else SPLITS)
     rows = splits[split] if own_splits and split != "all" else itertools.chain(*splits.values())
-    return own_splits, (Located(path, "row", number, row) for number, row in enumerate(rows, 1))
+    return own_splits, (Located(path, "row", number, row) for number, row in enumerate(stream(path, rows), 1))
 
 
 def _verified(path: str, commit: str, name: str | None) -> dict[str, Any]:
