@@ -222,8 +222,9 @@ show(arguments)
         hub.fault("", nothing_such=1)
 
 
-def test_a_client_killed_in_the_middle_leaves_no_commit(hub, hub_env, repo_id, folder):
-    rule = hub.fault("POST .*/commit/", delay=1.0)
+@pytest.mark.parametrize(("fault", "commits"), [({"delay": 1.0}, 1), ({"late": 1.0}, 2)])
+def test_what_a_client_leaves_that_is_killed_in_the_middle(hub, hub_env, repo_id, folder, fault, commits):
+    rule = hub.fault("POST .*/commit/", **fault)
     process = start(PUSH, hub_env, repo_id, folder)
     while not rule["fired"]:
         assert process.poll() is None
@@ -232,7 +233,8 @@ def test_a_client_killed_in_the_middle_leaves_no_commit(hub, hub_env, repo_id, f
     process.communicate()
     while hub.requests("POST .*/commit/")[0]["status"] is None:
         time.sleep(0.05)
-    assert len(hub.commits(repo_id)) == 1
+    assert hub.requests("POST .*/commit/")[0]["status"] == 499
+    assert len(hub.commits(repo_id)) == commits
     hub.reset()
     client(PUSH + "show(sha)", hub_env, repo_id, folder)
     assert hub.files(repo_id).items() >= contents(folder).items()

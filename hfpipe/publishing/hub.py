@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -259,7 +260,7 @@ def _push_stage(
 
 
 def _push_main(api: Any, run: Path, hub: Hub, pushed: dict[str, str], say: Callable[[str, str], None]) -> None:
-    """`main` is the last published stage, with `run.json`: the commit of every one. A run that is whole gets a tag."""
+    """`main` is the last published stage, with `run.json`: the commit of every one. A run that is whole gets a tag, in each of its repos."""
     record = artifact.read_json(run / RUN_FILE) or {}
     stages = record.get("stages", [])
     commits = {stage: commit for stage in stages if (commit := pushed.get(stage) or published_at(run, hub, stage))}
@@ -276,7 +277,9 @@ def _push_main(api: Any, run: Path, hub: Hub, pushed: dict[str, str], say: Calla
     if list(commits) == stages:
         finished = str((artifact.read_record(run / last / artifact.STAGE_FILE) or {}).get("finished"))[:10]
         tag = f"run-{finished}-{artifact.digest(commits)[:8]}"
-        if patiently(lambda: _tag(api, repo_id, tag, commit)):
+        places = {place_of(hub, stage)[0]: at for stage, at in commits.items()} if hub.layout == "repos" else {}
+        places[repo_id] = commit
+        if any([patiently(functools.partial(_tag, api, place, tag, at)) for place, at in places.items()]):
             say("main", f"published: {repo_id}, which is {last} with the commits of all stages, tagged {tag}")
 
 

@@ -15,7 +15,7 @@ from .api import Api
 from .storage import Storage
 from .store import Commit, HubError, Repo, Store
 
-FAULTS = ("status", "cut_request", "drop_response", "cut_response", "corrupt", "delay")
+FAULTS = ("status", "cut_request", "drop_response", "cut_response", "corrupt", "delay", "late")
 
 
 class User(NamedTuple):
@@ -107,6 +107,7 @@ class LocalHub:
           corrupt=True        one bit in the middle of the response's body is changed
                               (both: not of HEAD; large files come from "GET /get/" or, by Xet, "GET /cas/xorb/")
           delay=60.0          seconds pass first; no effect if the client has gone by then
+          late=60.0           the request is carried out (a commit is applied), then seconds pass before the answer
 
         Returns the rule; its "fired" counts the requests that were hit. `faults.clear()` ends all.
         """
@@ -219,7 +220,9 @@ class LocalHub:
             response = web.json_response({"error": error.message}, status=error.status, headers=error.headers)
         except web.HTTPException as error:
             response = web.json_response({"error": error.reason}, status=error.status)
-        if action == "drop_response":
+        if action == "late":
+            await asyncio.sleep(value)
+        if action == "drop_response" or request.transport is None or request.transport.is_closing():
             return self._hang_up(request)
         if action == "corrupt":
             middle = len(response.body) // 2
