@@ -50,7 +50,7 @@ READS = ("pull", "lineage", "chat", "run")
 REFUSED = {  # name: (requests that are, how many of them get through first, what is tried)
     "names": ("GET /api/", 0, READS),
     "files": ("(GET|HEAD) .*/resolve", 0, READS),
-    "rows": ("GET .*/resolve/.*train.jsonl", 2, READS[3:]),
+    "rows": ("GET .*/resolve/.*train.jsonl", 3, READS[3:]),
 }
 
 

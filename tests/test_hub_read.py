@@ -388,7 +388,7 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
     links = json.loads(hfpipe("lineage", out / "pretrain", "--json", env=hub_env).stdout)["links"]
     assert any("pinned" in check["why"] for check in links[0]["checks"])
     # the branch moves on: what is finished keeps the commit that it was begun with
-    upload_texts(hub_env, repo_id, tmp_path / f"more.{form}", ["Something else."])
+    upload_texts(hub_env, repo_id, tmp_path / f"train-more.{form}", [f"Something else, {n}." for n in range(50)])
     assert record["pins"] == {f"datasets/{repo_id}": first}
     planned = json.loads(hfpipe("plan", folder, "--out", out, "--json", env=hub_env).stdout)["stages"]
     assert [row["status"] for row in planned] == ["done", "done"]
@@ -413,7 +413,7 @@ def test_a_dataset_of_the_hub(hub, hub_env, repo_id, tmp_path, streaming):
         return
     if not hub.xet:  # names and commits have nothing to do with it
         check_a_moved_branch_and_tag(api, hub_env, folder, out, repo_id, first)
-    api.delete_file(f"more.{form}", repo_id=repo_id, repo_type="dataset")
+    api.delete_file(f"train-more.{form}", repo_id=repo_id, repo_type="dataset")
     hfpipe("run", folder, "--out", tmp_path / "again", env=hub_env)
     # the Hub away: what was verified is used, and it is said
     hub.fault("/api/datasets/", status=503, times=10_000)
