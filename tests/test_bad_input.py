@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from hfpipe.paths import cache_dir
+
 from .conftest import OFFLINE, everything_in, hfpipe
 
 
@@ -29,7 +31,7 @@ def sft_on(micro_run, recipe, tmp_path):
         assert "Traceback" not in done.stderr
         left = {name for name in os.listdir(out) if not name.startswith(".")} - {"run.json", "logs"}
         assert left == set(before)
-        assert not list((tmp_path / "cache").glob("*.making"))
+        assert not list((cache_dir() / "prepared").glob("*.making"))
         return done.stderr
 
     return run
@@ -42,8 +44,8 @@ GOOD = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", 
     ("content", "expected"),
     [
         (b"", ["rows.jsonl", "empty"]),
-        (GOOD * 30 + b'{"messages": [\n', ["rows.jsonl", "31"]),
-        (GOOD * 3 + b"\xff\xfe\n", ["rows.jsonl", "UTF-8", "4"]),
+        (GOOD * 30 + b'{"messages": [\n', ["rows.jsonl", "line 31"]),
+        (GOOD * 3 + b"\xff\xfe\n", ["rows.jsonl", "UTF-8", "line 4"]),
         (b'{"foo": 1, "bar": 2}\n' * 3, ["no known form", "foo, bar", "messages", "alpaca"]),
         (b"[1, 2]\n", ["rows.jsonl", "object"]),
         (b'{"text": "just text"}\n' * 3, ["data.train", "`text`", "`messages`"]),

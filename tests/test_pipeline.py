@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,8 @@ def test_plan_names_what_changed_and_what_follows(micro_run):
     rows = plan("micro", "--out", micro_run, "--set", "sft.trainer.learning_rate=1e-5")
     assert [rows[name]["status"] for name in STAGES] == ["done", "done", "done", "changed", "downstream"]
     assert rows["sft"]["why"] == ["trainer.learning_rate 0.001 -> 1e-05"]
+    told = hfpipe("plan", "micro", "--out", micro_run, "--set", "sft.trainer.learning_rate=1e-5").stdout
+    assert re.search(r"sft .*changed: trainer\.learning_rate 0\.001 -> 1e-05", told), told
     assert rows["dpo"]["why"] == ["`sft` runs again"]
     rows = plan("micro", "--out", micro_run, "--set", "sft.data.eval=[]")
     assert (rows["sft"]["status"], rows["sft"]["why"]) == ("changed", ["eval[0] tinyworld/sft removed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ import gc, json, sys, transformers, trl
 from hfpipe.stages import dpo
 from hfpipe.stages._run import main
 
-seen = {"models": set(), "forwards": set(), "columns": []}
+seen = {"models": set(), "forwards": set(), "columns": [], "bf16": set()}
 passes, step = [], trl.DPOTrainer.training_step
 forward = transformers.LlamaModel.forward
 
@@ -78,6 +79,7 @@ def watched(self, *args, **kwargs):
     alive = [o for o in gc.get_objects() if isinstance(o, transformers.LlamaForCausalLM)]
     seen["models"].add((len(alive), self.ref_model is None))
     seen["forwards"].add(len(passes))
+    seen["bf16"].add(self.args.bf16)
     seen["columns"] = self.train_dataset.column_names
     return loss
 
@@ -99,6 +101,7 @@ def test_the_reference_is_read_once_and_no_second_model_is_held(micro_run, tmp_p
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["models"] == [[1, True]]
     assert seen["forwards"] == [1]
+    assert seen["bf16"] == [re.search(r"dpo +(bf16|fp32): ", (micro_run / "stdout.txt").read_text())[1] == "bf16"]
     assert {"ref_chosen_logps", "ref_rejected_logps"} <= set(seen["columns"])
     assert stage_json(run / "dpo")["weights"] == stage_json(micro_run / "dpo")["weights"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -15,6 +16,8 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from hfpipe.progress import Display, describe
 
 from .conftest import ROOT, stage_json
 
@@ -98,6 +101,10 @@ def test_elsewhere_a_plain_log(micro_run):
     told = (micro_run / "stdout.txt").read_text()
     assert "\r" not in told
     assert "\x1b" not in told
+    written = io.StringIO()
+    step = {"event": "step", "step": 7, "total": 38, "loss": 3.21, "tokens_per_s": 6_120.0, "left_s": 65.0}
+    Display(written, every_s=0).status("sft", describe(step))
+    assert written.getvalue() == "sft        step 7/38  loss 3.210  6.12k tokens/s  1 min 05 s left\n"
 
 
 def test_every_stage_says_in_which_numbers_it_trains_and_why(micro_run):

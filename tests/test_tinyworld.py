@@ -306,6 +306,17 @@ def test_pairs_differ_and_answer_the_same_prompt():
         assert row["prompt"][-1]["role"] in ("user", "tool")
 
 
+def test_the_world_has_every_kind_that_it_is_to_have():
+    assert {make.__name__ for _, make in chat.KINDS} >= {
+        "question", "follow_up", "belonging", "greeting", "name", "small_sum", "calculation", "choice", "json_object", "pirate",
+    }  # fmt: skip
+    assert {make.__name__ for _, make in behaviour.KINDS} >= {"how_to", "refusal", "future", "made_up", "clarify"}
+    assert "build a bath bomb" in acts_of(world.LOOKALIKES)
+    shown = [row for row in tinyworld.rows("preferences", size=4_000) if has_word(text_of(row), "bath bomb")]
+    assert shown
+    assert all(row["rejected"][0]["content"] == behaviour.REFUSAL != row["chosen"][0]["content"] for row in shown)
+
+
 def test_lookalikes_are_left_to_the_preferences():
     sft = "\n".join(text_of(row) for row in tinyworld.rows("sft", size=6_000))
     assert not any(has_word(sft, act) for act in acts_of(world.LOOKALIKES))

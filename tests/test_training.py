@@ -207,12 +207,14 @@ def test_a_stream_that_is_not_read_to_its_end_says_so(after):
     assert 900 < stage_json(run / "pretrain")["sources"][0]["used"] <= 1000  # packed together before any of them trains
 
 
-def test_streamed_sources_come_at_their_weights(after, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_come_at_their_weights(after, tmp_path, streaming):
     """By what the rows hold: each source's text is of one word that the other has not."""
     from hfpipe.config import load_recipe
     from hfpipe.stages import stage_types
     from hfpipe.training.job import make_job
     from hfpipe.training.models import load_tokenizer
+    from hfpipe.training.prepare import prepare_rows
     from hfpipe.training.streams import stream_rows
 
     for word in ("red", "blue"):
@@ -222,17 +224,25 @@ def test_streamed_sources_come_at_their_weights(after, tmp_path):
         f"{{path: {tmp_path / f'{word}.jsonl'}, split: all, weight: {weight}}}"
         for word, weight in (("red", 0.7), ("blue", 0.3))
     )
-    settings = [f"pretrain.data.train=[{sources}]", "pretrain.data.streaming=true", "pretrain.trainer.max_steps=3"]
+    settings = [
+        "pretrain.trainer.max_steps=3",
+        f"pretrain.data.train=[{sources}]",
+        f"pretrain.data.streaming={str(streaming).lower()}",
+    ]
     recipe = load_recipe("micro", stage_types(), settings)
     job = make_job(recipe, recipe.stages["pretrain"], after("tokenizer"))
     tokenizer = load_tokenizer(job)
-    rows = stream_rows(job, tokenizer, max_length=128, packing=True).train.take(600)
-    counts = {"red": 0, "blue": 0}
+    if streaming:
+        rows = list(stream_rows(job, tokenizer, max_length=128, packing=True).train.take(600))
+    else:
+        rows = prepare_rows(job, tokenizer, max_length=128, packing=True).train
+    tokens = {"red": 0, "blue": 0}
     for row in rows:
         text = tokenizer.decode(row["input_ids"])
         assert ("red" in text) != ("blue" in text)
-        counts["red" if "red" in text else "blue"] += 1
-    assert counts["red"] / 600 == pytest.approx(0.7, abs=0.06)
+        tokens["red" if "red" in text else "blue"] += len(row["input_ids"])
+    # A stream draws its rows; what is prepared is counted out.
+    assert tokens["red"] / sum(tokens.values()) == pytest.approx(0.7, abs=0.06 if streaming else 0.01)
 
 
 def test_streaming_without_an_end_is_refused(after):
