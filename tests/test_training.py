@@ -207,6 +207,13 @@ def test_a_stream_that_is_not_read_to_its_end_says_so(after):
     assert 900 < stage_json(run / "pretrain")["sources"][0]["used"] <= 1000  # packed together before any of them trains
 
 
+def test_muon_trains_on_preferences_too(after, micro_run):
+    run = after("sft")
+    hfpipe("run", "micro", "--out", run, "--only", "dpo", "--set", "dpo.optimizer={type: muon, lr: 0.005}")
+    assert stage_json(run / "dpo")["metrics"]["pairs"]["margin"] > 0.05
+    assert stage_json(run / "dpo")["weights"] != stage_json(micro_run / "dpo")["weights"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sources_come_at_their_weights(after, tmp_path, streaming):
     """By what the rows hold: each source's text is of one word that the other has not."""
