@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def on_a_terminal(command: list[str], press: Callable[[str], bytes | None]) -> t
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, WIDTH, 0, 0))
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal to all of them
+        preexec_fn=of_this_terminal,
     )  # fmt: skip
     os.close(terminal)
     written, deadline = b"", time.monotonic() + 900
@@ -47,6 +48,12 @@ def on_a_terminal(command: list[str], press: Callable[[str], bytes | None]) -> t
             os.write(keys, pressed)
     os.close(keys)
     return process.wait(30), written.decode()
+
+
+def of_this_terminal() -> None:
+    """So that Ctrl-C is a signal to all of them, also where the tests are a shell's background job, which ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def screen(written: str) -> list[str]:
