@@ -94,4 +94,5 @@ def _note(path: Path, report: SourceReport, loaded: Loaded, more: str) -> None:
 
 
 def _told_in(job: Job, number: int) -> Path:
-    return job.run / "logs" / f"{job.stage.name}.streamed-{number}.json"
+    """The fingerprint keeps apart what another recipe has read here: of a source of little weight nothing may be read."""
+    return job.run / "logs" / f"{job.stage.name}.{job.fingerprint[:12]}.streamed-{number}.json"
