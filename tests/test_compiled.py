@@ -130,7 +130,10 @@ print(hashlib.sha256(b"".join(p.grad.numpy().tobytes() for p in model.parameters
 
 
 def test_what_another_training_compiled_first_changes_nothing(tmp_path):
-    """Which program serves all lengths is decided by the first one; with 29 tokens it is another than with 48."""
+    """Which program serves all lengths is decided by the first one; after so few tokens it is another than after 48.
+
+    How few depends on the processor's vectors: 29 where they hold 512 bits, 9 where they hold 256.
+    """
 
     def gradients(cache: str, *lengths: str) -> str:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}
@@ -140,8 +143,9 @@ def test_what_another_training_compiled_first_changes_nothing(tmp_path):
         return done.stdout
 
     alone = gradients("one", "48")
-    assert gradients("other", "29", "48") != alone  # else this test shows nothing
-    assert gradients("other", "48") == alone
+    other = next((first for first in ("29", "9") if gradients(first, first, "48") != alone), None)
+    assert other  # else this test shows nothing
+    assert gradients(other, "48") == alone
 
 
 def test_the_longest_rows_come_first(micro_run, tmp_path):

@@ -303,6 +303,7 @@ def test_a_model_that_knows_the_words_finds_all_of_them(run, folder):
     )
     wrong = copy.deepcopy(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=60)
     batches = []
     for row in rows:
         answer = tokenizer(f" {row['check']['value']}.", add_special_tokens=False)["input_ids"]
@@ -313,6 +314,7 @@ def test_a_model_that_knows_the_words_finds_all_of_them(run, folder):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        decay.step()
     told, grid = ask_needles(model.eval(), tokenizer, rows)
     assert [row["score"] for row in told] == [1.0] * 8
     assert grid["lengths"] == [40, 96]
