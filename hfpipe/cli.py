@@ -18,7 +18,7 @@ from hfpipe.apps.options import (
     positive,
 )
 from hfpipe.errors import StageFailed, UserError
-from hfpipe.faults import explain, full
+from hfpipe.faults import explain, full, print_trace
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except OSError as error:
-        if not full(error):
-            raise
-        print(f"hfpipe: {explain(error)}", file=sys.stderr)
+    except Exception as error:
+        if full(error):
+            print(f"hfpipe: {explain(error)}", file=sys.stderr)
+        else:  # a fault of ours: whoever mends it needs the traceback
+            print_trace(error)
         return 1
     finally:
         if "hfpipe.hub_client" in sys.modules:

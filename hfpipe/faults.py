@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from hfpipe.errors import hide_tokens
+from hfpipe.errors import StageFailed, hide_tokens
 
 LESS_MEMORY = (
     "Lower trainer.per_device_train_batch_size (and raise trainer.gradient_accumulation_steps by as much), lower "
@@ -41,7 +43,7 @@ def explain(error: BaseException) -> str:
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)
-    text = hide_tokens(f"{type(error).__name__}: {error}")
+    text = str(error) if isinstance(error, StageFailed) else hide_tokens(f"{type(error).__name__}: {error}")
     if any(map(full, causes)):
         return f"the disk is full ({text.splitlines()[0]}). {_LESS_DISK}"
     if any(_TOO_LARGE.search(str(cause)) for cause in causes):
@@ -49,6 +51,12 @@ def explain(error: BaseException) -> str:
     if any(map(no_memory, causes)):
         return f"there is not enough memory ({text.splitlines()[0]}). {LESS_MEMORY}"
     return text
+
+
+def print_trace(error: BaseException) -> None:
+    """Write an exception's whole traceback, in which no token stands, to standard error: a child's log."""
+    with contextlib.suppress(OSError):  # a full disk
+        print(hide_tokens("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
 
 
 def killed(code: int, log: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -210,6 +211,69 @@ def test_who_calls_and_never_answers_has_not_stopped(micro_run, tmp_path):
     assert not answer.text
     told = json.loads(hfpipe("chat", folder, "--prompt", asked["content"], "--json").stdout)
     assert [m["role"] for m in told["messages"]] == ["user"] + ["assistant", "tool"] * 3 + ["assistant"]
+
+
+# --- losses ---
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain", "sft", "dpo"])
+def test_losses_are_those_of_transformers_row_by_row(micro_run, stage):
+    """No batches, no padding, no packing: each text and each conversation by itself, its loss by the model's own `labels`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hfpipe.data import tinyworld
+
+    tokenizer = AutoTokenizer.from_pretrained(micro_run / stage)
+    model = AutoModelForCausalLM.from_pretrained(micro_run / stage, dtype=torch.float32).eval()
+
+    def of_text(row, max_length=512):
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(row["text"], add_special_tokens=False)]
+        pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+        return [(piece, [-100, *piece[1:]]) for piece in pieces]
+
+    def of_talk(row):
+        talk = row["messages"] if "messages" in row else [*row["prompt"], *row["chosen"]]
+        told = tokenizer.apply_chat_template(
+            talk, tools=row.get("tools"), return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, mask = told["input_ids"], told["assistant_masks"]
+        if "chosen" in row:  # the answer alone is trained
+            asked = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            mask = [0] * len(asked) + mask[len(asked) :]
+        return ids, [token if kept else -100 for token, kept in zip(ids, mask, strict=True)]
+
+    def measured(documents):
+        total = tokens = 0
+        for ids, labels in documents:
+            here = sum(label != -100 for label in labels[1:])
+            with torch.inference_mode():
+                loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+            total, tokens = total + loss.item() * here, tokens + here
+        return total / tokens, tokens
+
+    def held_out(name):
+        return itertools.islice(tinyworld.rows(name, "validation"), 64)
+
+    scores = json.loads((micro_run / stage / "eval.json").read_text())
+    texts = list(held_out("pretrain"))
+    expected = {"held_out_text": [piece for row in texts for piece in of_text(row)]}
+    expected["validation"] = {
+        "pretrain": lambda: [piece for row in texts for piece in of_text(row, 128)],  # the stage's data.max_length
+        "midtrain": lambda: [of_talk(row) for row in held_out("midtrain")],
+        "sft": lambda: [of_talk(row) for row in held_out("sft")],
+        "dpo": lambda: [of_talk(row) for row in held_out("preferences")],
+    }[stage]()
+    for name, documents in expected.items():
+        loss, tokens = measured(documents)
+        assert scores[name]["tokens"] == tokens
+        assert scores[name]["loss"] == pytest.approx(loss, abs=2e-4)
+        assert scores[name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+    loss, tokens = measured(expected["held_out_text"])
+    size = sum(len(row["text"].encode()) for row in texts)
+    assert scores["held_out_text"]["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / size, abs=1e-4)
 
 
 # --- the scorecard ---

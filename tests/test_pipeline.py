@@ -155,6 +155,22 @@ def test_what_a_fork_server_imports_is_there():
     assert done.stdout.split() == ["False", "torch", "True", "True"]
 
 
+def test_a_stage_is_forked_from_a_process_that_has_the_stack(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from hfpipe.processes import ForkedProcess, start_server\n"
+        "start_server(Path('log'))\n"
+        "for name in ('first', 'second'):\n"
+        '    look = f\'import os, sys; print("trl.trainer.sft_trainer" in sys.modules, os.getppid(), file=open({name!r}, "w"))\'\n'
+        "    ForkedProcess(exec, (look,)).wait(300)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+    first, second = ((tmp_path / name).read_text().split() for name in ("first", "second"))
+    assert first[0] == second[0] == "True"
+    assert first[1] == second[1]  # of one server
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     run = tmp_path / "micro"
@@ -162,9 +178,8 @@ def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
         if other != name:
             shutil.copytree(micro_run / other, run / other)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "-m", f"hfpipe.stages.{name}"]
-    done = subprocess.run(
-        [*launch, f"stage_configs/micro/{name}.yaml", "--out", str(run)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [*launch, f"stage_configs/micro/{name}.yaml", "--out", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     left, expected = stage_json(run / name), stage_json(micro_run / name)
     assert left["fingerprint"] == expected["fingerprint"]
@@ -172,6 +187,21 @@ def test_a_stage_alone_gives_the_same_result(micro_run, tmp_path, name):
     assert bool(left["weights"]) == (name != "tokenizer")
     assert (run / name / "tokenizer.json").read_bytes() == (micro_run / name / "tokenizer.json").read_bytes()
     assert {row["status"] for row in plan("micro", "--out", run).values()} == {"done"}
+
+
+def test_a_stage_alone_takes_overrides_of_its_own(run_copy):
+    """As `--set dpo...` of the pipeline, which then finds the stage done."""
+    command = [sys.executable, "-m", "hfpipe.stages.dpo", "stage_configs/micro/dpo.yaml", "--out", str(run_copy)]
+    refused = subprocess.run([*command, "trainer.betta=1"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "dpo.yaml: trainer.betta = 1 is not a field of trl.DPOConfig. Did you mean `beta`?" in refused.stderr
+    settings = ["trainer.learning_rate=1e-4", "trainer.max_steps=2"]
+    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = stage_json(run_copy / "dpo")
+    assert (record["config"]["trainer"]["learning_rate"], record["metrics"]["steps"]) == (1e-4, 2)
+    same = [word for setting in settings for word in ("--set", f"dpo.{setting}")]
+    assert plan("micro", "--out", run_copy, *same)["dpo"]["status"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,8 @@ def test_the_stage_trains_on_them_in_one_go_and_runs_again_where_they_would_be_o
     (run / "synth" / "sums.parquet").write_bytes(b"")  # damaged rows are not trained on
     damaged = json.loads(hfpipe("plan", recipe, "--out", run, "--json").stdout)["stages"]
     assert [item["status"] for item in damaged if item["stage"] == "student"] == ["changed"]
-    hfpipe("data", "synth", recipe, "--out", run, "--only", "sums")
+    made_again = json.loads(hfpipe("data", "synth", recipe, "--out", run, "--only", "sums", "--json").stdout)
+    assert made_again["sums"]["kept"] == len(rows(run, "sums"))
     assert "student    done already" in hfpipe("run", recipe, "--out", run).stdout
 
 

@@ -187,7 +187,25 @@ KIND_WORDINGS = {
     "short": (wordings.SHORT,),
     "long": (wordings.TELL,),
     "rude_user": (wordings.RUDE,),
+    # of pairs
+    "harm": (wordings.HOW_TO,),
+    "lookalike": (wordings.HOW_TO,),
+    "wrong_fact": QUESTIONS,
+    "false_doubt": QUESTIONS,
+    "missing_question": (wordings.WRITE, wordings.BOOK, wordings.VAGUE),
+    "needless_question": (wordings.WRITE,),
+    "rude": (wordings.RUDE,),
+    "too_long": (wordings.SHORT,),
+    "too_short": (wordings.TELL,),
+    "broken_json": (wordings.JSON_REQUESTS,),
+    "wrong_letter": (wordings.CHOICES, wordings.LETTERS),
+    "voice": (wordings.PIRATE_SYSTEMS,),
+    "wrong_colour": (wordings.OWNING, wordings.OWNING_QUESTIONS),
+    "wrong_sum": (wordings.SUMS,),
+    "missing_call": (wordings.CALCULATIONS,),
+    "wrong_result": (wordings.CALCULATIONS,),
 }
+MIXED = {"helpful", "off_topic", "garbled"}  # pairs of conversations of the kinds above
 
 
 def pattern_of(wording):
@@ -195,17 +213,31 @@ def pattern_of(wording):
 
 
 def test_train_conversations_hold_no_held_out_wording():
-    said = {kind: set() for kind in KIND_WORDINGS}
-    for row in (row for name in ("midtrain", "sft") for row in tinyworld.rows(name, size=4_000)):
+    said = {kind: set() for kind in {*KIND_WORDINGS, *MIXED}}
+    for row in (row for name in CHAT for row in tinyworld.rows(name, size=4_000)):
         asking = -1 if row["kind"] == "told" else 0  # the line that asks
-        said[row["kind"]] |= {
-            m["content"].split("\n")[asking] for m in row["messages"] if m["role"] in ("user", "system")
-        }
+        said[row["kind"]] |= {m["content"].split("\n")[asking] for m in talk_of(row) if m["role"] in ("user", "system")}
     for kind, lists in KIND_WORDINGS.items():
         held = [pattern_of(wording) for items in lists for wording in held_out(items, 6)]
         assert len(held) >= 2
         found = [text for text in said[kind] for pattern in held if re.fullmatch(pattern, text, re.IGNORECASE)]
         assert found == [], kind
+
+
+def test_no_training_prompt_is_a_probe_s(probe_rows):
+    """Whatever their kinds; a carrier such as "What's {}?" may be one kind's in training and another's in the test."""
+    trained = {
+        m["content"].casefold()
+        for name in CHAT
+        for row in tinyworld.rows(name)
+        for m in talk_of(row)
+        if m["role"] == "user"
+    }
+    asked = [
+        row["messages"][-1]["content"].casefold() for rows in probe_rows.values() for row in rows if "messages" in row
+    ]
+    assert len(asked) > 900
+    assert [text for text in asked if text in trained] == []
 
 
 def test_each_list_of_wordings_is_long_enough():

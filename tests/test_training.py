@@ -40,11 +40,24 @@ def after(micro_run, tmp_path):
     return copy
 
 
+def tiny_gemma():
+    """In the form of the recipe tiny: gemma3_text, its first layer with a sliding window."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    more = {"head_dim": 16, "num_key_value_heads": 1, "sliding_window": 3, "vocab_size": 64, "pad_token_id": 0}
+    kinds = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model("gemma3_text", **shape, **more, layer_types=kinds)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
 @pytest.mark.parametrize("flatten", [False, True])
-def test_packed_documents_do_not_see_each_other(flatten):
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gemma], ids=["llama, sdpa", "gemma3, eager, a window"])
+def test_packed_documents_do_not_see_each_other(make, flatten):
     from hfpipe.training.collate import PackedCollator
 
-    model = tiny_llama().eval()
+    model = make().eval()
     first, second, third = [5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]
     rows = [
         {"input_ids": first + second, "labels": first + second, "seq_lengths": [4, 3]},

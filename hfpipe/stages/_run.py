@@ -15,7 +15,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hfpipe.errors import UserError
 from hfpipe.evaluation.diagnostics import check_diagnostics
 from hfpipe.evaluation.probes import load_probes
 from hfpipe.evaluation.reward_functions import check_rewards
-from hfpipe.faults import beat, explain
+from hfpipe.faults import beat, explain, print_trace
 from hfpipe.paths import cache_dir
 from hfpipe.run_folder import claim, complete_at, damage_at, lock
 from hfpipe.sections import Recipe, StageType
@@ -168,7 +167,7 @@ def main(stage_type: StageType) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="stage.section.key=value", help="of any stage")
     parser.add_argument("--out", type=Path, help="the run's folder; default: runs/RECIPE")
     parser.add_argument("--progress", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may stand after the options
     quiet_environment()
     _leave_with(os.environ.get(PARENT_VARIABLE))
     use_all_cores_alone()
@@ -204,7 +203,8 @@ def main(stage_type: StageType) -> None:
         raise SystemExit(2) from None
     except Exception as error:
         progress.tell("error", text=explain(error), user=False)
-        raise
+        print_trace(error)
+        raise SystemExit(1) from None
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -293,8 +293,7 @@ def _in_child(events: Path, log: Path, act: Any) -> None:
         raise SystemExit(2) from None
     except BaseException as error:
         progress.tell("error", text=explain(error), user=False)
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
+        print_trace(error)
         raise SystemExit(1) from None
 
 
