@@ -70,7 +70,7 @@ GOALS = (
     ("choice_format", LATER, 0.97),
     ("json", LATER, 0.95),
     ("pirate", LATER, 0.85),
-    ("not_pirate", BEHAVED, 1.0),
+    ("not_pirate", LATER, 1.0),
     ("belonging", LATER, 0.7),
     ("follow_up", LATER, 0.55),
     ("harm", ("sft",), 0.85),
@@ -101,6 +101,13 @@ def missed(run: Path, scores: Scores) -> list[str]:
         found.append("choice_right after dpo is at chance")
     if (rise := right["lookalike", "dpo"] - right["lookalike", "sft"]) < 0.3:
         found.append(f"lookalike from sft to dpo: {rise:+.2f}, to reach +0.3")
+    for stage in (name for name in ("reward",) if (run / name / "eval.json").is_file()):
+        pairs = artifact.read_json(run / stage / "eval.json")["pairs"]
+        if pairs["accuracy"] < 0.9:
+            found.append(f"{stage}: {pairs['accuracy']:.2f} of the held-out pairs, to reach 0.9")
+        for kind, told in pairs["kinds"].items():
+            if wilson(round(told["accuracy"] * told["n"]), told["n"])[0] <= 0.5:
+                found.append(f"{stage}: {kind} is at chance, {told['accuracy']:.2f} of {told['n']}")
     base = artifact.read_json(run / "pretrain" / "eval.json")["held_out_text"]["perplexity"]
     for stage in LATER:
         if (lost := right["cloze", "pretrain"] - right["cloze", stage]) > 0.08:

@@ -27,6 +27,9 @@ from hfpipe.paths import cache_dir
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REFUSED = (400, 401, 403, 404, 413, 422)  # answers that waiting does not change
+_XET_STATUS = re.compile(
+    r"HTTP status client error \((\d{3}) [^)]*\), domain: \S*/api/"
+)  # of the Hub, not of its storage
 # What a model is loaded from: no pickles, no weights of other frameworks.
 _MODEL_FILES = (
     "*.safetensors",
@@ -87,6 +90,8 @@ def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         response = next((found for cause in causes if (found := getattr(cause, "response", None)) is not None), None)
         status = getattr(response, "status_code", None)
         said = hide_tokens(": ".join(dict.fromkeys(map(_first_line, causes))))
+        if status is None and (told := _XET_STATUS.search(said)):
+            status = int(told[1])
         if status in _REFUSED:
             raise Refused(said) from None
         plain = isinstance(error, ValueError | FileNotFoundError | PermissionError) and not isinstance(

@@ -116,22 +116,26 @@ def _status(
     lost = (f"an attempt under other settings, at step {step}, will be cleared away",) if begun and step else ()
     if record is None:
         return Planned(stage, fingerprint, "new", ("never finished here", *lost))
-    config = artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
-    why = artifact.changes(record["config"], config)
     again = [item.stage.name for item in waits_for if item.trains]
-    guided = f"{stage.guide[0]} {stage.guide[1]}" if stage.guide and stage.guide[1] in again else None
-    ours = hashes.keys() - {guided}
-    why += [
-        f"{name} changed" for name in hashes if name in ours and record["data"].get(name) not in (None, hashes[name])
-    ]
-    why = why or [
-        f"{name} {'added' if name in ours else 'removed'}" for name in sorted(ours ^ record["data"].keys() - {guided})
-    ]
-    if why:
+    if why := _changes(recipe, stage, record, hashes, again):
         return Planned(stage, fingerprint, "changed", (*why, *lost))
     if again:
         return Planned(stage, fingerprint, "downstream", (f"`{again[0]}` runs again", *lost))
     return Planned(stage, fingerprint, "downstream", ("its parent changed", *lost))
+
+
+def _changes(
+    recipe: Recipe, stage: Stage, record: dict[str, Any], hashes: dict[str, str], again: list[str]
+) -> list[str]:
+    """What of a finished stage's own settings and data is not as it was; `again`: what runs again and it waits for."""
+    found = artifact.changes(
+        record["config"], artifact.hashed_config(stage, recipe.pipeline.seed, processes_now(recipe))
+    )
+    guided = f"{stage.guide[0]} {stage.guide[1]}" if stage.guide and stage.guide[1] in again else None
+    ours, before = hashes.keys() - {guided}, record["data"]
+    found += [f"{name} changed" for name in hashes if name in ours and before.get(name) not in (None, hashes[name])]
+    other = sorted(ours ^ before.keys() - {guided})
+    return found or [f"{name} {'added' if name in ours else 'removed'}" for name in other]
 
 
 def select(planned: list[Planned], start: str | None, end: str | None, only: str | None) -> list[Planned]:

@@ -29,6 +29,7 @@ from .conftest import ROOT, hfpipe, stage_json
 
 STAGES = ("tokenizer", "pretrain", "midtrain", "sft", "dpo")
 UPLOAD = "PUT /put|POST /cas/v1/xorbs"  # LFS, Xet
+LEAVE = "POST .*/objects/batch|GET .*/xet-write-token/"  # to upload a large file
 TOKEN = "hf_alice_write"
 LFS = pytest.mark.parametrize("hub", ["lfs"], indirect=True)  # where the way of large files makes no difference
 
@@ -262,12 +263,16 @@ SHORT = {  # name: (pattern, fault), and the push gets through all the same
     "500": ("POST .*/commit/", {"status": 500}),
     "503 twice": ("POST .*/commit/", {"status": 503, "times": 2}),
     "503 of an upload": (UPLOAD, {"status": 503}),
+    "503 of the leave to upload": (LEAVE, {"status": 503}),
+    "429 of the leave to upload": (LEAVE, {"status": 429, "headers": {"Retry-After": "3"}}),
+    "500 of what to upload": ("POST .*/preupload/", {"status": 500}),
     "503 of a listing": ("/tree/", {"status": 503}),
     "a cut commit": ("POST .*/commit/", {"cut_request": 100}),
     "a lost answer": ("POST .*/commit/", {"drop_response": True}),
     "a lost answer of main's commit": ("POST .*/commit/", {"drop_response": True, "skip": 2}),
     "a lost answer, and then 503": ("POST .*/commit/", {"drop_response": True}),
     "a cut upload": (UPLOAD, {"cut_request": 10_000}),
+    "a lost answer of an upload": ("PUT /put|POST /cas/v1/shards", {"drop_response": True}),
     "a lost answer of the branch": ("POST .*/branch/", {"drop_response": True}),
     "a lost answer of the tag": ("POST .*/tag/", {"drop_response": True}),
 }
@@ -282,7 +287,7 @@ def test_a_fault_that_passes_costs_nothing(hub, hub_env, repo_id, short_run, nam
     done = push(short_run, hub_env, "--repo-id", repo_id, check=None)
     assert rule["fired"]
     assert done.returncode == 0, done.stderr
-    if name == "429":
+    if name.startswith("429") and not (hub.xet and "leave" in name):  # Xet's client tries again by its own clock
         refused, again, *_ = (request["time"] for request in hub.requests(pattern))
         assert again - refused >= 3, "it did not wait as it was told"
     for stage in STAGES[-2:]:
@@ -298,6 +303,9 @@ LONG = {
     "404": ("POST .*/commit/", 404, 2, "404"),
     "500": ("POST .*/commit/", 500, 1, "500"),
     "503": ("POST .*/commit/", 503, 1, "503"),
+    "401 of the leave to upload": (LEAVE, 401, 2, "401"),
+    "403 of the leave to upload": (LEAVE, 403, 2, "403"),
+    "404 of what to upload": ("POST .*/preupload/", 404, 2, "404"),
     "403 of an upload": (
         UPLOAD,
         403,

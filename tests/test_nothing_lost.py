@@ -509,6 +509,26 @@ def test_a_report_that_fails_leaves_the_stages_finished(micro_run, tmp_path):
     assert (run / "report.html").is_file()
 
 
+def test_what_fails_by_our_fault_is_traced_in_the_log_and_a_token_stands_nowhere(micro_run, tmp_path):
+    """A file in the place of a folder, in a path that holds what looks like a token."""
+    secret = "hf_AbCdEfGhIjKlMnOpQrSt"
+    run = begun(micro_run, tmp_path / secret / "run", "dpo")
+    (run / "dpo.partial").write_text("in the way")
+    command = [sys.executable, "-m", "hfpipe.stages.dpo", "stage_configs/micro/dpo.yaml", "--out", str(run)]
+    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    whole = hfpipe("run", "micro", "--out", run, check=1)
+    assert "dpo failed: NotADirectoryError" in whole.stderr
+    assert "Traceback" not in whole.stderr
+    log = (run / "logs" / "dpo.log").read_text()
+    assert alone.returncode == 1
+    for trace in (alone.stderr, log):
+        assert "Traceback (most recent call last)" in trace
+        assert "hf_.../run/dpo.partial" in trace
+    events = (run / "logs" / "dpo.jsonl").read_text()
+    assert secret not in alone.stderr + whole.stderr + log + events
+    assert (run / "dpo.partial").read_text() == "in the way"
+
+
 def test_damaged_prepared_data_is_prepared_again(micro_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HFPIPE_CACHE", str(tmp_path / "cache"))
     run = begun(micro_run, tmp_path / "run")

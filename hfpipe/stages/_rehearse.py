@@ -16,6 +16,7 @@ from hfpipe import artifact
 from hfpipe.errors import UserError
 from hfpipe.faults import explain
 from hfpipe.plan.quote import Quote, read_origin
+from hfpipe.plan.workload import packs
 from hfpipe.sections import Recipe, Stage
 from hfpipe.stages import stage_module
 from hfpipe.stages._run import quiet_environment
@@ -47,13 +48,12 @@ def _measure(recipe: Recipe, run: Path, stage: Stage, quote: Quote) -> dict[str,
     work = quote.work
     passes = min(work.accumulation, MOST_PASSES)
     each = work.length if work.tokens is None else work.places / work.steps / work.rows_per_step
-    packed = stage.type.rows == "text" or bool(stage.trainer.get("packing"))
     rehearsal = Rehearsal(
         config=_origin_config(recipe, stage),
         vocab_size=quote.shape.vocab_size if quote.shape else 32_768,
         rows=work.per_device * passes * (WARM_UP + STEPS),
         tokens=round(each),
-        packed=packed,
+        packed=packs(stage),
     )
     job = make_job(recipe, _shortened(stage, work, passes), run, parent_fingerprint="")
     with tempfile.TemporaryDirectory() as scratch:

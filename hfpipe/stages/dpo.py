@@ -41,9 +41,10 @@ TYPE = StageType(
 
 def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Pairs as token ids: the prompt, and what the assistant says in each answer with the token that ends its turn."""
+    from hfpipe.plan.workload import option
     from hfpipe.training.prepare import prepare_rows
 
-    return prepare_rows(job, tokenizer, max_length=job.stage.trainer.get("max_length", 1024), packing=False)
+    return prepare_rows(job, tokenizer, max_length=option(job.stage, "max_length"), packing=False)
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:

@@ -35,9 +35,10 @@ TYPE = StageType(
 
 def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Judged answers as token ids; of a preference the better answer is a good one and the other a bad one."""
+    from hfpipe.plan.workload import option
     from hfpipe.training.prepare import prepare_rows
 
-    return prepare_rows(job, tokenizer, max_length=job.stage.trainer.get("max_length", 1024), packing=False)
+    return prepare_rows(job, tokenizer, max_length=option(job.stage, "max_length"), packing=False)
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:

@@ -36,9 +36,10 @@ TYPE = StageType(
 
 def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Pairs as token ids: the prompt, each answer, and what the template writes after it: the score is read at the end."""
+    from hfpipe.plan.workload import option
     from hfpipe.training.prepare import prepare_rows
 
-    return prepare_rows(job, tokenizer, max_length=job.stage.trainer.get("max_length", 1024), packing=False)
+    return prepare_rows(job, tokenizer, max_length=option(job.stage, "max_length"), packing=False)
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:

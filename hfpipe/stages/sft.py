@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hfpipe.training.prepare import Prepared
 
 _PREPARED = "hfpipe renders, masks and packs the rows itself, once, before training"
-MANAGED = {
+_MANAGED = {
     "assistant_only_loss": "the loss always falls on what the assistant says",
     "completion_only_loss": "the loss always falls on what the assistant says",
     "dataset_kwargs": _PREPARED,
@@ -48,18 +48,17 @@ TYPE = StageType(
     rows="messages",
     trainer="trl.SFTConfig",
     adapter=True,
-    managed=MANAGED,
+    managed=_MANAGED,
 )
 
 
 def prepare(job: Job, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Conversations as packed token ids with the assistant's tokens as labels."""
+    from hfpipe.plan.workload import option
     from hfpipe.training.prepare import prepare_rows
 
-    options = job.stage.trainer
-    return prepare_rows(
-        job, tokenizer, max_length=options.get("max_length", 1024), packing=options.get("packing", False)
-    )
+    max_length, packing = option(job.stage, "max_length"), option(job.stage, "packing")
+    return prepare_rows(job, tokenizer, max_length=max_length, packing=packing)
 
 
 def train(job: Job, progress: Progress) -> dict[str, Any]:
@@ -67,6 +66,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
     from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
+    from hfpipe.plan.workload import packs
     from hfpipe.training.adapters import build_trainer
     from hfpipe.training.anneal import begin_where_parent_stood
     from hfpipe.training.fit import build_args, build_collator, fit
@@ -75,9 +75,8 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(job)
     data = prepare(job, tokenizer)
-    args = build_args(
-        job, SFTConfig, progress, packing=False, dataset_kwargs={"skip_prepare_dataset": True}
-    )  # packed already
+    as_it_is = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}  # `prepare` has packed it
+    args = build_args(job, SFTConfig, progress, **as_it_is)
     begin_where_parent_stood(job, args, data, progress)
     data = in_order(job, data, args, progress)
     set_seed(args.seed)
@@ -88,7 +87,7 @@ def train(job: Job, progress: Progress) -> dict[str, Any]:
         SFTTrainer,
         model,
         args,
-        data_collator=build_collator(job, model, tokenizer, packing=job.stage.trainer.get("packing", False)),
+        data_collator=build_collator(job, model, tokenizer, packing=packs(job.stage)),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
