@@ -26,12 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         return options.command(options) or 0
-    except UserError as error:
+    except (UserError, StageFailed) as error:
         print(f"hfpipe: {error}", file=sys.stderr)
-        return 2
-    except StageFailed as error:
-        print(f"hfpipe: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("\nhfpipe: interrupted; the same command goes on from what is on disk.", file=sys.stderr)
         return 130

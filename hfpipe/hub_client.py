@@ -27,9 +27,8 @@ from hfpipe.paths import cache_dir
 RepoType = Literal["model", "dataset"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REFUSED = (400, 401, 403, 404, 413, 422)  # answers that waiting does not change
-_XET_STATUS = re.compile(
-    r"HTTP status client error \((\d{3}) [^)]*\), domain: \S*/api/"
-)  # of the Hub, not of its storage
+# An answer of the Hub itself, not of its storage, as Xet's client tells it.
+_XET_STATUS = re.compile(r"HTTP status client error \((\d{3}) [^)]*\), domain: \S*/api/")
 # What a model is loaded from: no pickles, no weights of other frameworks.
 _MODEL_FILES = (
     "*.safetensors",
