@@ -31,16 +31,8 @@ _REFUSED = (400, 401, 403, 404, 413, 422)  # answers that waiting does not chang
 _XET_STATUS = re.compile(r"HTTP status client error \((\d{3}) [^)]*\), domain: \S*/api/")
 # What a model is loaded from: no pickles, no weights of other frameworks.
 _MODEL_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "*.md",
-    "*.py",
-    "*.jsonl",
+    *("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"),
+    *("*.tiktoken", "*.spm", "*.md", "*.py", "*.jsonl"),
 )
 _LISTING_S = 120
 ABOUT_FILES = ("config.json", "tokenizer_config.json", "*.jinja")  # what a model is, without its weights
