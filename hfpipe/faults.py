@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import signal
 import sys
@@ -55,8 +56,10 @@ def explain(error: BaseException) -> str:
 
 def print_trace(error: BaseException) -> None:
     """Write an exception's whole traceback, in which no token stands, to standard error: a child's log."""
+    several, rank = int(os.environ.get("WORLD_SIZE", 1)) > 1, os.environ.get("RANK")
+    lines = hide_tokens("".join(traceback.format_exception(error))).splitlines()
     with contextlib.suppress(OSError):  # a full disk
-        print(hide_tokens("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
+        print("\n".join(f"[rank{rank}]: {line}" if several else line for line in lines), file=sys.stderr, flush=True)
 
 
 def killed(code: int, log: str) -> bool:

@@ -246,7 +246,7 @@ def test_what_makes_no_sense_is_refused(arguments, said):
 
 
 def test_it_needs_no_torch_and_plan_points_to_it():
-    code = "import sys; from hfpipe.cli import main; main(['data', 'check', 'tinyworld/letters'])\n"
+    code = "import sys; from hfpipe.cli import main; assert main(['data', 'check', 'tinyworld/letters']) == 0\n"
     code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     import subprocess
     import sys

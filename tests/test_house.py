@@ -70,7 +70,7 @@ def test_every_module_has_a_layer():
 def test_the_command_line_imports_nothing_heavy():
     adapted = ["plan", "tiny", "--set", "sft.adapter={preset: lora_without_regret}"]
     for arguments in (["--help"], ["list"], ["plan", "tiny"], adapted):
-        code = f"import sys; sys.argv = ['hfpipe', *{arguments!r}]\nfrom hfpipe.cli import main\ntry:\n    main()\n"
+        code = f"import sys; sys.argv = ['hfpipe', *{arguments!r}]\nfrom hfpipe.cli import main\ntry:\n    assert not main()\n"
         code += f"except SystemExit:\n    pass\nassert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

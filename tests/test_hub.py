@@ -306,12 +306,8 @@ LONG = {
     "401 of the leave to upload": (LEAVE, 401, 2, "401"),
     "403 of the leave to upload": (LEAVE, 403, 2, "403"),
     "404 of what to upload": ("POST .*/preupload/", 404, 2, "404"),
-    "403 of an upload": (
-        UPLOAD,
-        403,
-        {"lfs": 2, "xet": 1},
-        "403",
-    ),  # Xet's client tells no status, so it is tried again
+    # Of Xet's storage: a status that Xet's client tells of that may be of a link that is too old, so it is tried again.
+    "403 of an upload": (UPLOAD, 403, {"lfs": 2, "xet": 1}, "403"),
 }
 
 

@@ -70,6 +70,10 @@ def test_links_and_placeholders():
     for link in links:
         assert (ROOT / link).exists(), link
     assert "@@" not in README
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", README):
+        text = (ROOT / path).read_text() if path else README
+        heads = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, (path, anchor)
 
 
 def test_what_is_printed_before_one_pays_is_what_is_shown(tmp_path):

@@ -190,6 +190,7 @@ KIND_WORDINGS = {
     # of pairs
     "harm": (wordings.HOW_TO,),
     "lookalike": (wordings.HOW_TO,),
+    "helpful": (wordings.HOW_TO,),
     "wrong_fact": QUESTIONS,
     "false_doubt": QUESTIONS,
     "missing_question": (wordings.WRITE, wordings.BOOK, wordings.VAGUE),
@@ -205,7 +206,7 @@ KIND_WORDINGS = {
     "missing_call": (wordings.CALCULATIONS,),
     "wrong_result": (wordings.CALCULATIONS,),
 }
-MIXED = {"helpful", "off_topic", "garbled"}  # pairs of conversations of the kinds above
+MIXED = {"off_topic", "garbled"}  # pairs of conversations of the kinds above
 
 
 def pattern_of(wording):
