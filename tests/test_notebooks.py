@@ -248,7 +248,9 @@ def test_the_first_cell_installs_where_hfpipe_is_not(tmp_path):
         copy = _copy_tree if (ROOT / name).is_dir() else shutil.copy
         (tree / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, tree / name)
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("GIT_")}
+    # IPython puts the packages of VIRTUAL_ENV in its path, whichever Python it runs in.
+    foreign = re.compile("PYTHONPATH|VIRTUAL_ENV|GIT_.*")
+    env = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
     env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
     author = {f"GIT_{who}_{what}": "hfpipe" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     for command in ("init -q", "add .", "commit -q -m tree"):
