@@ -64,15 +64,19 @@ def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, rep
         spent |= pushing(own_run)
         if at_first is None and (own_run / "midtrain").is_dir():
             at_first, before = dict(spent), sum(made(hub, repo_id, stage) for stage in STAGES)
+            began = time.monotonic()
         time.sleep(0.02)
+    lasted = time.monotonic() - began
     pushed = sum(made(hub, repo_id, stage) for stage in STAGES) - before
     assert process.wait() == 0
     took = sum(seconds - at_first.get(pid, 0.0) for pid, seconds in spent.items())
     assert (
         spent
     )  # there is such a process; where others keep both processors busy it may come to no push before the end
-    # 2% of two processors for the five seconds that a very short stage takes; a push may have been under way at the end.
-    assert took <= 0.2 * (pushed + 1), f"{pushed} pushes took {took:.2f} s of a processor"
+    # 2% of two processors for the five seconds that a very short stage takes, or for as long as the two took on a machine
+    # that is slower; a push may have been under way at the end.
+    allowed = max(0.2 * (pushed + 1), 0.02 * 2 * lasted)
+    assert took <= allowed, f"{pushed} pushes took {took:.2f} s of a processor in {lasted:.1f} s"
     for stage in STAGES:
         assert_published(hub, repo_id, own_run, stage)
         assert made(hub, repo_id, stage) == 1
