@@ -55,7 +55,7 @@ def explain(error: BaseException) -> str:
 
 
 def print_trace(error: BaseException) -> None:
-    """Write an exception's whole traceback, in which no token stands, to standard error: a child's log."""
+    """Write an exception's whole traceback, in which no token stands, to standard error, which is a child's log."""
     several, rank = int(os.environ.get("WORLD_SIZE", 1)) > 1, os.environ.get("RANK")
     lines = hide_tokens("".join(traceback.format_exception(error))).splitlines()
     with contextlib.suppress(OSError):  # a full disk

@@ -70,12 +70,10 @@ def test_a_push_takes_next_to_nothing_from_the_stage_beside_it(hub, hub_env, rep
     pushed = sum(made(hub, repo_id, stage) for stage in STAGES) - before
     assert process.wait() == 0
     took = sum(seconds - at_first.get(pid, 0.0) for pid, seconds in spent.items())
-    assert (
-        spent
-    )  # there is such a process; where others keep both processors busy it may come to no push before the end
-    # 2% of two processors for the five seconds that a very short stage takes, or for as long as the two took on a machine
-    # that is slower; a push may have been under way at the end.
-    allowed = max(0.2 * (pushed + 1), 0.02 * 2 * lasted)
+    assert spent  # where others keep both processors busy it may come to no push before the end
+    # 2% of two processors for the five seconds that a very short stage takes; a push may have been under way at the end.
+    # Of stages that take more than ten seconds what README promises: a hundredth of a processor, and what was saved up.
+    allowed = max(0.2 * (pushed + 1), 0.1 + 0.01 * lasted)
     assert took <= allowed, f"{pushed} pushes took {took:.2f} s of a processor in {lasted:.1f} s"
     for stage in STAGES:
         assert_published(hub, repo_id, own_run, stage)
